@@ -1,0 +1,37 @@
+"""Many ``struct vfio_iommu_type1_dma_map`` at once, from an array of page addresses.
+
+Source of the layout: ``include/uapi/linux/vfio.h``; :class:`vfio_model.uapi.vfio.DmaMap` is the same structure for one.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from vfio_model.uapi.vfio import DmaMap, DmaMapFlags
+
+_READ = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
+_READ_WRITE = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
+
+
+@functools.cache
+def _numpy() -> Any:
+    import numpy  # noqa: PLC0415 - 200 ms of import that a process without batches never pays
+
+    return numpy
+
+
+def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, *, writable: bool) -> memoryview:
+    """One structure for each of ``pages`` (u64 guest-physical page addresses), at consecutive IOVAs.
+
+    ``to_vaddr`` is added to each page address, modulo 2**64; sizes are one page of ``1 << page_shift`` bytes.
+    """
+    np = _numpy()
+    addresses = np.asarray(pages, dtype=np.uint64)
+    words = np.empty((len(addresses), DmaMap.SIZE // 8), dtype=np.uint64)
+    words[:, 0] = int.from_bytes(DmaMap.FORMAT.pack(DmaMap.SIZE, _READ_WRITE if writable else _READ, 0, 0, 0)[:8], sys.byteorder)
+    words[:, 1] = addresses + np.uint64(to_vaddr & ((1 << 64) - 1))
+    words[:, 2] = np.uint64(first_iova) + (np.arange(len(addresses), dtype=np.uint64) << np.uint64(page_shift))
+    words[:, 3] = np.uint64(1 << page_shift)
+    return memoryview(words).cast("B")

@@ -1,0 +1,101 @@
+"""A VFIO container as its user holds it, and the queue between a guest's IOMMU and the host.
+
+``VFIOIOMMU`` is what the memory listener talks to (QEMU's ``VFIOIOMMUClass``): it maps, unmaps, adds and removes windows,
+and never sees an ioctl. One hypercall may change many entries: the listener only *queues*; :meth:`VFIOIOMMU.flush` sends
+what is queued, entries of one kind in one message, and waits for one answer. The order of what was queued is kept.
+
+When the host is gone (:class:`~vfio_model.errors.PeerLost`) the container is *lost*: its devices are dead, so there is
+nothing left that a mapping could serve, and changes are dropped until the owner builds a new container, whose listeners replay
+every mapping.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Protocol
+
+from vfio_model.errors import PeerLost
+from vfio_model.memory.listener import MemoryRegionSection
+from vfio_model.ranges import Hva, Iova
+from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.vfio import DmaMap, DmaMapFlags, DmaUnmap, Ioctl
+from vfio_model.vfio.host_window import HostWindows
+from vfio_model.vfio.ioctl import BatchError, VfioPort
+
+_RW = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
+_RO = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
+_MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
+_pack_map, _pack_unmap = DmaMap.FORMAT.pack, DmaUnmap.FORMAT.pack
+
+
+class VFIOIOMMU(Protocol):
+    """What a memory listener needs of a container, whatever its kind."""
+
+    windows: HostWindows
+    queue: MappingQueue
+
+    def add_window(self, section: MemoryRegionSection) -> None:
+        """Make the host able to map all of ``section``.
+
+        :raise OSError: when the host can't; nothing has changed then.
+        """
+        ...
+
+    def del_window(self, section: MemoryRegionSection) -> None:
+        """Give back what :meth:`add_window` of this section made."""
+        ...
+
+
+class MappingQueue:
+    """MAP_DMA and UNMAP_DMA calls that wait to be sent to one container."""
+
+    def __init__(self, port: VfioPort, handle: int, *, trace: Trace = NULL_TRACE) -> None:
+        self._port, self._handle, self._trace = port, handle, trace
+        self._pending: list[tuple[int, bytearray, int]] = []
+        self.lost = False
+        self.on_lost: Callable[[PeerLost], None] = lambda _error: None
+
+    def __len__(self) -> int:
+        return sum(count for _, _, count in self._pending)
+
+    def _append(self, cmd: int, structs: bytes | bytearray | memoryview, count: int) -> None:
+        pending = self._pending
+        if pending and pending[-1][0] == cmd:
+            _, args, queued = pending[-1]
+            args += structs
+            pending[-1] = (cmd, args, queued + count)
+        else:
+            pending.append((cmd, bytearray(structs), count))
+
+    def map(self, iova: Iova, size: int, vaddr: Hva, *, readonly: bool) -> None:
+        """Queue one mapping of ``size`` bytes."""
+        self._append(_MAP, _pack_map(DmaMap.SIZE, _RO if readonly else _RW, vaddr, iova, size), 1)
+
+    def map_packed(self, structs: bytes | memoryview, count: int) -> None:
+        """Queue ``count`` ``struct vfio_iommu_type1_dma_map`` that lie back to back."""
+        self._append(_MAP, structs, count)
+
+    def unmap(self, iova: Iova, size: int) -> None:
+        """Queue the removal of what is mapped in ``size`` bytes from ``iova``."""
+        self._append(_UNMAP, _pack_unmap(DmaUnmap.SIZE, 0, iova, size), 1)
+
+    def flush(self) -> OSError | None:
+        """Send everything queued and wait for the answers.
+
+        :returns: None, or the host's first error; what was queued behind it is dropped, what came before stays done. A
+            host that is gone is not an error (see the module text).
+        """
+        pending, self._pending = self._pending, []
+        if self.lost:
+            return None
+        try:
+            for cmd, args, count in pending:
+                self._port.ioctl_many(self._handle, cmd, args, count)
+        except BatchError as error:
+            self._trace("vfio_dma_error", errno=errno.errorcode.get(error.errno or 0, "?"), done=error.done)
+            return error
+        except PeerLost as error:
+            self.lost = True
+            self.on_lost(error)
+        return None

@@ -1,0 +1,109 @@
+"""One IOMMU section of a guest, followed by a VFIO container: QEMU's ``VFIOGuestIOMMU``.
+
+A notification's IOVA is relative to the IOMMU *region*; the host wants it relative to the device's address space, so the
+record keeps ``iommu_offset`` = section offset in the address space - section offset in the region, and adds it. An entry
+that does not translate to the guest's RAM is reported and not mapped: a guest may write any TCE it likes.
+"""
+
+from __future__ import annotations
+
+from vfio_model.batch.dma_map import pack_dma_maps
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
+from vfio_model.memory.listener import MemoryRegionSection
+from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
+from vfio_model.ranges import U64_MAX, Gpa, Hva, Iova
+from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.vfio.container import VFIOIOMMU
+
+_WO = int(IOMMUAccessFlags.WO)
+_RW = int(IOMMUAccessFlags.RW)
+
+
+class VFIOGuestIOMMU:
+    """Shadows one IOMMU section into ``backend``; ``system`` is the guest's system address space."""
+
+    def __init__(
+        self,
+        backend: VFIOIOMMU,
+        section: MemoryRegionSection,
+        system: AddressSpace,
+        *,
+        refused: OSError | None = None,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        region = section.mr
+        assert isinstance(region, IOMMUMemoryRegion), "a guest IOMMU follows an IOMMU region"
+        self.section = section
+        self.iommu_mr = region
+        self.iommu_offset = (section.offset_within_address_space - section.offset_within_region) & U64_MAX
+        self.refused = refused
+        """Set when the host gave no window for this section: nothing is mapped, and every flush says so."""
+        self._backend, self._system, self._trace = backend, system, trace
+        start = section.offset_within_region
+        self.notifier = IOMMUNotifier(
+            self._map_notify,
+            IOMMUNotifierFlag.IOTLB_EVENTS,
+            start,
+            start + section.size - 1,
+            fn_run=self._map_notify_run,
+            flush=self._flush,
+        )
+
+    def _flush(self) -> OSError | None:
+        return self.refused or self._backend.queue.flush()
+
+    def _map_notify(self, _notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
+        if self.refused:
+            return
+        iova = Iova((entry.iova + self.iommu_offset) & U64_MAX)
+        size = entry.addr_mask + 1
+        perm = int(entry.perm)
+        if self._trace.enabled:
+            self._trace("vfio_iommu_map_notify", op="MAP" if perm & _RW else "UNMAP", iova_start=iova, iova_end=iova + entry.addr_mask)
+        if not perm & _RW:
+            self._backend.queue.unmap(iova, size)
+            return
+        if entry.target_as is not self._system:
+            self._trace("vfio_error", reason="Wrong target AS, only system memory is allowed", iova=iova)
+            return
+        span = self._system.ram_span(Gpa(entry.translated_addr))
+        if span is None or span.size < size:
+            self._trace("vfio_error", reason="iommu map to non memory area", iova=iova, gpa=entry.translated_addr)
+            return
+        vaddr = Hva(span.block.hva + span.offset)
+        self._backend.queue.map(iova, size, vaddr, readonly=not perm & _WO or span.readonly)
+
+    def _map_notify_run(self, notifier: IOMMUNotifier, run: IOMMUTLBRun) -> None:
+        """Like :meth:`_map_notify` for entries at consecutive IOVAs, in one array."""
+        if self.refused:
+            return
+        first = Iova((run.iova + self.iommu_offset) & U64_MAX)
+        if run.type is IOMMUNotifierFlag.UNMAP:
+            size = run.count << run.page_shift
+            if self._trace.enabled:
+                self._trace("vfio_iommu_map_notify", op="UNMAP", iova_start=first, iova_end=first + size - 1)
+            self._backend.queue.unmap(first, size)
+            return
+        packed = self._pack(first, run) if run.target_as is self._system else None
+        if packed is None:  # more than one block, holes, or mixed permissions: one by one
+            for event in run.events():
+                self._map_notify(notifier, event.entry)
+            return
+        if self._trace.enabled:
+            last = first + (run.count << run.page_shift) - 1
+            self._trace("vfio_iommu_map_notify", op="MAP", iova_start=first, iova_end=last, entries=run.count)
+        self._backend.queue.map_packed(packed, run.count)
+
+    def _pack(self, first: Iova, run: IOMMUTLBRun) -> memoryview | None:
+        """The run as MAP_DMA structures, when all of it lies in one RAM block with one permission."""
+        bounds = run.bounds()
+        if bounds is None:
+            return None
+        lowest, highest, perm = bounds
+        span = self._system.ram_span(Gpa(lowest))
+        if span is None or not perm & _RW or highest - lowest + (1 << run.page_shift) > span.size:
+            return None
+        to_vaddr = span.block.hva + span.offset - lowest
+        writable = bool(perm & _WO) and not span.readonly
+        return pack_dma_maps(run.translated, to_vaddr, first, run.page_shift, writable=writable)
