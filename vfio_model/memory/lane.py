@@ -1,7 +1,7 @@
 """Lanes: how a thread that moves DMA shows that it is in the middle of it.
 
-A device process owns one area of :data:`LANES` lanes; each thread of it that does DMA owns one lane, which is one counter
-word on a cache line of its own::
+A device process owns one area of :data:`LANES` lanes; each thread of it that does DMA owns one lane, which is one
+counter word on a cache line of its own::
 
     words 0-7          header (:mod:`vfio_model.memory.layout`), magic ``vmLANES1``
     words 8 + 8*i      counter of lane i: odd while its thread is inside a DMA section, even outside
@@ -9,12 +9,12 @@ word on a cache line of its own::
 
 A **DMA section** is: :meth:`Lane.enter`; load the root of the translation; load the entry; check it; copy at most
 :data:`SECTION_BYTES`; note the dirty page; :meth:`Lane.leave` in a ``finally``. Between enter and leave there is only
-straight-line code: no system call, no message, no lock, no callback out of the module. A translated address is never kept
-after the lane is even again. :mod:`vfio_model.memory.revoke` waits for lanes, and can do so without any fence on this
-side: its ``membarrier`` runs one on every processor that a reader runs on.
+straight-line code: no system call, no message, no lock, no callback out of the module. A translated address is never
+kept after the lane is even again. :mod:`vfio_model.memory.revoke` waits for lanes, and can do so without any fence on
+this side: its ``membarrier`` runs one on every processor that a reader runs on.
 
-What must not be broken: the counter only grows, by one, written by one thread. That a lane *changed* means that the section
-that was seen is over, even when the thread is inside the next one: the next one loads the entries anew.
+What must not be broken: the counter only grows, by one, written by one thread. That a lane *changed* means that the
+section that was seen is over, even when the thread is inside the next one: the next one loads the entries anew.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def write_header(words: memoryview, area_magic: int, version: int = LAYOUT_VERSI
     words[_MAGIC] = area_magic
 
 
-def check_header(words: memoryview, area_magic: int, version: int = LAYOUT_VERSION, *, what: str = "shared area") -> int:
+def check_header(
+    words: memoryview, area_magic: int, version: int = LAYOUT_VERSION, *, what: str = "shared area"
+) -> int:
     """Bytes of the area that ``words`` maps, after checking that it is of this kind, version and byte order.
 
     ``words`` may be longer than the area (mappings are whole pages), never shorter.

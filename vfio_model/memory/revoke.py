@@ -1,10 +1,12 @@
 """Revocation: "after UNMAP returns, no DMA lands on that page".
 
-One mechanism serves everything that takes a right away: unmap, overwriting a valid TCE, narrowing a permission, removing a
-window, detach, freezing a PE, bus master off, dirty tracking on, reset, and invalidating a device's translation cache.
+One mechanism serves everything that takes a right away: unmap, overwriting a valid TCE, narrowing a permission,
+removing a window, detach, freezing a PE, bus master off, dirty tracking on, reset, and invalidating a device's
+translation cache.
 
-Devices read tables and move data without a lock, a fence or a message, because a fence is what Python has not got and a
-message is what would cost most. So the whole burden lies on the side that revokes, in six steps whose order is the point::
+Devices read tables and move data without a lock, a fence or a message, because a fence is what Python has not got and
+a message is what would cost most. So the whole burden lies on the side that revokes, in six steps whose order is the
+point::
 
     1. store the new entries                    caller, before start()
     2. barrier                                  start()
@@ -17,15 +19,17 @@ message is what would cost most. So the whole burden lies on the side that revok
 
 Why it holds. The barrier (``membarrier``, a full fence on every processor that runs a registered process) splits each
 device thread's life into *before* and *after*. A section that begins after it loads the new entries. One that began
-before it has made its lane odd before it, so step 3 sees the odd word; it may still copy through the old entry, and step
-4 waits for exactly that word to change. A lane that is odd again but with another count is in a later section: it does
-not have to be waited for, so a saturating device cannot starve a revoke. Without 2, a device can load an old entry while its
-odd lane still sits in a store buffer: step 3 sees it even. Without 4, the copy of an odd lane lands after the reply. Without
-5, on a weakly ordered machine, the bytes of a section that is over may become visible after step 6 has given the page away.
+before it has made its lane odd before it, so step 3 sees the odd word; it may still copy through the old entry, and
+step 4 waits for exactly that word to change. A lane that is odd again but with another count is in a later section:
+it does not have to be waited for, so a saturating device cannot starve a revoke. Without 2, a device can load an old
+entry while its odd lane still sits in a store buffer: step 3 sees it even. Without 4, the copy of an odd lane lands
+after the reply. Without 5, on a weakly ordered machine, the bytes of a section that is over may become visible after
+step 6 has given the page away.
 
-A section ends in microseconds, but its thread may be descheduled, stopped or dead. Nothing here looks at a clock: the owner
-polls, and decides with its own deadline. Before it calls a lane *late* the word is read again (:attr:`Revoke.late`): the
-waiter may itself have been off the processor, and the deadline may have passed while the lane had long changed.
+A section ends in microseconds, but its thread may be descheduled, stopped or dead. Nothing here looks at a clock: the
+owner polls, and decides with its own deadline. Before it calls a lane *late* the word is read again
+(:attr:`Revoke.late`): the waiter may itself have been off the processor, and the deadline may have passed while the
+lane had long changed.
 """
 
 from __future__ import annotations
