@@ -1,0 +1,78 @@
+"""One subscriber to the changes of an IOMMU memory region (QEMU's ``IOMMUNotifier``).
+
+Two classes of users exist. *Shadowing* users (VFIO) want MAP and UNMAP, exact; *caching* users (vhost, ATS devices)
+want UNMAP or DEVIOTLB_UNMAP only and must tolerate invalidations larger than what they asked for.
+
+During one hypercall or queue step ``fn`` and ``fn_run`` only append to a queue of their own; ``flush`` completes what
+was queued and answers with the first error. Nothing in ``fn`` may wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vfio_model.memory.iotlb import IOMMUTLBEntry, IOMMUTLBEvent, IOMMUTLBRun
+from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
+from vfio_model.ranges import is_aligned
+
+
+class IOMMUNotifier:
+    """``fn(notifier, entry)`` for every event whose kind is in ``flags``, cropped to ``start``..``last`` (inclusive,
+    relative to the region). ``fn_run(notifier, run)`` takes a run at once when given. ``flush()`` completes, and
+    returns the first error.
+    """
+
+    __slots__ = ("_flush", "flags", "fn", "fn_run", "iommu_idx", "last", "start")
+
+    def __init__(
+        self,
+        fn: Callable[[IOMMUNotifier, IOMMUTLBEntry], None],
+        flags: IOMMUNotifierFlag,
+        start: int,
+        last: int,
+        iommu_idx: int = 0,
+        *,
+        fn_run: Callable[[IOMMUNotifier, IOMMUTLBRun], None] | None = None,
+        flush: Callable[[], OSError | None] | None = None,
+    ) -> None:
+        self.fn, self.fn_run, self._flush = fn, fn_run, flush
+        self.flags = flags
+        self.start, self.last = start, last
+        self.iommu_idx = iommu_idx
+
+    def deliver(self, event: IOMMUTLBEvent) -> None:
+        """Hand over ``event`` if this notifier wants its kind and the ranges meet."""
+        entry = event.entry
+        assert event.type is IOMMUNotifierFlag.MAP or entry.perm == IOMMUAccessFlags.NONE, "an UNMAP has perm NONE"
+        if event.type & self.flags:
+            cropped = entry.cropped(self.start, self.last)
+            if cropped is not None:
+                self.fn(self, cropped)
+
+    def deliver_run(self, run: IOMMUTLBRun) -> None:
+        """Hand over the part of ``run`` in range: at once when possible, else page by page."""
+        assert run.type is IOMMUNotifierFlag.MAP or (run.uniform and not run.perms), "an UNMAP has perm NONE"
+        if run.last < self.start or run.iova > self.last:
+            return
+        if self.fn_run is not None and self._takes(run):
+            cropped = run.cropped(self.start, self.last)
+            if cropped is not None:
+                self.fn_run(self, cropped)
+            return
+        for event in run.events():
+            self.deliver(event)
+
+    def _takes(self, run: IOMMUTLBRun) -> bool:
+        if run.types & ~self.flags:
+            return False
+        page = 1 << run.page_shift
+        start_cuts = self.start > run.iova and not is_aligned(self.start - run.iova, page)
+        last_cuts = self.last < run.last and not is_aligned(self.last + 1 - run.iova, page)
+        return not (start_cuts or last_cuts)
+
+    def flush(self) -> OSError | None:
+        """Complete what the callbacks queued; the first error, or None."""
+        return self._flush() if self._flush is not None else None
+
+    def __repr__(self) -> str:
+        return f"IOMMUNotifier({self.flags!r}, {self.start:#x}..{self.last:#x}, idx={self.iommu_idx})"
