@@ -1,0 +1,415 @@
+"""AF_UNIX sockets that carry descriptors.
+
+SEQPACKET (:class:`SeqpacketListener`, :class:`SeqpacketConnection`): one send is one message with its descriptors. It
+is the open file of the port; SO_PEERCRED and a pidfd say who is there, EOF is ``release()``. STREAM
+(:class:`StreamConnection`): vfio-user's framing, the header read by a recvmsg of exactly 16 bytes with a control buffer
+and the body after it, because a larger recvmsg glues messages together and gives descriptors to the wrong one.
+
+Everything is non-blocking. What cannot be sent at once waits in a bounded outbox that :meth:`flush` empties when the
+socket is writable. No descriptor is ever lost: what arrives truncated or with a broken message is closed here.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vfio_model.errors import ConfigError, LocalProtocolError, PeerLost, RemoteProtocolError
+
+SCM_MAX_FD = 253
+MAX_SUN_PATH = 107
+MAX_PACKET = 256 << 10
+"""Bytes of one SEQPACKET message."""
+MAX_OUTBOX = 1024
+"""Messages that wait for a peer which does not read; one more and it is cut off."""
+SO_PEERPIDFD = 77
+"""include/uapi/asm-generic/socket.h, Linux 6.5: the peer's pidfd without a race."""
+
+_UCRED = struct.Struct("=iII")
+_CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+def check_path(path: str | os.PathLike[str]) -> str:
+    """``path``, when it fits a sockaddr_un.
+
+    :raise ConfigError: when it is longer than 107 bytes.
+    """
+    text = os.fspath(path)
+    size = len(os.fsencode(text))
+    if size > MAX_SUN_PATH:
+        raise ConfigError(
+            f"the socket path has {size} bytes, the kernel takes {MAX_SUN_PATH}",
+            where=text,
+            hint="use a short runtime directory",
+        )
+    return text
+
+
+def close_fds(fds: list[int] | tuple[int, ...]) -> None:
+    """Close all of ``fds``."""
+    for fd in fds:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end (SO_PEERCRED); for a socketpair, who made it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """One message and its descriptors, which the receiver now owns."""
+
+    data: bytes
+    fds: list[int] = field(default_factory=list)
+
+
+def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
+
+
+def _rights(fds: list[int] | tuple[int, ...]) -> list[tuple[int, int, bytes]]:
+    if not fds:
+        return []
+    if len(fds) > SCM_MAX_FD:
+        raise LocalProtocolError(f"{len(fds)} descriptors in one message, the kernel takes {SCM_MAX_FD}")
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())]
+
+
+class _Connection:
+    """What both kinds share: identity, outbox, closing."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        sock.setblocking(False)
+        self._sock, self.name = sock, name
+        self._outbox: deque[tuple[memoryview, list[int]]] = deque()
+
+    def fileno(self) -> int:
+        """For a poller; -1 when closed."""
+        return self._sock.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._sock.fileno() < 0
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether :meth:`flush` should be called when the socket becomes writable."""
+        return bool(self._outbox)
+
+    def peer(self) -> Peer:
+        """Credentials of the other end at the time it connected."""
+        raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return Peer(*_UCRED.unpack(raw))
+
+    def open_pidfd(self) -> int:
+        """A new pidfd of the other end, owned by the caller.
+
+        :raise PeerLost: when that process is gone already.
+        """
+        try:
+            return self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise PeerLost(self.name, "opening its pidfd") from error
+        try:
+            return os.pidfd_open(self.peer().pid)
+        except OSError as error:
+            raise PeerLost(self.name, "opening its pidfd") from error
+
+    def send(self, data: bytes | bytearray | memoryview, fds: list[int] | tuple[int, ...] = ()) -> None:
+        """Send one message; ``fds`` stay the caller's and may be closed at once.
+
+        :raise PeerLost: when nobody reads any more, or the outbox is full.
+        """
+        if self._outbox:
+            self._queue(memoryview(bytes(data)), fds)
+            return
+        sent = self._send_now(data, fds)
+        if sent < len(data):
+            self._queue(memoryview(bytes(data))[sent:], () if sent else fds)
+
+    def _send_now(self, data: bytes | bytearray | memoryview, fds: list[int] | tuple[int, ...]) -> int:
+        """Bytes sent; 0 when the socket is full (the descriptors go with the first byte)."""
+        try:
+            return self._sock.sendmsg([data], _rights(fds), _SEND_FLAGS)
+        except BlockingIOError:
+            return 0
+        except _GONE as error:
+            raise PeerLost(self.name, "sending") from error
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise LocalProtocolError(f"{len(data)} bytes do not fit a message to {self.name}") from error
+            raise PeerLost(self.name, f"sending ({error.strerror})") from error
+
+    def _queue(self, data: memoryview, fds: list[int] | tuple[int, ...]) -> None:
+        if len(self._outbox) >= MAX_OUTBOX:
+            raise PeerLost(self.name, f"it left {MAX_OUTBOX} messages unread")
+        self._outbox.append((data, [os.dup(fd) for fd in fds]))
+
+    def flush(self) -> bool:
+        """Send what waits; True when nothing is left.
+
+        :raise PeerLost: when nobody reads any more.
+        """
+        while self._outbox:
+            data, fds = self._outbox[0]
+            sent = self._send_now(data, fds)
+            if sent == 0:
+                return False
+            close_fds(fds)
+            if sent < len(data):
+                self._outbox[0] = (data[sent:], [])
+            else:
+                self._outbox.popleft()
+        return True
+
+    def close(self) -> None:
+        """Close the socket and drop what waits. Harmless twice."""
+        self._sock.close()
+        while self._outbox:
+            close_fds(self._outbox.popleft()[1])
+
+
+class SeqpacketConnection(_Connection):
+    """One open file: whole messages, each with its descriptors."""
+
+    def __init__(self, sock: socket.socket, name: str = "peer") -> None:
+        super().__init__(sock, name)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
+        self._buffer = bytearray(MAX_PACKET)
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], name: str = "peer") -> SeqpacketConnection:
+        """Connect to a listener.
+
+        :raise PeerLost: when nobody listens there.
+        """
+        return cls(_connect(path, socket.SOCK_SEQPACKET, name), name)
+
+    def send(self, data: bytes | bytearray | memoryview, fds: list[int] | tuple[int, ...] = ()) -> None:
+        """As the base's; an empty message would look like EOF and is refused."""
+        if not 0 < len(data) <= MAX_PACKET:
+            raise LocalProtocolError(f"a message of {len(data)} bytes to {self.name}: 1 to {MAX_PACKET} can be sent")
+        super().send(data, fds)
+
+    def receive(self) -> Packet | None:
+        """The next message, or None when there is none yet. The caller owns its descriptors.
+
+        :raise PeerLost: at EOF.
+        :raise RemoteProtocolError: when data or descriptors were cut off; those that came are closed.
+        """
+        try:
+            size, ancillary, flags, _ = self._sock.recvmsg_into([self._buffer], _CONTROL, _RECEIVE_FLAGS)
+        except BlockingIOError:
+            return None
+        except _GONE as error:
+            raise PeerLost(self.name, "receiving") from error
+        fds = _received_fds(ancillary)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            close_fds(fds)
+            raise RemoteProtocolError(f"{self.name}: message or descriptors too many: they were cut off")
+        if size == 0:
+            close_fds(fds)
+            raise PeerLost(self.name, "receiving")
+        return Packet(bytes(self._buffer[:size]), fds)
+
+
+HEADER_SIZE = 16
+_HEADER_LENGTH = struct.Struct("=4xI8x")
+MAX_FRAME = (1 << 20) + 4096
+"""Bytes of one vfio-user message: the negotiated 1 MiB of data and the fixed part of the longest command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One vfio-user message: 16 bytes of header, the body, the descriptors, which the receiver now owns."""
+
+    header: bytes
+    body: bytes
+    fds: list[int] = field(default_factory=list)
+
+
+class StreamConnection(_Connection):
+    """A vfio-user stream: whole frames in, whole frames out; one sendmsg each."""
+
+    def __init__(self, sock: socket.socket, name: str = "peer", *, max_frame: int = MAX_FRAME) -> None:
+        super().__init__(sock, name)
+        self._max_frame = max_frame
+        self._header = b""
+        self._fds: list[int] = []
+        self._body = bytearray()
+        self._have = 0
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], name: str = "peer") -> StreamConnection:
+        """Connect to a vfio-user server.
+
+        :raise PeerLost: when nobody listens there.
+        """
+        return cls(_connect(path, socket.SOCK_STREAM, name), name)
+
+    def receive(self) -> Frame | None:
+        """The next whole frame, or None when it has not all come yet.
+
+        :raise PeerLost: at EOF.
+        :raise RemoteProtocolError: when the size in the header is impossible or descriptors were cut off.
+        """
+        try:
+            if len(self._header) < HEADER_SIZE and not self._read_header():
+                return None
+            if self._have < len(self._body) and not self._read_body():
+                return None
+        except BlockingIOError:
+            return None
+        except _GONE as error:
+            raise PeerLost(self.name, "receiving") from error
+        frame = Frame(self._header, bytes(self._body), self._fds)
+        self._header, self._fds, self._body, self._have = b"", [], bytearray(), 0
+        return frame
+
+    def _read_header(self) -> bool:
+        while (missing := HEADER_SIZE - len(self._header)) > 0:
+            data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, _RECEIVE_FLAGS)
+            self._fds += _received_fds(ancillary)
+            if flags & socket.MSG_CTRUNC or len(self._fds) > SCM_MAX_FD:
+                raise RemoteProtocolError(f"{self.name}: descriptors were cut off")
+            if not data:
+                raise PeerLost(self.name, "receiving")
+            self._header += data
+        (size,) = _HEADER_LENGTH.unpack(self._header)
+        if not HEADER_SIZE <= size <= self._max_frame:
+            raise RemoteProtocolError(
+                f"{self.name}: a frame of {size} bytes, {HEADER_SIZE} to {self._max_frame} are allowed"
+            )
+        self._body, self._have = bytearray(size - HEADER_SIZE), 0
+        return True
+
+    def _read_body(self) -> bool:
+        with memoryview(self._body) as view:
+            while self._have < len(view):
+                got = self._sock.recv_into(view[self._have :], 0, socket.MSG_DONTWAIT)
+                if got == 0:
+                    raise PeerLost(self.name, "receiving")
+                self._have += got
+        return True
+
+    def close(self) -> None:
+        """Also closes the descriptors of a frame that never became whole."""
+        super().close()
+        close_fds(self._fds)
+        self._fds = []
+
+
+def _connect(path: str | os.PathLike[str], kind: socket.SocketKind, name: str) -> socket.socket:
+    text = check_path(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.setblocking(False)
+    try:
+        sock.connect(text)
+    except OSError as error:
+        sock.close()
+        raise PeerLost(name, f"connecting to {text}: {error.strerror}") from error
+    return sock
+
+
+class _Listener:
+    """A bound path. A socket file that nobody serves any more is replaced; a live one is not stolen."""
+
+    kind: socket.SocketKind
+
+    def __init__(self, path: str | os.PathLike[str], backlog: int = 64) -> None:
+        self.path = check_path(path)
+        _remove_stale(self.path, self.kind)
+        self._sock = socket.socket(socket.AF_UNIX, self.kind)
+        try:
+            self._sock.bind(self.path)
+            self._sock.listen(backlog)
+        except OSError as error:
+            self._sock.close()
+            raise ConfigError(f"cannot listen: {error.strerror}", where=self.path) from error
+        self._sock.setblocking(False)
+
+    def fileno(self) -> int:
+        """For a poller."""
+        return self._sock.fileno()
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return self._sock.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file. Harmless twice."""
+        if self._sock.fileno() >= 0:
+            self._sock.close()
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
+    if not os.path.exists(path):
+        return
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise ConfigError(f"something else is there ({error.strerror})", where=path) from error
+    raise ConfigError("another process listens there", where=path, hint="stop it, or use another directory")
+
+
+class SeqpacketListener(_Listener):
+    """Where open files begin."""
+
+    kind = socket.SOCK_SEQPACKET
+
+    def accept(self, name: str = "client") -> SeqpacketConnection | None:
+        """The next connection, or None."""
+        sock = self._accept()
+        return None if sock is None else SeqpacketConnection(sock, name)
+
+
+class StreamListener(_Listener):
+    """Where vfio-user clients connect."""
+
+    kind = socket.SOCK_STREAM
+
+    def accept(self, name: str = "client") -> StreamConnection | None:
+        """The next connection, or None."""
+        sock = self._accept()
+        return None if sock is None else StreamConnection(sock, name)
+
+
+def seqpacket_pair(left: str = "left", right: str = "right") -> tuple[SeqpacketConnection, SeqpacketConnection]:
+    """Two connected ends; each is named after what is at the *other* end."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return SeqpacketConnection(a, right), SeqpacketConnection(b, left)
+
+
+def stream_pair(left: str = "left", right: str = "right") -> tuple[StreamConnection, StreamConnection]:
+    """Two connected stream ends, named as those of :func:`seqpacket_pair`."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return StreamConnection(a, right), StreamConnection(b, left)
