@@ -1,0 +1,309 @@
+"""The scenario schema: what ``vfio-model run`` reads.
+
+A scenario is a machine, a host, the devices between them, faults to inject, and steps. A step is a mapping with
+exactly one key, its action. Unknown fields and wrong types are errors that name file, line and field. Sizes and
+addresses may be written ``64K``, ``1GiB`` or 0x… (see :mod:`deploy.quantity`).
+
+``machine`` and ``devices`` go to guestd in the same shape, as JSON; ``host`` becomes hostd's topology. Nothing in
+this file starts anything: :mod:`deploy.launcher` and :mod:`deploy.runner` do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from deploy.quantity import UNLIMITED, Limit, Seconds, Size
+from vfio_model.ranges import is_aligned
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Count = Annotated[int, Meta(ge=1, le=1 << 32)]
+Prop = int | str | bool
+PAGE_SIZES = tuple(Size(1 << shift) for shift in (12, 16, 21, 24))
+
+Attach = Literal["assigned", "remote", "emulated"]
+Role = Literal["hostd", "notifier", "guestd", "interposer"]
+
+
+class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The guest machine, with QEMU's property names and defaults."""
+
+    type: Literal["pseries"] = "pseries"
+    ram: Size = Size(1 << 30)
+    page_size: Size = Size(1 << 16)
+    """The page size that backs guest RAM, as declared to the host; 16M is what hugetlbfs would give."""
+    ddw: bool = True
+    pgsz: list[Size] = msgspec.field(default_factory=lambda: list(PAGE_SIZES))
+    """Page sizes that the guest's PHB offers for dynamic windows."""
+
+    def __post_init__(self) -> None:
+        for name, size in (("page_size", self.page_size), *(("pgsz", size) for size in self.pgsz)):
+            if size < 4096 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least 4K, not {int(size)}")
+        if not self.ram or not is_aligned(self.ram, self.page_size):
+            raise ValueError(
+                f"ram must be a positive multiple of page_size ({int(self.page_size)}), not {int(self.ram)}"
+            )
+
+
+class Host(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The modelled host: what its kernel and IOMMU can do."""
+
+    page_size: Size = Size(1 << 16)
+    memlock: Limit = UNLIMITED
+    """RLIMIT_MEMLOCK of the guest's process, in bytes."""
+    hpa: Literal["contiguous", "scatter"] = "contiguous"
+    pgsizes: list[Size] = msgspec.field(default_factory=lambda: list(PAGE_SIZES))
+    """IOMMU page sizes that the host's windows may have."""
+    max_windows: Annotated[int, Meta(ge=1, le=2)] = 2
+    default_window: Size = Size(1 << 31)
+    """Size of the host's 32-bit window in bytes."""
+    on_stuck: Literal["kill", "warn", "stop-guest"] = "kill"
+    """What becomes of a device that does not leave its DMA section by the deadline of a revoke."""
+
+
+class Device(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One PCI device. ``group`` is the IOMMU group of an assigned one."""
+
+    id: Name
+    model: Name
+    attach: Attach = "emulated"
+    addr: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{1,2}(\.[0-7])?$")]
+    """Slot and function on the PHB's bus, as QEMU writes them: ``02.0``."""
+    group: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    props: dict[str, Prop] = {}
+
+
+class Rule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One fault that the interposer injects into the messages between guestd and hostd.
+
+    ``ioctl`` is the name without its prefix (``UNMAP_DMA``, ``MAP_DMA``, ``TCE_CREATE``…; empty: any). The rule acts
+    on the messages that match, from the ``nth`` (1 is the first) on, ``count`` times. ``drop`` loses the message:
+    with ``answer`` the guest is told that it succeeded, as a buggy shim would; without, its wait runs into the
+    deadline.
+    """
+
+    action: Literal["drop", "delay", "duplicate", "fail", "kill"]
+    ioctl: str = ""
+    iova: Size | None = None
+    nth: Count = 1
+    count: Count = 1
+    answer: bool = True
+    errno: str = "EIO"
+    seconds: Seconds = Seconds(0.1)
+    role: Role = "hostd"
+    """Whom ``kill`` kills."""
+    armed: bool = True
+    """False: acts only after an ``arm`` step."""
+
+
+class Probe(Struct, forbid_unknown_fields=True, kw_only=True):
+    """DMA by ``device`` through the pages that a replay maps, before and after their unmap."""
+
+    device: Name
+    window: Literal["default", "dynamic", "any"] = "any"
+    limit: Count = 1 << 20
+    """Probe at most this many pages."""
+
+
+class At(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A signal to a process. ``at`` arms it for the moment when the next replay has made that many calls; absent:
+    now.
+    """
+
+    role: Role | None = None
+    device: Name | None = None
+    at: Count | None = None
+
+    def __post_init__(self) -> None:
+        if (self.role is None) == (self.device is None):
+            raise ValueError("give either role or device")
+
+
+class Replay(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Replay a recorded QEMU trace: a shipped recording's name or a path relative to the scenario file."""
+
+    trace: str
+    probes: list[Probe] = []
+
+
+class LinuxDdw(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Linux's sequence for a dynamic window: query, create, map RAM 1:1."""
+
+    device: Name
+    expect: Literal["window", "refused"] = "window"
+    page_size: Size | None = None
+    """The page size that the window is expected to get."""
+
+
+class Dma(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One DMA by ``device`` at ``iova``: ``write`` to memory or ``read`` from it, ``length`` bytes.
+
+    With ``gpa`` the guest's memory there is compared; without it the refusal or success that the device saw is all
+    there is.
+    """
+
+    device: Name
+    iova: Size
+    direction: Literal["write", "read"] = "write"
+    length: Annotated[int, Meta(ge=4, le=4096)] = 64
+    gpa: Size | None = None
+    expect: Literal["ok", "refused"] = "ok"
+
+
+class MapPages(Struct, forbid_unknown_fields=True, kw_only=True):
+    """H_PUT_TCE for ``pages`` pages from ``iova``, to ``gpa`` onwards."""
+
+    iova: Size
+    gpa: Size
+    pages: Count = 1
+    page_size: Size = Size(4096)
+    perm: Literal["r", "w", "rw"] = "rw"
+    liobn: Size = Size(0x80000000)
+    expect: str = "H_SUCCESS"
+
+
+class UnmapPages(Struct, forbid_unknown_fields=True, kw_only=True):
+    """H_STUFF_TCE of zero over ``pages`` entries from ``iova``."""
+
+    iova: Size
+    pages: Count = 1
+    liobn: Size = Size(0x80000000)
+    expect: str = "H_SUCCESS"
+
+
+class Hcall(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Any hypercall by name or number."""
+
+    name: str | int
+    args: list[Size] = []
+    expect: str = "H_SUCCESS"
+
+
+class Rtas(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Any RTAS call by name (``ibm,query-pe-dma-window``) or token."""
+
+    name: str | int
+    args: list[Size] = []
+    nret: Annotated[int, Meta(ge=1, le=16)] = 1
+    expect: int = 0
+
+
+class Expect(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A value that a process reports in its status: ``key`` (dots go into objects) must be ``equals``, or within
+    ``at_least`` and ``at_most``.
+    """
+
+    role: Role
+    key: str
+    equals: Prop | None = None
+    at_least: int | None = None
+    at_most: int | None = None
+
+
+class Wait(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Wait until ``role`` answers again (``ready``) or has ended (``gone``)."""
+
+    role: Role
+    until: Literal["ready", "gone"] = "ready"
+    seconds: Seconds = Seconds(10)
+
+
+class Explain(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Explain ``iova`` for ``device`` into the report; ``fails`` is the stage that must refuse it."""
+
+    device: Name
+    iova: Size
+    fails: Literal["none", "stage-1", "stage-2", "any"] | None = None
+
+
+class FindLost(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Compare the logs of all processes: how many messages were lost between them, and at which hop.
+
+    ``stale_dma``: a DMA that passed at an IOVA which the lost message should have unmapped must be in the logs too.
+    """
+
+    expect: Annotated[int, Meta(ge=0)] = 0
+    stale_dma: bool = False
+
+
+class Arm(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Let the interposer's rules that were not ``armed`` act from now on."""
+
+
+class Step(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One step: exactly one of these keys."""
+
+    replay: Replay | UnsetType = UNSET
+    linux_ddw: LinuxDdw | UnsetType = UNSET
+    dma: Dma | UnsetType = UNSET
+    map: MapPages | UnsetType = UNSET
+    unmap: UnmapPages | UnsetType = UNSET
+    hcall: Hcall | UnsetType = UNSET
+    rtas: Rtas | UnsetType = UNSET
+    kill: At | UnsetType = UNSET
+    stop: At | UnsetType = UNSET
+    cont: At | UnsetType = UNSET
+    expect: Expect | UnsetType = UNSET
+    wait: Wait | UnsetType = UNSET
+    explain: Explain | UnsetType = UNSET
+    find_lost: FindLost | UnsetType = UNSET
+    arm: Arm | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not UNSET]
+        if len(given) != 1:
+            got = " and ".join(given) if given else "none"
+            raise ValueError(f"a step has exactly one action, got {got}")
+
+    @property
+    def action(self) -> tuple[str, Struct]:
+        """The action's name and parameters."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Struct):
+                return name, value
+        raise AssertionError("a step always has one action")
+
+
+class StartFails(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The run is expected to end at start: ``role`` refuses, and says something with ``message`` in it."""
+
+    role: Role
+    message: str
+
+
+class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The whole file."""
+
+    name: Name
+    description: str
+    machine: Machine = msgspec.field(default_factory=Machine)
+    host: Host = msgspec.field(default_factory=Host)
+    devices: list[Device] = []
+    notifier: Literal["process", "inline"] = "process"
+    restart: Literal["never", "on-failure"] = "never"
+    interpose: list[Rule] = []
+    timeout: Seconds = Seconds(120)
+    start_fails: StartFails | None = None
+    steps: list[Step] = []
+
+    def __post_init__(self) -> None:
+        self._refuse_doubles("id", [device.id for device in self.devices])
+        self._refuse_doubles("addr", [device.addr for device in self.devices])
+        known = {device.id for device in self.devices}
+        for index, step in enumerate(self.steps):
+            name, action = step.action
+            wanted = [probe.device for probe in action.probes] if isinstance(action, Replay) else []
+            wanted.append(getattr(action, "device", None) or "")
+            for device in filter(None, wanted):
+                if device not in known:
+                    raise ValueError(f"steps[{index}].{name}: no device has the id {device}")
+
+    @staticmethod
+    def _refuse_doubles(what: str, values: list[str]) -> None:
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"devices: two have the {what} {value}")
