@@ -5,7 +5,7 @@ device travels on the vfio-user stream that came with Setup; this channel carrie
 ends the process: it lives for one open.
 
 Descriptors of Setup, in this order: vfio-user stream, lanes (written by the device), PE block (read-only), domain
-memory (read-only), then one for each of ``segments``.
+memory (read-only), hostd's pidfd, then one for each of ``segments``.
 """
 
 from __future__ import annotations
@@ -15,28 +15,32 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from protocols.codec import Codec
-from protocols.fields import U16, U32, U64, Message, Name, Props, Text
+from protocols.fields import U16, U64, Message, Name, Props, Text
 
 MAX_SEGMENTS = 200
 """Segments in one Setup: SCM_RIGHTS carries at most 253 descriptors."""
-MAX_HPAS = 16384
-"""Backing pages of one segment that is not contiguous."""
 
-SETUP_FDS = 4
+PageShift = Annotated[int, Meta(ge=0, le=51)]
+
+SETUP_FDS = 5
 """Descriptors of Setup before those of the segments."""
 
 
 class SegmentMap(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where segment ``id`` of ``length`` bytes lies in host-physical space.
+    """Where segment ``id`` of ``length`` bytes, backed by pages of ``page_size``, lies in host-physical space.
 
-    ``hpas`` holds native-endian 8-byte words: one when the segment is contiguous from there, else one for each backing
-    page of ``page_size`` bytes.
+    Backing page ``p`` (of ``1 << page_shift`` bytes) lies at ``base + ((p * multiplier + addend) mod 2**bits << page_shift)``.
     """
 
-    id: U32
+    id: Name
     length: U64
     page_size: U64
-    hpas: Annotated[bytes, Meta(min_length=8, max_length=8 * MAX_HPAS)]
+    base: U64
+    page_shift: PageShift
+    pages: U64
+    bits: PageShift
+    multiplier: U64
+    addend: U64
 
 
 class Setup(Message, tag="setup", frozen=True):
@@ -58,7 +62,7 @@ class AddSegment(Message, tag="add-segment", frozen=True):
 class RemoveSegment(Message, tag="remove-segment", frozen=True):
     """Segment ``id`` is no longer mapped by anybody; the device drops its map and descriptor."""
 
-    id: U32
+    id: Name
 
 
 class Quiesce(Message, tag="quiesce", frozen=True):
