@@ -1,0 +1,277 @@
+"""A PCI bus: functions by devfn, configuration cycles, BARs in memory, and each function's DMA address space.
+
+What belongs to a host bridge is given to the bus: the memory regions that show the bus's memory and I/O space, where
+they begin in bus addresses, the machine's byte order, and what happens to an interrupt pin. An IOMMU puts an
+:class:`IOMMUOps` on the bus before devices come; each function's address space is asked for **once, at plug**, and
+bound into the device: no access walks the bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vfio_model.clock import VirtualClock
+from vfio_model.errors import ConfigError
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.region import IORegion, MemoryRegion, transaction
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.address import FUNCTIONS, SLOTS, PCIAddress
+from vfio_model.pci.device import PCIDevice
+from vfio_model.trace import NULL_TRACE, Trace
+
+DEVFNS = SLOTS * FUNCTIONS
+
+
+class IOMMUOps(Protocol):
+    """What an IOMMU does for the bus it sits on (QEMU's ``PCIIOMMUOps``)."""
+
+    def get_address_space(self, bus: PCIBus, devfn: int) -> AddressSpace:
+        """The DMA address space of function ``devfn``; the same object each time."""
+
+
+@dataclass
+class Window:
+    """Where a kind of bus space appears: ``region`` shows bus addresses from ``base`` on (region offset 0)."""
+
+    region: MemoryRegion
+    base: int = 0
+
+
+@dataclass
+class BusOptions:
+    """What the host bridge decides. ``intx(devfn, pin, level)`` takes pin changes (pin 1..4)."""
+
+    big_endian: bool = False
+    """Byte order of the machine, for devices whose registers are in native order."""
+    allow_zero_bars: bool = False
+    """Whether a BAR at bus address 0 is set (pseries) or not yet (PC)."""
+    intx: Callable[[int, int, bool], None] = field(default=lambda devfn, pin, level: None)
+    idle: Callable[[Callable[[], bool]], None] | None = None
+    """The event loop's idle hook, if the machine runs in one."""
+
+
+class PluggedHost:
+    """The :class:`~vfio_model.pci.device.DeviceHost` of a function in the guest machine."""
+
+    def __init__(self, bus: PCIBus, devfn: int) -> None:
+        self.clock = bus.clock
+        self.trace = bus.trace
+        self._bus, self._devfn = bus, devfn
+
+    def set_intx(self, level: bool) -> None:
+        """Hand a pin change to the host bridge."""
+        device = self._bus.devices.get(self._devfn)
+        if device is not None and device.INTERRUPT_PIN:
+            self._bus.options.intx(self._devfn, device.INTERRUPT_PIN, level)
+
+    def msi(self, vector: int) -> None:
+        """A DMA write of the message through the device's own address space: translated, and gated by bus mastering.
+
+        One that does not get through is lost, as on hardware."""
+        device = self._bus.devices[self._devfn]
+        assert device.msi is not None, "a message from a device without the capability"
+        address, data = device.msi.message(vector)
+        result = device.dma.write(address, data.to_bytes(4, "little"))
+        self.trace("msi_message", devfn=self._devfn, vector=vector, address=address, data=data, result=int(result))
+
+
+class IdlePluggedHost(PluggedHost):
+    """The same in a machine that has an event loop."""
+
+    def idle(self, callback: Callable[[], bool]) -> None:
+        """Pass ``callback`` to the machine's loop."""
+        hook = self._bus.options.idle
+        assert hook is not None, "made for a bus with an idle hook only"
+        hook(callback)
+
+
+class _BarOps:
+    """A BAR as the ops of an I/O region."""
+
+    def __init__(self, device: PCIDevice, index: int) -> None:
+        self.min_access_size, self.max_access_size = device.bar_spec(index).access
+        self._device, self._index = device, index
+
+    def read(self, addr: int, size: int) -> int | None:
+        return self._device.bar_read(self._index, addr, size)
+
+    def write(self, addr: int, size: int, value: int) -> MemTxResult:
+        return self._device.bar_write(self._index, addr, size, value)
+
+
+class PCIBus:
+    """One bus. ``memory`` and ``io`` show its spaces, ``system`` is where DMA goes without an IOMMU.
+
+    ``number`` is what the guest calls the bus (0 for a root bus).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        memory: Window,
+        system: AddressSpace,
+        clock: VirtualClock,
+        io: Window | None = None,
+        number: int = 0,
+        options: BusOptions | None = None,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        self.name, self.number = name, number
+        self.memory, self.io, self.system = memory, io, system
+        self.clock, self.trace = clock, trace
+        self.options = options or BusOptions()
+        self.devices: dict[int, PCIDevice] = {}
+        """By devfn."""
+        self._iommu: IOMMUOps | None = None
+        self._regions: dict[tuple[int, int], MemoryRegion] = {}
+
+    def setup_iommu(self, ops: IOMMUOps) -> None:
+        """Put an IOMMU on the bus; before any device is plugged."""
+        assert not self.devices, "a bus gets its IOMMU before its devices"
+        self._iommu = ops
+
+    def address(self, devfn: int) -> PCIAddress:
+        """The address of ``devfn`` on this bus."""
+        return PCIAddress.of(self.number, devfn)
+
+    # -- plugging ------------------------------------------------------------------------------------------------
+
+    def host_for(self, devfn: int) -> PluggedHost:
+        """The surroundings for a device that is made for ``devfn`` and then given to :meth:`attach`."""
+        return IdlePluggedHost(self, devfn) if self.options.idle is not None else PluggedHost(self, devfn)
+
+    def plug(self, device_class: type[PCIDevice], devfn: int, **props: object) -> PCIDevice:
+        """Make a device and attach it.
+
+        :raise ConfigError: when ``devfn`` is taken or out of range, or a property does not fit.
+        """
+        self._check_free(devfn)
+        return self.attach(device_class(self.host_for(devfn), **props), devfn)
+
+    def attach(self, device: PCIDevice, devfn: int) -> PCIDevice:
+        """Attach a device made with :meth:`host_for`; binds its DMA and realizes it.
+
+        :raise ConfigError: when ``devfn`` is taken or out of range.
+        """
+        self._check_free(devfn)
+        self.devices[devfn] = device
+        for bar in device.BARS:
+            region = device.bar_region(bar.index) or self._bar_region(device, devfn, bar.index)
+            self._regions[devfn, bar.index] = region
+        device.on_mapping_change = lambda: self._update_bars(devfn)
+        device.system.bind(self.system)
+        device.attach_dma(self.iommu_address_space(devfn))
+        device.realize()
+        return device
+
+    def detach(self, devfn: int) -> PCIDevice:
+        """Take the device out (hot-unplug, surprise removal): DMA stops, BARs vanish.
+
+        :raise KeyError: when nothing is plugged there.
+        """
+        device = self.devices[devfn]
+        device.unrealize()
+        device.reset_enter()
+        device.lower_irq()
+        device.on_mapping_change = None
+        with transaction():
+            for bar in device.BARS:
+                region = self._regions.pop((devfn, bar.index))
+                if region.parent is not None:
+                    region.parent.del_subregion(region)
+        del self.devices[devfn]
+        return device
+
+    def iommu_address_space(self, devfn: int) -> AddressSpace:
+        """The address space that ``devfn`` has its DMA translated in; system memory without an IOMMU."""
+        return self._iommu.get_address_space(self, devfn) if self._iommu is not None else self.system
+
+    def free_devfn(self, first_slot: int = 1) -> int:
+        """Function 0 of the first slot from ``first_slot`` on where nothing is plugged.
+
+        :raise ConfigError: when the bus is full.
+        """
+        used = {devfn >> 3 for devfn in self.devices}
+        for slot in range(first_slot, SLOTS):
+            if slot not in used:
+                return slot << 3
+        raise ConfigError(f"bus {self.name} has no free slot", hint="a bus holds 32 devices")
+
+    def _check_free(self, devfn: int) -> None:
+        if not 0 <= devfn < DEVFNS:
+            raise ConfigError(
+                f"devfn {devfn:#x} does not exist on bus {self.name}", hint="devfn is slot << 3 | function"
+            )
+        if devfn in self.devices:
+            taken = type(self.devices[devfn]).__name__
+            raise ConfigError(
+                f"{self.address(devfn)} on bus {self.name} is taken by {taken}", hint="give the device another addr="
+            )
+
+    # -- BARs ----------------------------------------------------------------------------------------------------
+
+    def _bar_region(self, device: PCIDevice, devfn: int, index: int) -> MemoryRegion:
+        bar = device.bar_spec(index)
+        big_endian = device.ENDIANNESS == "native" and self.options.big_endian
+        name = f"{self.address(devfn)} BAR{index}"
+        return IORegion(name, bar.size, _BarOps(device, index), big_endian=big_endian)
+
+    def _update_bars(self, devfn: int) -> None:
+        device = self.devices[devfn]
+        with transaction():
+            for bar in device.BARS:
+                self._place(device, devfn, bar.index)
+
+    def _place(self, device: PCIDevice, devfn: int, index: int) -> None:
+        window = self.io if device.bar_spec(index).is_io else self.memory
+        where = device.bar_range(index, allow_zero=self.options.allow_zero_bars)
+        region = self._regions[devfn, index]
+        if window is None or where is None or not 0 <= where.start - window.base < window.region.size:
+            if region.parent is not None:
+                region.parent.del_subregion(region)
+        elif region.parent is not None:
+            region.set_offset(where.start - window.base)
+        else:
+            window.region.add_subregion(where.start - window.base, region, priority=1)
+
+    # -- configuration cycles --------------------------------------------------------------------------------------
+
+    def config_read(self, devfn: int, offset: int, size: int) -> int:
+        """A configuration read of 1, 2 or 4 bytes; all ones where nothing answers."""
+        device = self.devices.get(devfn)
+        return (1 << size * 8) - 1 if device is None else device.config_read(offset, size)
+
+    def config_write(self, devfn: int, offset: int, size: int, value: int) -> None:
+        """A configuration write; lost where nothing answers."""
+        device = self.devices.get(devfn)
+        if device is not None:
+            device.config_write(offset, size, value)
+
+    # -- reset ---------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[PCIDevice]:
+        return iter([device for _, device in sorted(self.devices.items())])
+
+    def reset_enter(self) -> None:
+        """First phase of all devices: no DMA from here on."""
+        for device in self:
+            device.reset_enter()
+
+    def reset_hold(self) -> None:
+        """Second phase of all devices."""
+        for device in self:
+            device.reset_hold()
+
+    def reset_exit(self) -> None:
+        """Third phase of all devices."""
+        for device in self:
+            device.reset_exit()
+
+    def reset(self) -> None:
+        """Reset the bus alone, all three phases."""
+        self.reset_enter()
+        self.reset_hold()
+        self.reset_exit()

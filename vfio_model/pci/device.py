@@ -1,0 +1,290 @@
+"""A PCI function: configuration space, BARs, interrupts, DMA and reset, around the behaviour of a device class.
+
+A device sees two things of the world: its :class:`~vfio_model.memory.dma.DMASpace` and its :class:`DeviceHost`. The
+same class therefore runs in the guest machine (:mod:`vfio_model.pci.bus` is its host), in a device process (an
+eventfd is its interrupt) and in a unit test. Registers are integers: byte order is decided by who carries them, by
+:attr:`PCIDevice.ENDIANNESS`.
+
+Life of a device::
+
+    __init__ ──► realize() ──► attach_dma() ──► accesses … reset_enter() ─ reset_hold() ─ reset_exit() … ──► unrealize()
+                                                 DMA stops    registers      running again
+
+Bus mastering is not asked for on each DMA: :attr:`PCIDevice.dma` is *bound* to the device's address space or to one
+that decodes nothing, when the bit in the command register changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from vfio_model.clock import VirtualClock
+from vfio_model.errors import ConfigError
+from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace
+from vfio_model.memory.region import MemoryRegion
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bar import BarSpec
+from vfio_model.pci.config_space import (
+    COMMAND_INTX_DISABLE,
+    COMMAND_IO,
+    COMMAND_MASTER,
+    COMMAND_MEMORY,
+    STATUS_INTERRUPT,
+    ConfigSpace,
+    Field,
+    type0_header,
+)
+from vfio_model.pci.msi import MsiCapability
+from vfio_model.ranges import Range
+from vfio_model.trace import Trace
+
+SUBSYSTEM_VENDOR_QUMRANET = 0x1AF4
+SUBSYSTEM_QEMU = 0x1100
+
+IDLE_SLICE_NS = 1000
+
+
+class DeviceHost(Protocol):
+    """What surrounds a device: the guest machine's bus, a device process, or a test."""
+
+    clock: VirtualClock
+    trace: Trace
+
+    def set_intx(self, level: bool) -> None:
+        """Drive the device's interrupt pin."""
+
+    def msi(self, vector: int) -> None:
+        """Send message ``vector``. The host knows where messages go."""
+
+
+@runtime_checkable
+class IdleHost(Protocol):
+    """A host with an event loop that lets a device work when nothing else is to be done."""
+
+    def idle(self, callback: Callable[[], bool]) -> None:
+        """Call ``callback()`` whenever there is nothing else to do, until it returns False."""
+
+
+class Prop(NamedTuple):
+    """A property that whoever creates the device may give."""
+
+    type: type
+    default: object
+    doc: str
+
+
+class PCIDevice:
+    """Base of every device model. A subclass states its facts as class attributes and overrides the ``bar_*`` and reset
+    methods; what it does to memory goes through :attr:`dma`."""
+
+    VENDOR_ID: int
+    DEVICE_ID: int
+    REVISION: int = 0
+    CLASS_ID: int = 0x00FF
+    """Base class << 8 | subclass; 0x00ff is "unclassified"."""
+    SUBSYSTEM_VENDOR_ID: int = SUBSYSTEM_VENDOR_QUMRANET
+    SUBSYSTEM_ID: int = SUBSYSTEM_QEMU
+    INTERRUPT_PIN: int = 0
+    """1 for INTA … 4 for INTD; 0 for a device without."""
+    BARS: tuple[BarSpec, ...] = ()
+    MSI_VECTORS: int = 0
+    ENDIANNESS: Literal["native", "little"] = "little"
+    """Byte order of the BARs' registers: little-endian, or the machine's own (QEMU's ``DEVICE_NATIVE_ENDIAN``)."""
+    BUS_MASTER_GATED: bool = True
+    """Whether DMA stops while bus mastering is off, as on hardware."""
+    PROPS: Mapping[str, Prop] = {}
+
+    def __init__(self, host: DeviceHost, **props: object) -> None:
+        """:raise ConfigError: for a property that the device has not got, or of another type."""
+        self.host = host
+        self.props = _checked_props(type(self), props)
+        self.dma = DMASpace()
+        """The device's bus-master address space."""
+        self.system = DMASpace()
+        """System memory by guest-physical address, for test devices that look behind the IOMMU; blocked unless
+        given."""
+        self.on_mapping_change: Callable[[], None] | None = None
+        """Called when a BAR may have moved: it was written, or decoding was switched, or the device was reset."""
+        self._impl: DMAImpl = BLOCKED
+        self.irq_by_msi: bool | None = None
+        """Set by a host that switches MSI itself (VFIO does); None follows the capability."""
+        self._intx = self._intx_driven = False
+        self.config = self._build_config()
+        self.msi = MsiCapability(self.config, self.MSI_VECTORS) if self.MSI_VECTORS else None
+        self.config.on_write("command", self._command_written)
+        for bar in self.BARS:
+            self.config.on_write(f"bar{bar.index}", self._mapping_changed)
+
+    # -- identity ------------------------------------------------------------------------------------------------
+
+    def _build_config(self) -> ConfigSpace:
+        identity = {
+            "vendor_id": self.VENDOR_ID,
+            "device_id": self.DEVICE_ID,
+            "revision": self.REVISION,
+            "class_device": self.CLASS_ID,
+            "subsystem_vendor_id": self.SUBSYSTEM_VENDOR_ID,
+            "subsystem_id": self.SUBSYSTEM_ID,
+            "interrupt_pin": self.INTERRUPT_PIN,
+        }
+        config = ConfigSpace(type0_header(identity))
+        for bar in self.BARS:
+            config.add(Field(f"bar{bar.index}", bar.offset, bar.width, bar.type_bits, bar.write_mask))
+        return config
+
+    def bar_spec(self, index: int) -> BarSpec:
+        """The declaration of BAR ``index``.
+
+        :raise KeyError: when the device has no such BAR.
+        """
+        for bar in self.BARS:
+            if bar.index == index:
+                return bar
+        raise KeyError(index)
+
+    # -- for the bus ---------------------------------------------------------------------------------------------
+
+    def config_read(self, offset: int, size: int) -> int:
+        """A guest's configuration read; see :meth:`ConfigSpace.read`."""
+        return self.config.read(offset, size)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """A guest's configuration write; see :meth:`ConfigSpace.write`."""
+        self.config.write(offset, size, value)
+
+    def bar_region(self, index: int) -> MemoryRegion | None:
+        """What shows BAR ``index`` in memory, if the device has a region of its own (mmapped device memory); None lets
+        the bus make one out of :meth:`bar_read` and :meth:`bar_write`."""
+        return None
+
+    def bar_range(self, index: int, *, allow_zero: bool = False) -> Range | None:
+        """The bus addresses that BAR ``index`` decodes now; None when it is not set or decoding is off."""
+        bar = self.bar_spec(index)
+        enabled = self.config.get("command") & (COMMAND_IO if bar.is_io else COMMAND_MEMORY)
+        return bar.decoded(self.config.get(f"bar{index}"), allow_zero=allow_zero) if enabled else None
+
+    def _mapping_changed(self) -> None:
+        if self.on_mapping_change is not None:
+            self.on_mapping_change()
+
+    # -- for the device class ------------------------------------------------------------------------------------
+
+    def realize(self) -> None:
+        """Called once, before the first access, with :attr:`host` and :attr:`props` in place."""
+
+    def unrealize(self) -> None:
+        """Called once, after the last access: stop timers and idle work."""
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int | None:
+        """The value of ``size`` bytes at ``offset`` of BAR ``bar``; None is a device error."""
+        return (1 << size * 8) - 1
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> MemTxResult:
+        """Write ``value`` (``size`` bytes) at ``offset`` of BAR ``bar``."""
+        return MemTxResult.OK
+
+    def run_when_idle(self, callback: Callable[[], bool]) -> None:
+        """Call ``callback()`` again and again until it returns False, serving other work in between: from the host's
+        idle hook, else from a timer, one slice per :data:`IDLE_SLICE_NS` of virtual time."""
+        if isinstance(self.host, IdleHost):
+            self.host.idle(callback)
+            return
+        clock = self.host.clock
+
+        def slice_() -> None:
+            if callback():
+                timer.mod(clock.now_ns + IDLE_SLICE_NS)
+
+        timer = clock.timer(slice_)
+        timer.mod(clock.now_ns + IDLE_SLICE_NS)
+
+    # -- interrupts ----------------------------------------------------------------------------------------------
+
+    @property
+    def uses_msi(self) -> bool:
+        """Whether interrupts go out as messages now."""
+        if self.irq_by_msi is not None:
+            return self.irq_by_msi
+        return self.msi is not None and self.msi.enabled
+
+    def raise_irq(self, vector: int = 0) -> None:
+        """Interrupt the guest: a message when MSI is enabled, else the pin goes (and stays) up."""
+        if self.uses_msi:
+            self.host.msi(vector)
+        elif not self._intx:
+            self._intx = True
+            self._drive_intx()
+
+    def lower_irq(self) -> None:
+        """Take the pin down; nothing when it is down already. Messages have no level."""
+        if self._intx:
+            self._intx = False
+            self._drive_intx()
+
+    @property
+    def intx_level(self) -> bool:
+        """What the pin shows: the device's wish, unless the command register disables it."""
+        return self._intx and not self.config.get("command") & COMMAND_INTX_DISABLE
+
+    def _drive_intx(self) -> None:
+        status = self.config.get("status")
+        self.config.set("status", status | STATUS_INTERRUPT if self._intx else status & ~STATUS_INTERRUPT)
+        level = self.intx_level
+        if level != self._intx_driven:
+            self._intx_driven = level
+            self.host.set_intx(level)
+
+    # -- DMA -----------------------------------------------------------------------------------------------------
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the guest lets the device issue DMA."""
+        return bool(self.config.get("command") & COMMAND_MASTER)
+
+    def attach_dma(self, impl: DMAImpl) -> None:
+        """Give the device its address space; bus mastering decides when :attr:`dma` reaches it."""
+        self._impl = impl
+        self._bind_dma()
+
+    def _bind_dma(self) -> None:
+        open_ = self.bus_master or not self.BUS_MASTER_GATED
+        self.dma.bind(self._impl if open_ else BLOCKED)
+
+    def _command_written(self) -> None:
+        self._bind_dma()
+        self._drive_intx()
+        self._mapping_changed()
+
+    # -- reset ---------------------------------------------------------------------------------------------------
+
+    def reset_enter(self) -> None:
+        """First phase: no DMA leaves the device from here on. Subclasses stop their timers, then call this."""
+        self.dma.bind(BLOCKED)
+
+    def reset_hold(self) -> None:
+        """Second phase: registers go to their reset values, the pin goes down."""
+        self.lower_irq()
+        self.config.reset()
+        self._mapping_changed()
+
+    def reset_exit(self) -> None:
+        """Third phase: the device runs again (without bus mastering, which the reset took away)."""
+        self._bind_dma()
+
+    def reset(self) -> None:
+        """All three phases, for a device that is reset alone."""
+        self.reset_enter()
+        self.reset_hold()
+        self.reset_exit()
+
+
+def _checked_props(cls: type[PCIDevice], given: Mapping[str, object]) -> dict[str, object]:
+    for name, value in given.items():
+        prop = cls.PROPS.get(name)
+        if prop is None:
+            known = ", ".join(sorted(cls.PROPS)) or "none"
+            raise ConfigError(f"{cls.__name__} has no property {name!r}", hint=f"properties: {known}")
+        if not isinstance(value, prop.type):
+            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, expected {prop.type.__name__}", hint=prop.doc)
+    return {name: given.get(name, prop.default) for name, prop in cls.PROPS.items()}
