@@ -30,8 +30,23 @@ def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, *
     np = _numpy()
     addresses = np.asarray(pages, dtype=np.uint64)
     words = np.empty((len(addresses), DmaMap.SIZE // 8), dtype=np.uint64)
-    words[:, 0] = int.from_bytes(DmaMap.FORMAT.pack(DmaMap.SIZE, _READ_WRITE if writable else _READ, 0, 0, 0)[:8], sys.byteorder)
+    words[:, 0] = int.from_bytes(
+        DmaMap.FORMAT.pack(DmaMap.SIZE, _READ_WRITE if writable else _READ, 0, 0, 0)[:8], sys.byteorder
+    )
     words[:, 1] = addresses + np.uint64(to_vaddr & ((1 << 64) - 1))
     words[:, 2] = np.uint64(first_iova) + (np.arange(len(addresses), dtype=np.uint64) << np.uint64(page_shift))
     words[:, 3] = np.uint64(1 << page_shift)
     return memoryview(words).cast("B")
+
+
+def page_bounds(pages: Any) -> tuple[int, int]:
+    """The lowest and the highest of ``pages`` (u64, at least one)."""
+    array = _numpy().asarray(pages, dtype="u8")
+    return int(array.min()), int(array.max())
+
+
+def uniform_value(values: Any) -> int | None:
+    """The value that all of ``values`` (at least one) have, or None."""
+    array = _numpy().asarray(values)
+    first = int(array[0])
+    return first if bool((array == first).all()) else None

@@ -1,12 +1,13 @@
 """A VFIO container as its user holds it, and the queue between a guest's IOMMU and the host.
 
-``VFIOIOMMU`` is what the memory listener talks to (QEMU's ``VFIOIOMMUClass``): it maps, unmaps, adds and removes windows,
-and never sees an ioctl. One hypercall may change many entries: the listener only *queues*; :meth:`VFIOIOMMU.flush` sends
-what is queued, entries of one kind in one message, and waits for one answer. The order of what was queued is kept.
+``VFIOIOMMU`` is what the memory listener talks to (QEMU's ``VFIOIOMMUClass``): it maps, unmaps, adds and removes
+windows, and never sees an ioctl. One hypercall may change many entries: the listener only *queues*;
+:meth:`VFIOIOMMU.flush` sends what is queued, entries of one kind in one message, and waits for one answer. The
+order of what was queued is kept.
 
-When the host is gone (:class:`~vfio_model.errors.PeerLost`) the container is *lost*: its devices are dead, so there is
-nothing left that a mapping could serve, and changes are dropped until the owner builds a new container, whose listeners replay
-every mapping.
+When the host is gone (:class:`~vfio_model.errors.PeerLost`) the container is *lost*: its devices are dead, so
+there is nothing left that a mapping could serve, and changes are dropped until the owner builds a new container,
+whose listeners replay every mapping.
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ class MappingQueue:
             self._trace("vfio_dma_error", errno=errno.errorcode.get(error.errno or 0, "?"), done=error.done)
             return error
         except PeerLost as error:
+            self.gone(error)
+        return None
+
+    def gone(self, error: PeerLost) -> None:
+        """The host is gone: forget what is queued and tell the owner, once."""
+        self._pending.clear()
+        if not self.lost:
             self.lost = True
             self.on_lost(error)
-        return None

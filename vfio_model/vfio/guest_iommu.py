@@ -1,13 +1,14 @@
 """One IOMMU section of a guest, followed by a VFIO container: QEMU's ``VFIOGuestIOMMU``.
 
-A notification's IOVA is relative to the IOMMU *region*; the host wants it relative to the device's address space, so the
-record keeps ``iommu_offset`` = section offset in the address space - section offset in the region, and adds it. An entry
-that does not translate to the guest's RAM is reported and not mapped: a guest may write any TCE it likes.
+A notification's IOVA is relative to the IOMMU *region*; the host wants it relative to the device's address space,
+so the record keeps ``iommu_offset`` = section offset in the address space - section offset in the region, and adds
+it. An entry that does not translate to the guest's RAM is reported and not mapped: a guest may write any TCE it
+likes.
 """
 
 from __future__ import annotations
 
-from vfio_model.batch.dma_map import pack_dma_maps
+from vfio_model.batch.dma_map import pack_dma_maps, page_bounds, uniform_value
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
 from vfio_model.memory.listener import MemoryRegionSection
@@ -60,7 +61,12 @@ class VFIOGuestIOMMU:
         size = entry.addr_mask + 1
         perm = int(entry.perm)
         if self._trace.enabled:
-            self._trace("vfio_iommu_map_notify", op="MAP" if perm & _RW else "UNMAP", iova_start=iova, iova_end=iova + entry.addr_mask)
+            self._trace(
+                "vfio_iommu_map_notify",
+                op="MAP" if perm & _RW else "UNMAP",
+                iova_start=iova,
+                iova_end=iova + entry.addr_mask,
+            )
         if not perm & _RW:
             self._backend.queue.unmap(iova, size)
             return
@@ -97,12 +103,12 @@ class VFIOGuestIOMMU:
 
     def _pack(self, first: Iova, run: IOMMUTLBRun) -> memoryview | None:
         """The run as MAP_DMA structures, when all of it lies in one RAM block with one permission."""
-        bounds = run.bounds()
-        if bounds is None:
+        perm = int(run.perms) if isinstance(run.perms, int) else uniform_value(run.perms)
+        if perm is None or not perm & _RW:
             return None
-        lowest, highest, perm = bounds
+        lowest, highest = page_bounds(run.translated)
         span = self._system.ram_span(Gpa(lowest))
-        if span is None or not perm & _RW or highest - lowest + (1 << run.page_shift) > span.size:
+        if span is None or highest - lowest + (1 << run.page_shift) > span.size:
             return None
         to_vaddr = span.block.hva + span.offset - lowest
         writable = bool(perm & _WO) and not span.readonly

@@ -1,18 +1,20 @@
 """The memory listeners of a container: what makes the host follow the guest's memory.
 
-Two listeners with two jobs. :class:`PreregListener` watches the *system* address space and preregisters RAM with an sPAPR v2
-container; it must be registered first, because nothing can be mapped before. :class:`VFIOListener` watches the *device's*
-address space: an IOMMU section gets a host window, a notifier and a replay; a RAM section is mapped as it is.
+Two listeners with two jobs. :class:`PreregListener` watches the *system* address space and preregisters RAM with
+an sPAPR v2 container; it must be registered first, because nothing can be mapped before. :class:`VFIOListener`
+watches the *device's* address space: an IOMMU section gets a host window, a notifier and a replay; a RAM section
+is mapped as it is.
 
-An error before ``initialized`` is kept (the first one) and fails the device's realize. Later, the section that the host
-refused stays without mappings and its notifier's flush reports the refusal, so that the hypercall that made the section can undo it
-and answer with an error; QEMU would exit there.
+An error before ``initialized`` is kept (the first one) and fails the device's realize. Later, the section that the
+host refused stays without mappings and its notifier's flush reports the refusal, so that the hypercall that made
+the section can undo it and answer with an error; QEMU would exit there.
 """
 
 from __future__ import annotations
 
 import errno
 
+from vfio_model.errors import PeerLost
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
@@ -48,8 +50,13 @@ class PreregListener(MemoryListener):
                 self._trace("vfio_prereg_listener_region_add_skip", reason="Cannot possibly preregister IOMMU memory")
             return None
         page = self._backend.host_page_size
-        if not all(is_aligned(value, page) for value in (section.offset_within_address_space, section.offset_within_region, section.size)):
-            self._trace("vfio_prereg_listener_region_add_skip", reason="received unaligned region", start=section.range.start)
+        if not all(
+            is_aligned(value, page)
+            for value in (section.offset_within_address_space, section.offset_within_region, section.size)
+        ):
+            self._trace(
+                "vfio_prereg_listener_region_add_skip", reason="received unaligned region", start=section.range.start
+            )
             return None
         return Range.sized(region.block.hva + section.offset_within_region, section.size)
 
@@ -57,15 +64,19 @@ class PreregListener(MemoryListener):
         """Register; the first error is kept in :attr:`error`."""
         wanted = self._wanted(section)
         region = ram_of(section)
-        if wanted is None or region is None:
+        if wanted is None or region is None or self._backend.queue.lost:
             return
+        result = 0
         try:
             self._backend.container.register_memory(Hva(wanted.start), wanted.size)
+        except PeerLost as gone:
+            self._backend.queue.gone(gone)
         except OSError as error:
             self.error = self.error or error
+            result = -(error.errno or 0)
         else:
             self._backend.smallest_ram_page = min(self._backend.smallest_ram_page, region.block.page_size)
-        self._trace("vfio_prereg_register", va=wanted.start, size=wanted.size, ret=-(self.error.errno or 0) if self.error else 0)
+        self._trace("vfio_prereg_register", va=wanted.start, size=wanted.size, ret=result)
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Unregister; the result is only traced."""
@@ -75,6 +86,8 @@ class PreregListener(MemoryListener):
         result = 0
         try:
             self._backend.container.unregister_memory(Hva(wanted.start), wanted.size)
+        except PeerLost as gone:
+            self._backend.queue.gone(gone)
         except OSError as error:
             result = -(error.errno or 0)
         self._trace("vfio_prereg_unregister", va=wanted.start, size=wanted.size, ret=result)
@@ -85,7 +98,9 @@ class VFIOListener(MemoryListener):
 
     priority = 10
 
-    def __init__(self, backend: VFIOIOMMU, system: AddressSpace, *, host_page_size: int, trace: Trace = NULL_TRACE) -> None:
+    def __init__(
+        self, backend: VFIOIOMMU, system: AddressSpace, *, host_page_size: int, trace: Trace = NULL_TRACE
+    ) -> None:
         self._backend, self._system, self._host_page_size, self._trace = backend, system, host_page_size, trace
         self._guest_iommus: list[VFIOGuestIOMMU] = []
         self.error: OSError | None = None
@@ -142,7 +157,9 @@ class VFIOListener(MemoryListener):
         if not isinstance(section.mr, IOMMUMemoryRegion):
             self._unmap_ram(section)
             return
-        giommu = next((g for g in self._guest_iommus if g.iommu_mr is section.mr and g.section.range == section.range), None)
+        giommu = next(
+            (g for g in self._guest_iommus if g.iommu_mr is section.mr and g.section.range == section.range), None
+        )
         if giommu is None:
             return
         self._guest_iommus.remove(giommu)
@@ -174,7 +191,12 @@ class VFIOListener(MemoryListener):
             error = self._backend.queue.flush()
         if error and not region.ram_device:  # a device's own RAM may stay unmapped: only peer-to-peer DMA is lost
             self._failed(error)
-        self._trace("vfio_listener_region_add_ram", iova_start=wanted.start, iova_end=wanted.last, ret=error.errno if error else 0)
+        self._trace(
+            "vfio_listener_region_add_ram",
+            iova_start=wanted.start,
+            iova_end=wanted.last,
+            ret=error.errno if error else 0,
+        )
 
     def _unmap_ram(self, section: MemoryRegionSection) -> None:
         wanted = self._interior(section)

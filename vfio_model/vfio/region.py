@@ -1,15 +1,19 @@
 """The seam to a device: regions, interrupts and reset, as a VFIO device file offers them.
 
-Two adapters: a device object in this process, and a device process behind vfio-user framing. Errors are ``OSError`` with
-errno; a device that is gone raises :class:`~vfio_model.errors.PeerLost`, which the guest sees as a surprise removal.
+Two adapters: a device object in this process, and a device process behind vfio-user framing. Errors are
+``OSError`` with errno; a device that is gone raises :class:`~vfio_model.errors.PeerLost`, which the guest sees as
+a surprise removal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, RegionInfo
+
+IrqHandler = Callable[[], None]
+"""Called once for each signal of an interrupt vector; what the device wrote before the signal is visible."""
 
 
 class DeviceConnection(Protocol):
@@ -35,8 +39,12 @@ class DeviceConnection(Protocol):
         """Write; may be posted."""
         ...
 
-    def set_irqs(self, index: int, handlers: Sequence[int]) -> None:
-        """Let vector *n* of ``index`` signal event descriptor ``handlers[n]``; an empty sequence disables the index."""
+    def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
+        """Let vector *n* of ``index`` call ``handlers[n]``; an empty sequence disables the index."""
+        ...
+
+    def unmask_irq(self, index: int) -> None:
+        """Let a level interrupt that masked itself when it was signalled (INTx) be signalled again."""
         ...
 
     def reset(self) -> None:

@@ -4,13 +4,15 @@ Set-up follows the order that the kernel demands: attach the group, set the type
 mapped before), ask for the capabilities, remove the default window. From then on each IOMMU section of the guest
 gets a host window of its own, created when the section appears and removed with it.
 
-Source: Linux ``Documentation/driver-api/vfio.rst`` ("PPC64 sPAPR implementation note") and ``include/uapi/linux/vfio.h``.
+Source: Linux ``Documentation/driver-api/vfio.rst`` ("PPC64 sPAPR implementation note") and
+``include/uapi/linux/vfio.h``.
 """
 
 from __future__ import annotations
 
 import errno
 
+from vfio_model.errors import PeerLost
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.ranges import Range
@@ -73,6 +75,14 @@ class SpaprV2:
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Create a host window that is exactly ``section``; see :class:`~vfio_model.vfio.container.VFIOIOMMU`."""
+        if self.queue.lost:
+            return
+        try:
+            self._add_window(section)
+        except PeerLost as error:
+            self.queue.gone(error)
+
+    def _add_window(self, section: MemoryRegionSection) -> None:
         wanted = section.range
         if other := self.windows.overlapping(wanted):
             raise OSError(errno.EINVAL, f"region {wanted} overlaps the host window {other.range}")
@@ -83,13 +93,17 @@ class SpaprV2:
         start = self._create(page_shift, wanted.size, levels)
         if start != wanted.start:
             self.container.tce_remove(start)
-            raise OSError(errno.EINVAL, f"the host put the window at {start:#x}, the guest needs it at {wanted.start:#x}")
+            raise OSError(
+                errno.EINVAL, f"the host put the window at {start:#x}, the guest needs it at {wanted.start:#x}"
+            )
         self._trace("vfio_spapr_create_window", ps=page_shift, levels=levels, ws=wanted.size, off=start)
         self.windows.add(VFIOHostDMAWindow(wanted.start, wanted.last, 1 << page_shift))
 
     def _create(self, page_shift: int, size: int, levels: int) -> int:
         """TCE_CREATE, retried with one more level while the host refuses and has more to give."""
-        most = max(levels, (64 - page_shift) // (self.host_page_size.bit_length() - 1)) if self.info.levels > 1 else levels
+        most = (
+            max(levels, (64 - page_shift) // (self.host_page_size.bit_length() - 1)) if self.info.levels > 1 else levels
+        )
         while True:
             try:
                 return self.container.tce_create(page_shift, size, levels)
@@ -100,8 +114,12 @@ class SpaprV2:
 
     def del_window(self, section: MemoryRegionSection) -> None:
         """Remove the window that :meth:`add_window` created for this section."""
+        if self.queue.lost:
+            return
         wanted: Range = section.range
         self.windows.remove(wanted)
-        if not self.queue.lost:
+        try:
             self.container.tce_remove(wanted.start)
+        except PeerLost as error:
+            self.queue.gone(error)
         self._trace("vfio_spapr_remove_window", off=wanted.start)
