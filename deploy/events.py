@@ -1,0 +1,99 @@
+"""The event logs of a run, read and merged.
+
+Each process writes ``<role>.events`` into the runtime directory: one JSON object per line, {ns, pid, seq, cause,
+event, fields}, ``ns`` on CLOCK_MONOTONIC, which all processes of a machine share. A process that was killed may leave
+half a line at the end: it is counted, not fatal. The merged order is by time, then by each process's own sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+SUFFIX = ".events"
+
+
+class Record(msgspec.Struct):
+    """One line of a log. ``ns`` monotonic nanoseconds, ``seq`` counts within the process, ``cause`` is 0 when there
+    is none.
+    """
+
+    ns: int
+    pid: int
+    seq: int
+    cause: int
+    event: str
+    fields: dict[str, object] = {}
+    role: str = ""
+    """The log's name, added when it is read."""
+
+    def number(self, field: str) -> int | None:
+        """``fields[field]`` when it is an integer."""
+        value = self.fields.get(field)
+        return value if isinstance(value, int) else None
+
+
+class Log(msgspec.Struct):
+    """Merged records; ``torn`` lines could not be read."""
+
+    records: list[Record]
+    torn: int = 0
+
+    def named(self, *events: str) -> list[Record]:
+        """The records of ``events``, in order."""
+        return [record for record in self.records if record.event in events]
+
+    def roles(self) -> list[str]:
+        """The processes that wrote something, in the order in which they did first."""
+        return list(dict.fromkeys(record.role for record in self.records))
+
+
+def read(directory: Path) -> Log:
+    """Every log in ``directory``, merged."""
+    records: list[Record] = []
+    torn = 0
+    decoder = msgspec.json.Decoder(Record)
+    for path in sorted(directory.glob("*" + SUFFIX)):
+        for line in path.read_bytes().splitlines():
+            try:
+                record = decoder.decode(line)
+            except msgspec.MsgspecError:
+                torn += 1
+                continue
+            record.role = path.name.removesuffix(SUFFIX)
+            records.append(record)
+    return Log(sorted(records, key=lambda record: (record.ns, record.pid, record.seq)), torn)
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """The records as JSON lines."""
+    encoder = msgspec.json.Encoder()
+    with path.open("wb") as file:
+        for record in records:
+            file.write(encoder.encode(record) + b"\n")
+
+
+class FileTrace:
+    """A :class:`vfio_model.trace.Trace` that appends to ``<role>.events``: each record reaches the kernel at once."""
+
+    def __init__(self, directory: Path, role: str) -> None:
+        self.enabled = True
+        self.cause = 0
+        self._seq = 0
+        self._pid = os.getpid()
+        self._encoder = msgspec.json.Encoder(enc_hook=str)
+        self._file: BinaryIO = open(directory / f"{role}{SUFFIX}", "ab", buffering=0)  # noqa: SIM115
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self._seq += 1
+        record = Record(time.monotonic_ns(), self._pid, self._seq, self.cause, event, fields)
+        self._file.write(self._encoder.encode(record) + b"\n")
+
+    def close(self) -> None:
+        """Close the file. Harmless twice."""
+        self._file.close()
