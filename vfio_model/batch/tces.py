@@ -1,0 +1,75 @@
+"""Many TCEs at once: what a hypercall over a list, a replay or a scattered DMA needs of a TCE table.
+
+A TCE holds a page address and, in bits 1:0, what the device may do (LoPAPR "TCE Tables and TCE"). The plain-Python
+meaning of each function is in its docstring; results equal it entry by entry.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+_PERM_MASK = 3
+_CHUNK = 1 << 20
+
+
+@functools.cache
+def _numpy() -> Any:
+    import numpy  # noqa: PLC0415 - 200 ms of import that a process without batches never pays
+
+    return numpy
+
+
+def zeroed_words(count: int) -> memoryview:
+    """``count`` u64 zeros whose pages are touched only when used (``calloc``), for tables of any size.
+
+    :raise MemoryError: the machine has not got that much.
+    """
+    return memoryview(_numpy().zeros(count, dtype=_numpy().uint64))
+
+
+def split_tces(tces: Any, page_shift: int) -> tuple[Any, Any]:
+    """Page addresses, and permissions: ``[t & page_mask for t in tces], [t & 3 for t in tces]``.
+
+    ``tces`` is a buffer of u64. The permissions are one int when all entries have the same.
+    """
+    np = _numpy()
+    words = np.frombuffer(tces, dtype=np.uint64)
+    pages = words & np.uint64(-(1 << page_shift) & (1 << 64) - 1)
+    perms = words & np.uint64(_PERM_MASK)
+    first = int(perms[0])
+    if int(perms.min()) == first == int(perms.max()):
+        return pages, first
+    return pages, perms.astype(np.uint8)
+
+
+def nonzero_perm_runs(tces: Any, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Runs ``(start, end)`` (end exclusive) that together cover the indices in ``first``..``stop`` whose TCE has a
+    permission.
+
+    A run ends where an entry without permission comes, or every 2**20 entries.
+    """
+    np = _numpy()
+    words = np.frombuffer(tces, dtype=np.uint64)
+    for base in range(first, stop, _CHUNK):
+        valid = (words[base : min(base + _CHUNK, stop)] & np.uint64(_PERM_MASK)) != 0
+        if not valid.any():
+            continue
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], valid, [False])).astype(np.int8)))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            yield base + int(start), base + int(end)
+
+
+def translate_tces(tces: Any, page_shift: int, addrs: Any) -> tuple[Any, Any]:
+    """Translated addresses and permissions of ``addrs`` (numpy uint64, relative to the window).
+
+    Beyond the table, and where the TCE has no permission, the permission is 0 and the address means nothing.
+    """
+    np = _numpy()
+    table = np.frombuffer(tces, dtype=np.uint64)
+    index = addrs >> np.uint64(page_shift)
+    inside = index < np.uint64(len(table))
+    found = table[np.where(inside, index, np.uint64(0)).astype(np.intp)]
+    low = np.uint64((1 << page_shift) - 1)
+    return found & ~low | addrs & low, np.where(inside, found & np.uint64(_PERM_MASK), np.uint64(0)).astype(np.uint8)

@@ -1,0 +1,113 @@
+"""A pseries PCI host bridge: its windows in the CPU's address space, its bus, its devices' DMA address space, its
+interrupts.
+
+All functions of a PHB share one DMA address space ("one PE per PHB"): the TCE windows and, at 0x400_0000_0000, a
+write-only page where a 32-bit write is a message interrupt, its data the interrupt number. Pin changes become one of
+four level lines after the usual swizzle. Placement follows QEMU's ``spapr-pci-host-bridge``.
+"""
+
+from __future__ import annotations
+
+from vfio_model.clock import VirtualClock
+from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.ddw import DmaOptions, PhbDma
+from vfio_model.machine.irqs import IrqLines
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bus import BusOptions, PCIBus, Window
+from vfio_model.ranges import U64_MAX
+from vfio_model.trace import NULL_TRACE, Trace
+
+
+class MsiWindow:
+    """The ops of the message page: the data written names the interrupt."""
+
+    min_access_size = 4
+    max_access_size = 4
+
+    def __init__(self, irqs: IrqLines, trace: Trace) -> None:
+        self._irqs, self._trace = irqs, trace
+
+    def read(self, addr: int, size: int) -> int | None:
+        """Write-only."""
+        return None
+
+    def write(self, addr: int, size: int, value: int) -> MemTxResult:
+        """Pulse interrupt ``value``."""
+        if self._trace.enabled:
+            self._trace("spapr_pci_msi_write", addr=addr, data=value, dt_irq=value)
+        self._irqs.pulse(value)
+        return MemTxResult.OK
+
+
+class SpaprPhb:
+    """PHB ``index`` in the machine whose memory is ``system``."""
+
+    def __init__(
+        self,
+        index: int,
+        options: DmaOptions,
+        *,
+        system: AddressSpace,
+        irqs: IrqLines,
+        clock: VirtualClock,
+        bus: BusOptions,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        self.index, self.buid = index, regs.phb_buid(index)
+        self.name = f"pci@{self.buid:x}"
+        self._irqs, self._trace = irqs, trace
+        self._asserting: tuple[set[int], ...] = tuple(set() for _ in range(regs.PCI_PINS))
+        self.dma = PhbDma(index, options, system, trace=trace)
+        msi = IORegion(f"{self.name}.msi", regs.MSI_WINDOW_SIZE, MsiWindow(irqs, trace))
+        self.dma.root.add_subregion(regs.MSI_WINDOW, msi)
+        self.address_space = AddressSpace(self.name, self.dma.root)
+        self.memory = MemoryRegion(f"{self.name}.mmio", U64_MAX)
+        self.io = MemoryRegion(f"{self.name}.io", regs.PCI_IO_SIZE)
+        bus.intx = self._intx
+        self.bus = PCIBus(
+            self.name,
+            memory=Window(self.memory),
+            io=Window(self.io),
+            system=system,
+            clock=clock,
+            options=bus,
+            trace=trace,
+        )
+        self.bus.setup_iommu(self)
+        self._show(system)
+
+    def _show(self, system: AddressSpace) -> None:
+        """Let the CPU see the bus's spaces."""
+        root, index = system.root, self.index
+        assert root is not None, "a machine's memory lives as long as its bridges"
+        mem32 = AliasRegion(f"{self.name}.mmio32", self.memory, regs.PCI_MEM32_BUS, regs.PCI_MEM32_SIZE)
+        mem64 = AliasRegion(f"{self.name}.mmio64", self.memory, regs.pci_mem64_window(index), regs.PCI_MEM64_SIZE)
+        root.add_subregion(regs.pci_mem32_window(index), mem32)
+        root.add_subregion(regs.pci_mem64_window(index), mem64)
+        root.add_subregion(regs.pci_io_window(index), self.io)
+
+    def get_address_space(self, bus: PCIBus, devfn: int) -> AddressSpace:
+        """One address space for all functions."""
+        return self.address_space
+
+    def _intx(self, devfn: int, pin: int, level: bool) -> None:
+        line = ((devfn >> 3) + pin - 1) % regs.PCI_PINS
+        asserting = self._asserting[line]
+        if level:
+            asserting.add(devfn)
+        else:
+            asserting.discard(devfn)
+        irq = regs.LSI_BASE + self.index * regs.PCI_PINS + line
+        self._trace("spapr_pci_lsi_set", busname=self.name, pin=line, irq=irq)
+        self._irqs.set(irq, bool(asserting))
+
+    def reset(self) -> None:
+        """PHB reset: windows first, then the devices with their TCE tables, in three phases."""
+        self.bus.reset_enter()
+        self.dma.dma_reset()
+        for table in self.dma.tables:
+            table.reset()
+        self.bus.reset_hold()
+        self.bus.reset_exit()

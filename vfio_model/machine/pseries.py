@@ -1,0 +1,233 @@
+"""The pseries machine: memory, PHBs, hypercalls and RTAS, without a CPU.
+
+What a CPU would do comes in through :meth:`PseriesMachine.hcall`, :meth:`~PseriesMachine.rtas`, memory and MMIO;
+drivers (:mod:`vfio_model.guest_drivers`), qtest and the control socket are such CPUs. The machine is big-endian.
+Facts follow LoPAPR and, where the platform may choose, QEMU's ``-machine pseries``.
+
+Nothing here waits by itself: a hypercall returns when every follower of the table that it changed has answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vfio_model.clock import VirtualClock
+from vfio_model.errors import ConfigError
+from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.ddw import DmaOptions, PhbDma
+from vfio_model.iommu.spapr.hcalls import HCallHandler, HCallResult, TceHcalls
+from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
+from vfio_model.iommu.spapr.tce import SpaprTceTable
+from vfio_model.machine.irqs import IrqLines
+from vfio_model.machine.pci_rtas import ConfigRtas
+from vfio_model.machine.phb import SpaprPhb
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.memory.region import MemoryRegion, RAMRegion
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bus import BusOptions
+from vfio_model.ranges import U32_MAX, U64_MAX
+from vfio_model.trace import NULL_TRACE, Trace
+
+BYTE_ORDER: Literal["big"] = "big"
+_NO_ARGS = (0, 0, 0, 0)
+_RTAS_MAX_CELLS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PseriesOptions:
+    """What the machine is made of besides RAM. ``dma`` holds for every PHB that ``per_phb`` (by index) does not
+    name.
+    """
+
+    phbs: int = 1
+    dma: DmaOptions = field(default_factory=DmaOptions)
+    per_phb: Mapping[int, DmaOptions] = field(default_factory=dict)
+    multi_tce: bool = True
+    """Whether ``hcall-multi-tce`` is advertised; without it STUFF and INDIRECT are H_FUNCTION."""
+
+
+class PseriesMachine:
+    """A machine with ``ram`` (blocks one after another from address 0). It comes up reset.
+
+    :raise ConfigError: for an impossible number of PHBs.
+    """
+
+    big_endian = True
+
+    def __init__(
+        self,
+        ram: Sequence[RAMBlock],
+        options: PseriesOptions | None = None,
+        *,
+        clock: VirtualClock | None = None,
+        bus_options: BusOptions | None = None,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        self.options = options or PseriesOptions()
+        self.clock = clock or VirtualClock()
+        self.trace = trace
+        self.irqs = IrqLines()
+        self._idle = bus_options.idle if bus_options is not None else None
+        self.ram = tuple(ram)
+        self.system = AddressSpace("memory", _system_root(ram))
+        self.tables: dict[int, SpaprTceTable] = {}
+        """TCE tables by LIOBN."""
+        self.phbs: dict[int, SpaprPhb] = {}
+        """PHBs by BUID."""
+        self._dma: dict[int, PhbDma] = {}
+        self._hcalls: dict[int, HCallHandler] = {
+            **TceHcalls(self.tables, self.system, multi_tce=self.options.multi_tce, trace=trace).handlers,
+            int(regs.HCall.H_RTAS): self._h_rtas,
+        }
+        self._rtas: dict[int, RtasHandler] = {
+            **DdwRtas(self._dma, self.tables, trace=trace).handlers,
+            **ConfigRtas(self.phbs).handlers,
+        }
+        for index in range(self.options.phbs):
+            self.add_phb(index)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def add_phb(self, index: int) -> SpaprPhb:
+        """Add PHB ``index``, reset.
+
+        :raise ConfigError: when the index is taken or too large.
+        """
+        if not 0 <= index < regs.MAX_PHBS:
+            raise ConfigError(f"PHB index {index}", hint=f"indices go from 0 to {regs.MAX_PHBS - 1}")
+        if regs.phb_buid(index) in self.phbs:
+            raise ConfigError(f"PHB index {index} is taken")
+        phb = SpaprPhb(
+            index,
+            self.options.per_phb.get(index, self.options.dma),
+            system=self.system,
+            irqs=self.irqs,
+            clock=self.clock,
+            bus=BusOptions(big_endian=True, allow_zero_bars=True, idle=self._idle),
+            trace=self.trace,
+        )
+        self.phbs[phb.buid], self._dma[phb.buid] = phb, phb.dma
+        self.tables.update((table.liobn, table) for table in phb.dma.tables)
+        phb.reset()
+        return phb
+
+    def phb(self, index: int = 0) -> SpaprPhb:
+        """PHB ``index``.
+
+        :raise KeyError: when there is none.
+        """
+        return self.phbs[regs.phb_buid(index)]
+
+    def add_vio_table(self, unit: int, window_size: int = regs.VIO_WINDOW_SIZE) -> AddressSpace:
+        """The TCE table of a VIO device; its LIOBN is the unit address. Returns the device's DMA address space.
+
+        :raise ConfigError: when the LIOBN is taken or belongs to PCI.
+        """
+        if unit in self.tables or regs.is_pci_liobn(unit) or unit > U32_MAX:
+            raise ConfigError(f"VIO unit {unit:#x} cannot have a TCE table")
+        table = SpaprTceTable(unit, self.system, trace=self.trace)
+        root = MemoryRegion(f"vio-{unit:x}", U64_MAX)
+        root.add_subregion(0, table.root)
+        table.enable(regs.TCE_PAGE_SHIFT, 0, window_size >> regs.TCE_PAGE_SHIFT)
+        self.tables[unit] = table
+        return AddressSpace(root.name, root)
+
+    def reset(self) -> None:
+        """Reset every PHB and the VIO tables."""
+        for phb in self.phbs.values():
+            phb.reset()
+        for table in self.tables.values():
+            if not regs.is_pci_liobn(table.liobn):
+                table.reset()
+        self.irqs.reset()
+
+    # -- what a CPU does -----------------------------------------------------------------------------------------
+
+    def hcall(self, nr: int, *args: int) -> HCallResult:
+        """Hypercall ``nr``: the signed return code and the output registers. Unknown: H_FUNCTION."""
+        handler = self._hcalls.get(nr)
+        if handler is None:
+            return int(regs.HReturn.H_FUNCTION), []
+        return handler(args if len(args) >= len(_NO_ARGS) else args + _NO_ARGS)
+
+    def rtas(self, token: int, args: Sequence[int], nret: int) -> list[int]:
+        """RTAS call ``token``: the return cells that are written (unsigned 32 bits), the status first.
+
+        On an error that is the status alone; a token nobody answers is a PARAM_ERROR.
+        """
+        handler = self._rtas.get(token)
+        rets = PARAM_ERROR if handler is None else handler(args, nret)
+        return [cell & U32_MAX for cell in rets[:nret]]
+
+    def rtas_in_memory(self, token: int, args: tuple[int, int], rets: tuple[int, int]) -> int:
+        """RTAS as firmware calls it: ``args`` and ``rets`` are (number of cells, guest-physical address), big-endian.
+
+        Returns H_SUCCESS, or H_PARAMETER when nobody answers the token or the cells are too many.
+        """
+        (nargs, args_gpa), (nret, rets_gpa) = args, rets
+        if nargs > _RTAS_MAX_CELLS or nret > _RTAS_MAX_CELLS:
+            return int(regs.HReturn.H_PARAMETER)
+        cells = self.read_memory(args_gpa, nargs * 4)
+        values = [int.from_bytes(cells[at : at + 4], BYTE_ORDER) for at in range(0, len(cells), 4)]
+        written = self.rtas(token, values, nret)
+        self.write_memory(rets_gpa, b"".join(cell.to_bytes(4, BYTE_ORDER) for cell in written))
+        known = token in self._rtas
+        return int(regs.HReturn.H_SUCCESS if known else regs.HReturn.H_PARAMETER)
+
+    def _h_rtas(self, args: Sequence[int]) -> HCallResult:
+        """``address`` of token, nargs, nret, arguments and return cells in guest memory."""
+        base = args[0]
+        head = self.read_memory(base, 12)
+        token, nargs, nret = (int.from_bytes(head[at : at + 4], BYTE_ORDER) for at in (0, 4, 8))
+        return self.rtas_in_memory(token, (nargs, base + 12), (nret, base + 12 + nargs * 4)), []
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """``size`` bytes of system memory; what nothing answers reads as zero."""
+        data = bytearray(size)
+        self.system.read(gpa, data)
+        return bytes(data)
+
+    def write_memory(self, gpa: int, data: bytes) -> MemTxResult:
+        """Store ``data`` at ``gpa``."""
+        return self.system.write(gpa, data)
+
+    def mmio_read(self, gpa: int, size: int) -> int:
+        """A load of ``size`` bytes in the machine's byte order."""
+        return int.from_bytes(self.read_memory(gpa, size), BYTE_ORDER)
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> None:
+        """A store of ``size`` bytes in the machine's byte order."""
+        self.system.write(gpa, value.to_bytes(size, BYTE_ORDER))
+
+    def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
+        """What the window of ``liobn`` makes of bus address ``ioba``: (page address, permission bits, address mask).
+
+        Outside the window, or without a table, (0, 0, all ones).
+        """
+        table = self.tables.get(liobn)
+        if table is None or table.iommu is None or ioba < table.bus_offset:
+            return 0, 0, U64_MAX
+        entry = table.translate(ioba - table.bus_offset)
+        return entry.translated_addr, int(entry.perm), entry.addr_mask
+
+    def clock_step(self, ns: int = 0) -> int:
+        """Advance virtual time by ``ns``, or to the next timer when 0. The new time in ns."""
+        if ns:
+            self.clock.advance(ns)
+        else:
+            due = self.clock.next_expiry_ns()
+            if due is not None:
+                self.clock.advance_to(due)
+        return self.clock.now_ns
+
+
+def _system_root(ram: Iterable[RAMBlock]) -> MemoryRegion:
+    root = MemoryRegion("system", 1 << 64)
+    gpa = 0
+    for block in ram:
+        root.add_subregion(gpa, RAMRegion(block.name, block))
+        gpa += block.size
+    return root
