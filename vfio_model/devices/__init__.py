@@ -1,0 +1,23 @@
+"""Device models, one folder each: ``regs.py`` for facts, ``device.py`` for behaviour.
+
+A device sees its address spaces and its host (:mod:`vfio_model.pci.device`), never an IOMMU or VFIO. :data:`DEVICES` is
+what ``-device NAME`` may say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vfio_model.devices.dma_burst.device import DMABurstDevice
+from vfio_model.devices.edu.device import EduDevice
+from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
+from vfio_model.pci.device import PCIDevice
+
+DEVICES: Mapping[str, type[PCIDevice]] = {
+    # QEMU's teaching device: factorial, interrupts, a DMA engine with its own buffer and a delay.
+    "edu": EduDevice,
+    # QEMU's IOMMU test device: writes through the IOMMU and checks behind it, at once.
+    "iommu-testdev": IOMMUTestDevice,
+    # This project's DMA load generator: any number of accesses for one register write, also in the background.
+    "dma-burst": DMABurstDevice,
+}

@@ -1,0 +1,1 @@
+"""edu: QEMU's teaching device."""

@@ -1,0 +1,1 @@
+"""iommu-testdev: QEMU's device for testing IOMMUs."""

@@ -1,0 +1,1 @@
+"""dma_burst: this project's DMA load generator."""
