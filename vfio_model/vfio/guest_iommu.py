@@ -13,9 +13,10 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
-from vfio_model.ranges import U64_MAX, Gpa, Hva, Iova
+from vfio_model.ranges import U64_MAX, Gpa, Iova
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.ram_span import ram_span
 
 _WO = int(IOMMUAccessFlags.WO)
 _RW = int(IOMMUAccessFlags.RW)
@@ -73,12 +74,11 @@ class VFIOGuestIOMMU:
         if entry.target_as is not self._system:
             self._trace("vfio_error", reason="Wrong target AS, only system memory is allowed", iova=iova)
             return
-        span = self._system.ram_span(Gpa(entry.translated_addr))
+        span = ram_span(self._system, Gpa(entry.translated_addr))
         if span is None or span.size < size:
             self._trace("vfio_error", reason="iommu map to non memory area", iova=iova, gpa=entry.translated_addr)
             return
-        vaddr = Hva(span.block.hva + span.offset)
-        self._backend.queue.map(iova, size, vaddr, readonly=not perm & _WO or span.readonly)
+        self._backend.queue.map(iova, size, span.hva, readonly=not perm & _WO or span.readonly)
 
     def _map_notify_run(self, notifier: IOMMUNotifier, run: IOMMUTLBRun) -> None:
         """Like :meth:`_map_notify` for entries at consecutive IOVAs, in one array."""
@@ -107,9 +107,9 @@ class VFIOGuestIOMMU:
         if perm is None or not perm & _RW:
             return None
         lowest, highest = page_bounds(run.translated)
-        span = self._system.ram_span(Gpa(lowest))
+        span = ram_span(self._system, Gpa(lowest))
         if span is None or highest - lowest + (1 << run.page_shift) > span.size:
             return None
-        to_vaddr = span.block.hva + span.offset - lowest
+        to_vaddr = span.hva - lowest
         writable = bool(perm & _WO) and not span.readonly
         return pack_dma_maps(run.translated, to_vaddr, first, run.page_shift, writable=writable)

@@ -146,8 +146,8 @@ class VFIOListener(MemoryListener):
         region.register_notifier(giommu.notifier)
         if refused is None:
             region.replay(giommu.notifier)
-            if error := self._backend.queue.flush():
-                self._failed(error)
+            if failed := self._backend.queue.flush():
+                self._failed(failed)
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Stop following a section that goes; one unmap covers all of it."""
