@@ -29,7 +29,8 @@ SETUP_FDS = 5
 class SegmentMap(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where segment ``id`` of ``length`` bytes, backed by pages of ``page_size``, lies in host-physical space.
 
-    Backing page ``p`` (of ``1 << page_shift`` bytes) lies at ``base + ((p * multiplier + addend) mod 2**bits << page_shift)``.
+    Backing page ``p`` (of ``1 << page_shift`` bytes) lies at ``base + ((p * multiplier + addend) mod 2**bits <<
+    page_shift)``.
     """
 
     id: Name

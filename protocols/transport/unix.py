@@ -255,7 +255,7 @@ class StreamConnection(_Connection):
 
     def __init__(self, sock: socket.socket, name: str = "peer", *, max_frame: int = MAX_FRAME) -> None:
         super().__init__(sock, name)
-        self._max_frame = max_frame
+        self.max_frame = max_frame
         self._header = b""
         self._fds: list[int] = []
         self._body = bytearray()
@@ -298,9 +298,9 @@ class StreamConnection(_Connection):
                 raise PeerLost(self.name, "receiving")
             self._header += data
         (size,) = _HEADER_LENGTH.unpack(self._header)
-        if not HEADER_SIZE <= size <= self._max_frame:
+        if not HEADER_SIZE <= size <= self.max_frame:
             raise RemoteProtocolError(
-                f"{self.name}: a frame of {size} bytes, {HEADER_SIZE} to {self._max_frame} are allowed"
+                f"{self.name}: a frame of {size} bytes, {HEADER_SIZE} to {self.max_frame} are allowed"
             )
         self._body, self._have = bytearray(size - HEADER_SIZE), 0
         return True

@@ -1,0 +1,403 @@
+"""vfio-user's messages: header, commands, payloads.
+
+Source: QEMU ``docs/interop/vfio-user.rst``. Everything is host-endian. A payload is a fixed structure and, for some, a
+tail of bytes; each class declares its layout once and its size is checked when the class is made. Numbers from 0x8000
+are our extensions; they are used only when both sides name them under the capability ``x-vfio-model``.
+
+:data:`COMMANDS` is the specification as data: who may send a command, what goes in it and in its reply, how many
+descriptors.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from enum import Enum, IntEnum, IntFlag
+from typing import Annotated, ClassVar, Self, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vfio_model.errors import LocalProtocolError, RemoteProtocolError
+
+HEADER = struct.Struct("=HHIII")
+HEADER_SIZE = 16
+DEFAULT_MAX_DATA = 1 << 20
+"""``max_data_xfer_size`` of a peer that does not say."""
+MAX_VERSION_DATA = 64 << 10
+"""Bytes of JSON in VERSION."""
+MAX_TRANSLATIONS = 4096
+"""Entries in one reply to X_TRANSLATE."""
+MAX_PATH = 4096
+
+
+class Command(IntEnum):
+    """Command numbers; those not here are answered with ENOTSUP."""
+
+    VERSION = 1
+    DMA_MAP = 2
+    DMA_UNMAP = 3
+    DEVICE_GET_INFO = 4
+    DEVICE_GET_REGION_INFO = 5
+    DEVICE_GET_IRQ_INFO = 7
+    DEVICE_SET_IRQS = 8
+    REGION_READ = 9
+    REGION_WRITE = 10
+    DMA_READ = 11
+    DMA_WRITE = 12
+    DEVICE_RESET = 13
+    X_TRANSLATE = 0x8000
+    X_CLOCK = 0x8001
+    X_NOTIFIER = 0x8002
+
+
+class HeaderFlags(IntFlag):
+    """The header's flags; bits 0 to 3 are the type: 0 command, 1 reply."""
+
+    REPLY = 1
+    TYPE_MASK = 0xF
+    NO_REPLY = 0x10
+    ERROR = 0x20
+
+
+class Role(Enum):
+    """The client has the guest and its memory; the server is the device."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+    @property
+    def other(self) -> Role:
+        """The peer's role."""
+        return Role.SERVER if self is Role.CLIENT else Role.CLIENT
+
+
+class Header(Struct, frozen=True, array_like=True):
+    """The 16 bytes before every payload. ``size`` counts them too; ``errno`` is valid with
+    :attr:`HeaderFlags.ERROR`."""
+
+    id: int
+    command: int
+    size: int
+    flags: int
+    errno: int
+
+    def pack(self) -> bytes:
+        """As on the wire."""
+        return HEADER.pack(self.id, self.command, self.size, self.flags, self.errno)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """From exactly 16 bytes."""
+        return cls(*HEADER.unpack(data))
+
+
+assert HEADER.size == HEADER_SIZE
+
+
+class Payload(Struct, frozen=True):
+    """Base of payloads; see :func:`layout`."""
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("=")
+    SIZE: ClassVar[int] = 0
+    TAIL: ClassVar[bool] = False
+    """Whether the last field is a tail of bytes after the fixed structure."""
+
+    def pack(self) -> bytes:
+        """As on the wire.
+
+        :raise LocalProtocolError: when a value does not fit its field.
+        """
+        values = msgspec.structs.astuple(self)
+        try:
+            if self.TAIL:
+                return self.FORMAT.pack(*values[:-1]) + bytes(values[-1])
+            return self.FORMAT.pack(*values)
+        except struct.error as error:
+            raise LocalProtocolError(f"{type(self).__name__}: {error}") from error
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Self:
+        """From a whole body.
+
+        :raise RemoteProtocolError: when the body has not the size of this payload.
+        """
+        if len(body) < cls.SIZE or (len(body) > cls.SIZE and not cls.TAIL):
+            raise RemoteProtocolError(f"{cls.__name__} of {len(body)} bytes, not {cls.SIZE}")
+        values = cls.FORMAT.unpack_from(body)
+        return cls(*values, body[cls.SIZE :]) if cls.TAIL else cls(*values)
+
+
+P = TypeVar("P", bound=Payload)
+
+
+def layout(fields: str, size: int, *, tail: bool = False) -> Callable[[type[P]], type[P]]:
+    """Declare a payload's fixed structure by :mod:`struct` codes; it must have ``size`` bytes and fit the class's
+    fields."""
+
+    def declare(cls: type[P]) -> type[P]:
+        form = struct.Struct("=" + fields)
+        named = len(cls.__struct_fields__) - (1 if tail else 0)
+        assert form.size == size, f"{cls.__name__} has {form.size} bytes, not {size}"
+        assert len(form.unpack(bytes(size))) == named, f"{cls.__name__} has {named} fields"
+        cls.FORMAT, cls.SIZE, cls.TAIL = form, size, tail
+        return cls
+
+    return declare
+
+
+@layout("", 0)
+class Empty(Payload, frozen=True):
+    """No payload."""
+
+
+class Extensions(Struct, frozen=True, omit_defaults=True):
+    """Ours, under ``x-vfio-model``. Missing: not offered."""
+
+    ats: bool = False
+    clock: bool = False
+    notifier: bool = False
+
+    def both(self, other: Extensions) -> Extensions:
+        """What two sides have in common."""
+        return Extensions(self.ats and other.ats, self.clock and other.clock, self.notifier and other.notifier)
+
+
+Positive = Annotated[int, Meta(ge=1, le=1 << 62)]
+
+
+class Capabilities(Struct, frozen=True, omit_defaults=True):
+    """``capabilities`` of VERSION; defaults are what an absent key means. Unknown keys (``migration``, …) are
+    skipped."""
+
+    max_msg_fds: Positive = 1
+    max_data_xfer_size: Positive = DEFAULT_MAX_DATA
+    max_dma_maps: Positive = 65535
+    pgsizes: Positive = 4096
+    write_multiple: bool = False
+    extensions: Extensions = msgspec.field(default=Extensions(), name="x-vfio-model")
+
+
+class _VersionData(Struct, frozen=True):
+    capabilities: Capabilities = Capabilities()
+
+
+_VERSION = struct.Struct("=HH")
+_VERSION_DECODER = msgspec.json.Decoder(_VersionData)
+
+
+class Version(Payload, frozen=True):
+    """VERSION and its reply: numbers, then JSON that ends in NUL (or nothing at all)."""
+
+    major: int = 0
+    minor: int = 0
+    capabilities: Capabilities = Capabilities()
+
+    def pack(self) -> bytes:
+        """As on the wire."""
+        data = msgspec.json.encode({"capabilities": self.capabilities})
+        return _VERSION.pack(self.major, self.minor) + data + b"\0"
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Self:
+        """From a whole body.
+
+        :raise RemoteProtocolError: when it is too short, too long, or not such JSON.
+        """
+        if not _VERSION.size <= len(body) <= MAX_VERSION_DATA:
+            raise RemoteProtocolError(f"VERSION of {len(body)} bytes")
+        major, minor = _VERSION.unpack_from(body)
+        text = body[_VERSION.size :].removesuffix(b"\0")
+        if not text:
+            return cls(major, minor)
+        try:
+            return cls(major, minor, _VERSION_DECODER.decode(text).capabilities)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise RemoteProtocolError(f"VERSION: {error}") from error
+
+
+@layout("IIQQQ", 32)
+class DmaMap(Payload, frozen=True):
+    """``size`` bytes at DMA address ``address`` are the descriptor's from ``offset``; without a descriptor, by message.
+
+    ``flags``: 1 readable, 2 writeable by the device.
+    """
+
+    argsz: int = 32
+    flags: int = 0
+    offset: int = 0
+    address: int = 0
+    size: int = 0
+
+
+@layout("IIQQ", 24)
+class DmaUnmap(Payload, frozen=True):
+    """``size`` bytes at ``address`` are no longer available. QEMU sends ranges that cover many maps, or none."""
+
+    argsz: int = 24
+    flags: int = 0
+    address: int = 0
+    size: int = 0
+
+
+@layout("IIII", 16)
+class DeviceInfo(Payload, frozen=True):
+    """DEVICE_GET_INFO and its reply. ``flags``: 1 reset, 2 PCI."""
+
+    argsz: int = 16
+    flags: int = 0
+    num_regions: int = 0
+    num_irqs: int = 0
+
+
+@layout("IIIIQQ", 32, tail=True)
+class RegionInfo(Payload, frozen=True):
+    """DEVICE_GET_REGION_INFO and its reply, with the capability chain as ``caps``."""
+
+    argsz: int = 32
+    flags: int = 0
+    index: int = 0
+    cap_offset: int = 0
+    size: int = 0
+    offset: int = 0
+    caps: bytes = b""
+
+
+@layout("IIII", 16)
+class IrqInfo(Payload, frozen=True):
+    """DEVICE_GET_IRQ_INFO and its reply."""
+
+    argsz: int = 16
+    flags: int = 0
+    index: int = 0
+    count: int = 0
+
+
+@layout("IIIII", 20, tail=True)
+class SetIrqs(Payload, frozen=True):
+    """DEVICE_SET_IRQS; eventfds travel as descriptors, booleans as ``data``."""
+
+    argsz: int = 20
+    flags: int = 0
+    index: int = 0
+    start: int = 0
+    count: int = 0
+    data: bytes = b""
+
+
+@layout("QII", 16, tail=True)
+class RegionAccess(Payload, frozen=True):
+    """REGION_READ, REGION_WRITE and their replies; ``data`` has ``count`` bytes or is empty, as the direction
+    demands."""
+
+    offset: int = 0
+    region: int = 0
+    count: int = 0
+    data: bytes = b""
+
+
+@layout("QQ", 16, tail=True)
+class DmaAccess(Payload, frozen=True):
+    """DMA_READ, DMA_WRITE and their replies, as :class:`RegionAccess`."""
+
+    address: int = 0
+    count: int = 0
+    data: bytes = b""
+
+
+@layout("QQII", 24)
+class TranslateRequest(Payload, frozen=True):
+    """X_TRANSLATE: an ATS translation request for ``length`` bytes from ``iova``. ``flags``: 1 no-write; 2 PASID
+    valid."""
+
+    iova: int = 0
+    length: int = 0
+    flags: int = 0
+    pasid: int = 0
+
+
+class TranslationEntry(Struct, frozen=True, array_like=True):
+    """``iova`` (page start) → ``translated`` (GPA), over ``mask`` + 1 bytes, with ``perm`` (1 read, 2 write; 0:
+    none)."""
+
+    iova: int
+    translated: int
+    mask: int
+    perm: int
+
+
+_ENTRY = struct.Struct("=QQQI4x")
+
+
+@layout("II", 8, tail=True)
+class TranslateReply(Payload, frozen=True):
+    """Reply to X_TRANSLATE: ``count`` entries of 32 bytes in ``data``, in order of their IOVA; fewer than asked is
+    legal."""
+
+    count: int = 0
+    reserved: int = 0
+    data: bytes = b""
+
+    @classmethod
+    def of(cls, entries: list[TranslationEntry]) -> TranslateReply:
+        """The reply that carries ``entries``."""
+        return cls(len(entries), 0, b"".join(_ENTRY.pack(*msgspec.structs.astuple(entry)) for entry in entries))
+
+    def entries(self) -> list[TranslationEntry]:
+        """What :meth:`of` was given."""
+        return [TranslationEntry(*values) for values in _ENTRY.iter_unpack(self.data)]
+
+
+@layout("Q", 8)
+class ClockSetup(Payload, frozen=True):
+    """X_CLOCK: the virtual clock, ``now_ns`` at present. Descriptors: clock memfd, tick memfd, step eventfd, done
+    eventfd."""
+
+    now_ns: int = 0
+
+
+@layout("Q", 8, tail=True)
+class NotifierSetup(Payload, frozen=True):
+    """X_NOTIFIER: subscribe to address space ``as_id`` at the notifier's socket ``path`` (UTF-8)."""
+
+    as_id: int = 0
+    path: bytes = b""
+
+
+class CommandSpec(Struct, frozen=True):
+    """One command: ``sender`` may send it; payload classes; the most descriptors with it and with its reply."""
+
+    sender: Role
+    request: type[Payload]
+    reply: type[Payload]
+    fds: int = 0
+    reply_fds: int = 0
+    extension: str = ""
+    """The field of :class:`Extensions` that must be negotiated; empty: part of the standard."""
+
+
+COMMANDS: dict[int, CommandSpec] = {
+    Command.VERSION: CommandSpec(Role.CLIENT, Version, Version),
+    Command.DMA_MAP: CommandSpec(Role.CLIENT, DmaMap, Empty, fds=1),
+    Command.DMA_UNMAP: CommandSpec(Role.CLIENT, DmaUnmap, DmaUnmap),
+    Command.DEVICE_GET_INFO: CommandSpec(Role.CLIENT, DeviceInfo, DeviceInfo),
+    Command.DEVICE_GET_REGION_INFO: CommandSpec(Role.CLIENT, RegionInfo, RegionInfo, reply_fds=1),
+    Command.DEVICE_GET_IRQ_INFO: CommandSpec(Role.CLIENT, IrqInfo, IrqInfo),
+    Command.DEVICE_SET_IRQS: CommandSpec(Role.CLIENT, SetIrqs, Empty, fds=253),
+    Command.REGION_READ: CommandSpec(Role.CLIENT, RegionAccess, RegionAccess),
+    Command.REGION_WRITE: CommandSpec(Role.CLIENT, RegionAccess, RegionAccess),
+    Command.DMA_READ: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
+    Command.DMA_WRITE: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
+    Command.DEVICE_RESET: CommandSpec(Role.CLIENT, Empty, Empty),
+    Command.X_TRANSLATE: CommandSpec(Role.SERVER, TranslateRequest, TranslateReply, extension="ats"),
+    Command.X_CLOCK: CommandSpec(Role.CLIENT, ClockSetup, Empty, fds=4, extension="clock"),
+    Command.X_NOTIFIER: CommandSpec(Role.CLIENT, NotifierSetup, Empty, extension="notifier"),
+}
+
+
+def command_name(command: int) -> str:
+    """The name of a command number."""
+    try:
+        return f"VFIO_USER_{Command(command).name}"
+    except ValueError:
+        return f"VFIO_USER command {command:#x}"

@@ -1,0 +1,373 @@
+"""vfio-user's protocol state, without I/O: bytes in, events out; calls in, bytes out.
+
+Both sides may send commands at any time (the device asks for DMA, translations); ids belong to the sender, replies may
+come while other commands are in between. A state object therefore serves nested commands by construction: whoever waits
+for a reply keeps feeding frames and handles the commands it gets.
+
+::
+
+    client:  idle ──send VERSION──▶ negotiating ──receive its reply──▶ ready
+    server:  idle ──receive VERSION──▶ negotiating ──send the reply──▶ ready        any ──▶ closed
+
+:data:`TRANSITIONS` is that picture as data. Descriptors are opaque numbers here: those of an event belong to whoever
+takes the event, those of a refused frame to the caller, who closes them. Source: QEMU ``docs/interop/vfio-user.rst``.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass, field
+from enum import Enum
+
+from protocols.vfio_user.messages import (
+    COMMANDS,
+    HEADER_SIZE,
+    MAX_PATH,
+    MAX_TRANSLATIONS,
+    Capabilities,
+    Command,
+    CommandSpec,
+    DmaAccess,
+    Empty,
+    Extensions,
+    Header,
+    HeaderFlags,
+    NotifierSetup,
+    Payload,
+    RegionAccess,
+    RegionInfo,
+    Role,
+    SetIrqs,
+    TranslateReply,
+    Version,
+    command_name,
+)
+from vfio_model.errors import LocalProtocolError, RemoteProtocolError
+
+MAX_UNANSWERED = 4096
+"""Commands of the peer that wait for our reply; a peer that sends more is cut off."""
+MAX_CAPS = 64 << 10
+"""Bytes of a region's capability chain."""
+
+
+class State(Enum):
+    """Where a connection is."""
+
+    IDLE = "idle"
+    NEGOTIATING = "negotiating"
+    READY = "ready"
+    CLOSED = "closed"
+
+
+class Step(Enum):
+    """What moves it."""
+
+    SEND_VERSION = "send VERSION"
+    RECEIVE_VERSION = "receive VERSION"
+    SEND_VERSION_REPLY = "send VERSION reply"
+    RECEIVE_VERSION_REPLY = "receive VERSION reply"
+    SEND_COMMAND = "send a command"
+    RECEIVE_COMMAND = "receive a command"
+    SEND_REPLY = "send a reply"
+    RECEIVE_REPLY = "receive a reply"
+    CLOSE = "close"
+
+
+_ANY_TIME = {
+    (State.READY, step): State.READY
+    for step in (Step.SEND_COMMAND, Step.RECEIVE_COMMAND, Step.SEND_REPLY, Step.RECEIVE_REPLY)
+} | {(state, Step.CLOSE): State.CLOSED for state in State}
+
+TRANSITIONS: dict[Role, dict[tuple[State, Step], State]] = {
+    Role.CLIENT: {
+        (State.IDLE, Step.SEND_VERSION): State.NEGOTIATING,
+        (State.NEGOTIATING, Step.RECEIVE_VERSION_REPLY): State.READY,
+        **_ANY_TIME,
+    },
+    Role.SERVER: {
+        (State.IDLE, Step.RECEIVE_VERSION): State.NEGOTIATING,
+        (State.NEGOTIATING, Step.SEND_VERSION_REPLY): State.READY,
+        **_ANY_TIME,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CommandReceived:
+    """The peer's command, to be answered by :meth:`VfioUserState.reply` unless ``no_reply``.
+
+    ``payload`` is None for a command that this side does not know or has not negotiated: answer ENOTSUP.
+    """
+
+    serial: int
+    id: int
+    command: int
+    payload: Payload | None
+    no_reply: bool
+    fds: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyReceived:
+    """The answer to our command ``id``; with ``errno`` not 0 it failed and ``payload`` is None."""
+
+    id: int
+    command: int
+    payload: Payload | None
+    errno: int
+    fds: list[int] = field(default_factory=list)
+
+
+Event = CommandReceived | ReplyReceived
+
+
+class VfioUserState:
+    """One end of one connection. ``capabilities`` are ours; :attr:`peer` the peer's, once known."""
+
+    def __init__(self, role: Role, capabilities: Capabilities) -> None:
+        self.role, self.capabilities = role, capabilities
+        self.state = State.IDLE
+        self.peer = Capabilities()
+        self.extensions = Extensions()
+        self._outstanding: dict[int, tuple[Command, Payload]] = {}
+        self._unanswered: dict[int, CommandReceived] = {}
+        self._next_id = 0
+        self._next_serial = 0
+
+    @property
+    def outstanding(self) -> int:
+        """Commands of ours that wait for a reply."""
+        return len(self._outstanding)
+
+    @property
+    def max_frame(self) -> int:
+        """Bytes of the longest frame that the peer may send."""
+        return HEADER_SIZE + 32 + max(self.capabilities.max_data_xfer_size, MAX_CAPS, 32 * MAX_TRANSLATIONS)
+
+    def _step(self, step: Step, error: type[LocalProtocolError | RemoteProtocolError]) -> None:
+        after = TRANSITIONS[self.role].get((self.state, step))
+        if after is None:
+            raise error(f"{self.role.value} cannot {step.value} while {self.state.value}")
+        self.state = after
+
+    # ----------------------------------------------------------------------------------------------------- sending
+
+    def command(
+        self, command: Command, payload: Payload = Empty(), fds: int = 0, *, no_reply: bool = False
+    ) -> tuple[int, bytes]:
+        """The id and the bytes of a command of ours, which travels with ``fds`` descriptors.
+
+        :raise LocalProtocolError: when it is not ours to send, not negotiated, or too large for the peer.
+        """
+        spec = COMMANDS[command]
+        if spec.sender is not self.role or type(payload) is not spec.request:
+            raise LocalProtocolError(f"{command_name(command)} with {type(payload).__name__} from a {self.role.value}")
+        if spec.extension and not getattr(self.extensions, spec.extension):
+            raise LocalProtocolError(f"{command_name(command)} is not negotiated")
+        if command is Command.VERSION and no_reply:
+            raise LocalProtocolError("VERSION needs its reply")
+        if fds > min(spec.fds, max(self.peer.max_msg_fds, 1)):
+            raise LocalProtocolError(f"{command_name(command)} with {fds} descriptors: the peer takes fewer")
+        _check_request(command, payload, self.peer.max_data_xfer_size, LocalProtocolError)
+        self._step(Step.SEND_VERSION if command is Command.VERSION else Step.SEND_COMMAND, LocalProtocolError)
+        number = self._free_id()
+        if not no_reply:
+            self._outstanding[number] = (command, payload)
+        return number, _frame(number, command, HeaderFlags.NO_REPLY if no_reply else 0, 0, payload.pack())
+
+    def _free_id(self) -> int:
+        if len(self._outstanding) >= 1 << 16:
+            raise LocalProtocolError("65536 commands wait for a reply")
+        number = self._next_id
+        while number in self._outstanding:
+            number = (number + 1) & 0xFFFF
+        self._next_id = (number + 1) & 0xFFFF
+        return number
+
+    def version(self) -> tuple[int, bytes]:
+        """The client's first command."""
+        return self.command(Command.VERSION, Version(0, 0, self.capabilities))
+
+    def accept(self, event: CommandReceived) -> bytes:
+        """The server's answer to VERSION: our capabilities, of the extensions those that both have."""
+        mine = self.capabilities
+        common = Capabilities(
+            max_msg_fds=mine.max_msg_fds,
+            max_data_xfer_size=mine.max_data_xfer_size,
+            max_dma_maps=mine.max_dma_maps,
+            pgsizes=mine.pgsizes,
+            write_multiple=mine.write_multiple and self.peer.write_multiple,
+            extensions=self.extensions,
+        )
+        return self.reply(event, Version(0, 0, common))
+
+    def reply(self, event: CommandReceived, payload: Payload = Empty(), fds: int = 0) -> bytes:
+        """The bytes of the answer to ``event``.
+
+        :raise LocalProtocolError: when it wants none, has one, or this is not what belongs in it.
+        """
+        spec = COMMANDS.get(event.command)
+        if spec is None or type(payload) is not spec.reply or fds > spec.reply_fds:
+            raise LocalProtocolError(f"{type(payload).__name__} does not answer {command_name(event.command)}")
+        if fds > max(self.peer.max_msg_fds, 1):
+            raise LocalProtocolError(f"{fds} descriptors: the peer takes {self.peer.max_msg_fds}")
+        if event.payload is not None:
+            _check_reply(event.payload, payload, LocalProtocolError)
+        self._answered(event)
+        return _frame(event.id, event.command, HeaderFlags.REPLY, 0, payload.pack())
+
+    def reply_error(self, event: CommandReceived, number: int) -> bytes:
+        """The bytes of a failure with errno ``number``; a refused VERSION ends the connection."""
+        self._answered(event)
+        if event.command == Command.VERSION:
+            self.state = State.CLOSED
+        return _frame(event.id, event.command, HeaderFlags.REPLY | HeaderFlags.ERROR, number or errno.EIO, b"")
+
+    def _answered(self, event: CommandReceived) -> None:
+        if self._unanswered.get(event.serial) is not event:
+            raise LocalProtocolError(f"{command_name(event.command)} {event.id} wants no reply, or has one")
+        version = event.command == Command.VERSION
+        self._step(Step.SEND_VERSION_REPLY if version else Step.SEND_REPLY, LocalProtocolError)
+        del self._unanswered[event.serial]
+
+    def close(self) -> None:
+        """Nothing is sent or accepted from now on."""
+        self._step(Step.CLOSE, LocalProtocolError)
+        self._outstanding.clear()
+        self._unanswered.clear()
+
+    # --------------------------------------------------------------------------------------------------- receiving
+
+    def receive(self, header_bytes: bytes, body: bytes, fds: list[int]) -> Event:
+        """The event in one frame of the peer's; its descriptors go with it.
+
+        :raise RemoteProtocolError: when the frame is not allowed. The caller closes ``fds`` and the connection.
+        """
+        header = Header.unpack(header_bytes)
+        if header.size != HEADER_SIZE + len(body):
+            raise RemoteProtocolError(f"a frame of {HEADER_SIZE + len(body)} bytes says {header.size}")
+        kind = header.flags & int(HeaderFlags.TYPE_MASK)
+        if kind == HeaderFlags.REPLY:
+            return self._receive_reply(header, body, fds)
+        if kind != 0:
+            raise RemoteProtocolError(f"message type {kind}")
+        return self._receive_command(header, body, fds)
+
+    def _receive_command(self, header: Header, body: bytes, fds: list[int]) -> CommandReceived:
+        version = header.command == Command.VERSION
+        self._step(Step.RECEIVE_VERSION if version else Step.RECEIVE_COMMAND, RemoteProtocolError)
+        no_reply = bool(header.flags & HeaderFlags.NO_REPLY)
+        spec = self._known(header.command)
+        payload = None if spec is None else self._request(spec, header.command, body, len(fds))
+        if version:
+            self._propose(payload, no_reply)
+        self._next_serial += 1
+        event = CommandReceived(self._next_serial, header.id, header.command, payload, no_reply, fds)
+        if not no_reply:
+            if len(self._unanswered) >= MAX_UNANSWERED:
+                raise RemoteProtocolError(f"{MAX_UNANSWERED} commands wait already")
+            self._unanswered[event.serial] = event
+        return event
+
+    def _known(self, command: int) -> CommandSpec | None:
+        spec = COMMANDS.get(command)
+        if spec is None or (spec.extension and not getattr(self.extensions, spec.extension)):
+            return None
+        if spec.sender is self.role:
+            raise RemoteProtocolError(f"{command_name(command)} from a {self.role.other.value}")
+        return spec
+
+    def _request(self, spec: CommandSpec, command: int, body: bytes, fds: int) -> Payload:
+        if fds > min(spec.fds, self.capabilities.max_msg_fds):
+            raise RemoteProtocolError(f"{command_name(command)} with {fds} descriptors")
+        payload = spec.request.unpack(body)
+        _check_request(command, payload, self.capabilities.max_data_xfer_size, RemoteProtocolError)
+        return payload
+
+    def _propose(self, payload: Payload | None, no_reply: bool) -> None:
+        assert isinstance(payload, Version), "VERSION is always known"
+        if no_reply or payload.major != 0:
+            raise RemoteProtocolError(f"version {payload.major}.{payload.minor} is proposed, 0.x is spoken here")
+        self.peer = payload.capabilities
+        self.extensions = self.capabilities.extensions.both(self.peer.extensions)
+
+    def _receive_reply(self, header: Header, body: bytes, fds: list[int]) -> ReplyReceived:
+        version = header.command == Command.VERSION
+        if (
+            TRANSITIONS[self.role].get((self.state, Step.RECEIVE_VERSION_REPLY if version else Step.RECEIVE_REPLY))
+            is None
+        ):
+            raise RemoteProtocolError(f"a reply to {command_name(header.command)} while {self.state.value}")
+        asked = self._outstanding.get(header.id)
+        if asked is None or asked[0] != header.command:
+            raise RemoteProtocolError(f"a reply to {command_name(header.command)} {header.id}, which was not asked")
+        command, request = asked
+        spec = COMMANDS[command]
+        if len(fds) > min(spec.reply_fds, self.capabilities.max_msg_fds):
+            raise RemoteProtocolError(f"a reply to {command_name(command)} with {len(fds)} descriptors")
+        failed = header.flags & HeaderFlags.ERROR
+        payload = None if failed else _unpack_reply(spec.reply, body)
+        if payload is not None:
+            _check_reply(request, payload, RemoteProtocolError)
+        if version:
+            self._agree(payload)
+        del self._outstanding[header.id]
+        return ReplyReceived(header.id, command, payload, (header.errno or errno.EIO) if failed else 0, fds)
+
+    def _agree(self, payload: Payload | None) -> None:
+        if not isinstance(payload, Version) or payload.major != 0 or payload.minor != 0:
+            raise RemoteProtocolError("the server does not speak version 0.0")
+        self._step(Step.RECEIVE_VERSION_REPLY, RemoteProtocolError)
+        self.peer = payload.capabilities
+        self.extensions = self.capabilities.extensions.both(self.peer.extensions)
+
+
+def _frame(number: int, command: int, flags: int, error: int, body: bytes) -> bytes:
+    return Header(number, command, HEADER_SIZE + len(body), flags, error).pack() + body
+
+
+_SHORT_COUNT = struct.Struct("=QI")
+
+
+def _unpack_reply(kind: type[Payload], body: bytes) -> Payload:
+    """DMA_WRITE's reply has a 4-byte count in the document and an 8-byte one from the peers that were seen: both
+    pass."""
+    if kind is DmaAccess and len(body) == _SHORT_COUNT.size:
+        return DmaAccess(*_SHORT_COUNT.unpack(body))
+    return kind.unpack(body)
+
+
+Wrong = type[LocalProtocolError | RemoteProtocolError]
+_READS = (Command.REGION_READ, Command.DMA_READ)
+_WRITES = (Command.REGION_WRITE, Command.DMA_WRITE)
+
+
+def _check_request(command: int, payload: Payload, max_data: int, error: Wrong) -> None:
+    """Sizes that the layouts cannot say."""
+    if isinstance(payload, RegionAccess | DmaAccess):
+        expected = payload.count if command in _WRITES else 0
+        if payload.count > max_data or len(payload.data) != expected:
+            raise error(f"{command_name(command)} of {payload.count} bytes with {len(payload.data)} bytes of data")
+    elif isinstance(payload, NotifierSetup) and not 0 < len(payload.path) <= MAX_PATH:
+        raise error(f"a socket path of {len(payload.path)} bytes")
+    elif isinstance(payload, SetIrqs) and len(payload.data) > 4096:
+        raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
+    elif isinstance(payload, RegionInfo) and payload.caps:
+        raise error(f"{command_name(command)} with capabilities in the request")
+
+
+def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
+    """What an answer must have in common with its question."""
+    if isinstance(reply, RegionAccess) and isinstance(request, RegionAccess):
+        wanted = 0 if request.data else reply.count
+        if reply.count > request.count or len(reply.data) != wanted:
+            raise error(f"{len(reply.data)} bytes of data answer a region access of {request.count}")
+    elif isinstance(reply, DmaAccess) and isinstance(request, DmaAccess):
+        wanted = 0 if request.data else reply.count
+        if reply.count > request.count or len(reply.data) != wanted:
+            raise error(f"{len(reply.data)} bytes of data answer a DMA access of {request.count}")
+    elif isinstance(reply, TranslateReply) and (len(reply.data) != 32 * reply.count or reply.count > MAX_TRANSLATIONS):
+        raise error(f"{reply.count} translations in {len(reply.data)} bytes")
+    elif isinstance(reply, RegionInfo) and len(reply.caps) > MAX_CAPS:
+        raise error(f"{len(reply.caps)} bytes of region capabilities")
