@@ -1,7 +1,8 @@
 """The flat view of a region tree: which region answers at each address (QEMU's ``FlatView``).
 
-Rendering walks the tree from the top, highest priority first, and lets each terminating region fill only the gaps that are left.
-Aliases are followed into their target; disabled regions show nothing. Neighbouring ranges of one region are merged.
+Rendering walks the tree from the top, highest priority first, and lets each terminating region fill only the gaps
+that are left. Aliases are followed into their target; disabled regions show nothing. Neighbouring ranges of one
+region are merged.
 """
 
 from __future__ import annotations

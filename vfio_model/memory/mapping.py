@@ -10,7 +10,7 @@ rings ``on_invalidate`` once; the device answers by unmapping.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from vfio_model.memory.types import DMADirection
 
@@ -18,6 +18,9 @@ DEFAULT_BOUNCE_BUDGET = 4096
 """Bytes of bounce buffers per address space."""
 
 _handles = itertools.count(1)
+
+Spans = Sequence[tuple[int, int]]
+"""Ranges of addresses, start and last inclusive."""
 
 
 class DMAMapping:
@@ -38,7 +41,7 @@ class DMAMapping:
         on_invalidate: Callable[[DMAMapping], None] | None = None,
         *,
         bounce: bool = False,
-        release: Callable[[DMAMapping, int], None] | None = None,
+        release: Release | None = None,
     ) -> None:
         self.handle = next(_handles)
         self.iova = iova
@@ -76,33 +79,41 @@ class DMAMapping:
         return f"DMAMapping(#{self.handle} {self.iova:#x}..{self.last:#x} {self.direction.name} {kind})"
 
 
+Release = Callable[[DMAMapping, int], None]
+
+
 class MappingTable:
-    """Live mappings by handle, found by the range of addresses under which this table knows them."""
+    """Live mappings by handle, found by the addresses under which this table knows them."""
 
     def __init__(self) -> None:
-        self._live: dict[int, tuple[int, int, DMAMapping]] = {}
+        self._live: dict[int, tuple[DMAMapping, Spans]] = {}
 
     def __len__(self) -> int:
         return len(self._live)
 
     def __iter__(self) -> Iterator[DMAMapping]:
-        return iter([mapping for _, _, mapping in self._live.values()])
+        return iter([mapping for mapping, _ in self._live.values()])
 
-    def add(self, mapping: DMAMapping, start: int | None = None, last: int | None = None) -> None:
-        """Keep ``mapping`` under ``start``..``last`` (inclusive), by default its own iova range."""
-        self._live[mapping.handle] = (
-            mapping.iova if start is None else start,
-            mapping.last if last is None else last,
-            mapping,
-        )
+    def add(self, mapping: DMAMapping, spans: Spans | None = None) -> None:
+        """Keep ``mapping`` under ``spans``, by default its own iova range."""
+        self._live[mapping.handle] = (mapping, ((mapping.iova, mapping.last),) if spans is None else spans)
 
     def remove(self, mapping: DMAMapping) -> None:
         """Forget ``mapping``; harmless when it is not here."""
         self._live.pop(mapping.handle, None)
 
+    def get(self, handle: int) -> DMAMapping | None:
+        """The live mapping with ``handle``."""
+        found = self._live.get(handle)
+        return found[0] if found is not None else None
+
     def overlapping(self, start: int, last: int) -> list[DMAMapping]:
         """Live mappings that share a byte with ``start``..``last`` (inclusive), oldest first."""
-        return [mapping for lo, hi, mapping in self._live.values() if lo <= last and start <= hi]
+        return [
+            mapping
+            for mapping, spans in self._live.values()
+            if any(lo <= last and start <= hi for lo, hi in spans)
+        ]
 
     def invalidate(self, start: int, last: int) -> list[DMAMapping]:
         """Ring every overlapping mapping; returns those that are still live afterwards."""

@@ -12,7 +12,7 @@ A change made by a listener during a commit is committed in another round.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 
@@ -49,12 +49,14 @@ class _Topology:
             views = sorted(self.dirty, key=lambda view: view.serial)
             self.dirty = set()
             changed = [view for view in views if view.render_pending()]
-            for view in changed:
-                view.announce_removals()
-            for view in changed:
-                view.switch_view()
-            for view in changed:
-                view.announce_additions()
+            # A listener that raises must not leave a view half switched: every step runs, then the error goes on.
+            with ExitStack() as steps:
+                for view in reversed(changed):
+                    steps.callback(view.announce_additions)
+                for view in reversed(changed):
+                    steps.callback(view.switch_view)
+                for view in reversed(changed):
+                    steps.callback(view.announce_removals)
 
 
 _TOPOLOGY = _Topology()
