@@ -1,0 +1,349 @@
+"""The DMA path of a device in another process than its vIOMMU: an address translation cache over mapped guest RAM.
+
+A hit costs no message: the device enters its lane, compares the head of the invalidation ring with what it has seen,
+looks the page up, copies, leaves. A miss asks (ATS) outside of any section. This module is the device's half of the
+promise that an Invalidate Completion makes on PCIe; the other half is the writer's ring and revoke
+(:mod:`vfio_model.memory.ring`).
+
+An answer and an invalidation can cross. The rule: the ring head is *sampled when the request goes out*
+(``inval_seq``); when the answer is there, everything that was invalidated since is looked at, and an answer that
+overlaps any of it is dropped and asked again. R request, T translation made, I invalidation published, C completion,
+U use (a section)::
+
+    I R T C U   nothing happens since the request: cached and used
+    R I T C U   the answer may be older or newer, nobody can tell: dropped, asked again
+    R T I C U   the answer is stale: dropped, asked again
+    R T C I U   cached, then dropped by the head compare of the section: asked again
+    R T C U+I   the section began before: it may finish, the revoke waits for its lane
+    R T C U I   over before: the next section compares the head
+
+What must not be broken: the head is compared inside the section, before anything cached is used; nothing is cached
+before the device is *armed*, that is before the ring's writer knows its lane; a failed translation is never cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from vfio_model.memory.atc_entries import PAGE_SHIFT, EntryTable, GuestRam, Hit
+from vfio_model.memory.dma import BLOCKED, DMAImpl, Iovas, OnInvalidate
+from vfio_model.memory.iotlb import IOMMUTLBEntry
+from vfio_model.memory.lane import SECTION_BYTES, Lane
+from vfio_model.memory.mapping import BounceBudget, DMAMapping
+from vfio_model.memory.ring import EVERY_AS, HEAD, RecordFlags, RingReader
+from vfio_model.memory.types import (
+    PCI_NO_PASID,
+    DMADirection,
+    IOMMUAccessFlags,
+    MemTxResult,
+    ReadBuffer,
+    WriteBuffer,
+)
+from vfio_model.ranges import U64_MAX, wrap64
+
+Ask = Callable[[int, int, bool], IOMMUTLBEntry | None]
+"""``ask(iova, length, is_write)``: the translation around ``iova``, perm NONE for a fault; None when nobody answers."""
+
+MAX_ASKS = 64
+"""How often one access asks again because an invalidation came between; then it is a bus error."""
+
+_NOT_CACHEABLE = IOMMUAccessFlags.UNTRANSLATED_ONLY
+
+
+class _Fill(Enum):
+    """What became of a miss."""
+
+    CACHED = 0
+    DIRECT = 1
+    """Not for the cache: this page goes by message."""
+    FAULT = 2
+    NO_ANSWER = 3
+
+
+class CachedImpl:
+    """DMA through an ATC. ``fallback`` takes what cannot be cached: everything before :meth:`arm`, what is not RAM, and
+    pages marked untranslated-only; it is the message path, or blocks."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        ring: RingReader,
+        lane: Lane,
+        ram: GuestRam,
+        *,
+        as_id: int,
+        pasid: int = PCI_NO_PASID,
+        fallback: DMAImpl = BLOCKED,
+        bounce: BounceBudget | None = None,
+    ) -> None:
+        self.as_id, self.pasid = as_id, pasid
+        self.armed = False
+        self.bounce = bounce or BounceBudget()
+        self.entries = EntryTable()
+        self._ask, self._ring, self._lane, self._ram, self._fallback = ask, ring, lane, ram, fallback
+        self._since: dict[int, list[tuple[int, int]]] = {}
+        """Per request that is out (by the identity of its list): the ranges invalidated since it went out."""
+        self.read, self.write = self._reader(), self._writer()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """The ring's writer knows the lane: from now on translations may be cached."""
+        self.armed = True
+
+    def disarm(self) -> None:
+        """The subscription is gone: nothing cached is used any more."""
+        self.armed = False
+        self.flush()
+
+    def retarget(self, as_id: int, pasid: int = PCI_NO_PASID) -> None:
+        """The device belongs to another address space now."""
+        self.as_id, self.pasid = as_id, pasid
+        self.flush()
+
+    def flush(self) -> None:
+        """Forget everything, also answers that are on their way."""
+        self._drop(0, U64_MAX)
+
+    def invalidate(self, iova: int, last: int) -> None:
+        """Forget ``iova``..``last`` (inclusive), for an invalidation that came as a message."""
+        self._drop(iova, last)
+
+    # -- hits ----------------------------------------------------------------------------------------------------
+
+    def _reader(self) -> Callable[[int, WriteBuffer], MemTxResult]:
+        words, slot, ring, head = self._lane.words, self._lane.slot, self._ring, self._ring.words
+        get, slow, ok = self.entries.readable.get, self._read_slow, MemTxResult.OK
+
+        def read(iova: int, out: WriteBuffer) -> MemTxResult:
+            words[slot] += 1
+            try:
+                if head[HEAD] == ring.seen:
+                    hit = get(iova >> PAGE_SHIFT)
+                    size = len(out)
+                    if hit is not None and iova + size <= hit[1] and size <= SECTION_BYTES:
+                        at = iova - hit[0]
+                        out[:] = hit[2][at : at + size]
+                        return ok
+            finally:
+                words[slot] += 1
+            return slow(iova, out)
+
+        return read
+
+    def _writer(self) -> Callable[[int, ReadBuffer], MemTxResult]:
+        words, slot, ring, head = self._lane.words, self._lane.slot, self._ring, self._ring.words
+        get, slow, ok = self.entries.writable.get, self._write_slow, MemTxResult.OK
+
+        def write(iova: int, data: ReadBuffer) -> MemTxResult:
+            words[slot] += 1
+            try:
+                if head[HEAD] == ring.seen:
+                    hit = get(iova >> PAGE_SHIFT)
+                    size = len(data)
+                    if hit is not None and iova + size <= hit[1] and size <= SECTION_BYTES:
+                        at = iova - hit[0]
+                        hit[2][at : at + size] = data
+                        return ok
+            finally:
+                words[slot] += 1
+            return slow(iova, data)
+
+        return write
+
+    # -- pieces and misses ---------------------------------------------------------------------------------------
+
+    def _read_slow(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        if not self.armed:
+            return self._fallback.read(iova, out)
+        view = memoryview(out)
+        done, result = self._transfer(iova, view, False)
+        if result:
+            view[done:] = bytes(len(view) - done)
+        return result
+
+    def _write_slow(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        if not self.armed:
+            return self._fallback.write(iova, data)
+        return self._transfer(iova, memoryview(data), True)[1]
+
+    def _transfer(self, iova: int, view: memoryview, is_write: bool) -> tuple[int, MemTxResult]:
+        """Move ``view`` piece by piece; (bytes moved, result)."""
+        done, total = 0, len(view)
+        while done < total:
+            at = wrap64(iova + done)
+            moved = self._section(at, view[done:], is_write)
+            if not moved:
+                fill = self._fill(at, total - done, is_write)
+                if fill is _Fill.FAULT:
+                    return done, MemTxResult.DECODE_ERROR
+                if fill is _Fill.NO_ANSWER:
+                    return done, MemTxResult.ERROR
+                if fill is _Fill.DIRECT:
+                    moved = min(total - done, (1 << PAGE_SHIFT) - (at & (1 << PAGE_SHIFT) - 1))
+                    part = view[done : done + moved]
+                    result = self._fallback.write(at, part) if is_write else self._fallback.read(at, part)
+                    if result:
+                        return done, result
+            done += moved
+        return done, MemTxResult.OK
+
+    def _section(self, iova: int, view: memoryview, is_write: bool) -> int:
+        """One DMA section: catch up with the ring, look up, copy. Bytes moved; 0 is a miss."""
+        lane = self._lane
+        lane.enter()
+        try:
+            self._catch_up()
+            hit = self.entries.find(iova, is_write)
+            if hit is None:
+                return 0
+            size = min(len(view), hit[1] - iova, SECTION_BYTES)
+            _copy(hit, iova, view[:size], is_write)
+            return size
+        finally:
+            lane.leave()
+
+    def _fill(self, iova: int, length: int, is_write: bool) -> _Fill:
+        """Ask for the page of ``iova`` until an answer arrives that nothing overtook."""
+        wanted = IOMMUAccessFlags.WO if is_write else IOMMUAccessFlags.RO
+        for _ in range(MAX_ASKS):
+            since: list[tuple[int, int]] = []
+            try:
+                self._sample(since)
+                entry = self._ask(iova, length, is_write)
+                if entry is None:
+                    return _Fill.NO_ANSWER
+                if not entry.perm & wanted:
+                    return _Fill.FAULT
+                fill = self._complete(iova, entry, since)
+            finally:
+                del self._since[id(since)]
+            if fill is not None:
+                return fill
+        return _Fill.NO_ANSWER
+
+    def _sample(self, since: list[tuple[int, int]]) -> None:
+        """A request goes out: what is invalidated from here on is noted in ``since``."""
+        lane = self._lane
+        lane.enter()
+        try:
+            self._catch_up()
+            self._since[id(since)] = since
+        finally:
+            lane.leave()
+
+    def _complete(self, iova: int, entry: IOMMUTLBEntry, since: list[tuple[int, int]]) -> _Fill | None:
+        """An answer came: cache it, unless an invalidation since the request overlaps it (None)."""
+        lane = self._lane
+        lane.enter()
+        try:
+            self._catch_up()
+            start = entry.iova & ~entry.addr_mask
+            stop = start + entry.addr_mask
+            if any(first <= stop and start <= last for first, last in since):
+                return None
+            if not self.armed or entry.perm & _NOT_CACHEABLE or not self.entries.insert(iova, entry, self._ram):
+                return _Fill.DIRECT
+            return _Fill.CACHED
+        finally:
+            lane.leave()
+
+    # -- invalidations -------------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Deal with every record since the last time; inside a section."""
+        if self._ring.words[HEAD] != self._ring.seen and not self._ring.drain(self._record):
+            self._drop(0, U64_MAX)
+
+    def _record(self, as_id: int, iova: int, last: int, flags: int) -> None:
+        mine = as_id in (self.as_id, EVERY_AS)
+        if mine and (flags & RecordFlags.ANY_PASID or flags >> 32 == self.pasid):
+            self._drop(iova, last)
+
+    def _drop(self, iova: int, last: int) -> None:
+        for since in self._since.values():
+            since.append((iova, last))
+        if iova == 0 and last == U64_MAX:
+            self.entries.clear()
+        else:
+            self.entries.drop(iova, last)
+
+    # -- many at once --------------------------------------------------------------------------------------------
+
+    def read_many(self, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
+        """Pieces of ``size`` bytes into ``out``; stops at the first failure, the remainder is zero."""
+        view = memoryview(out)
+        done, result = self._many(iovas, size, view, False)
+        if result:
+            view[done * size :] = bytes(len(view) - done * size)
+        return result
+
+    def write_many(self, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
+        """Pieces of ``size`` bytes from ``data``; stops at the first failure."""
+        return self._many(iovas, size, memoryview(data), True)[1]
+
+    def _many(self, iovas: Iovas, size: int, view: memoryview, is_write: bool) -> tuple[int, MemTxResult]:
+        """(pieces done, result). Hits go many to a section, a miss goes alone."""
+        addresses: list[int] = iovas.tolist() if hasattr(iovas, "tolist") else list(iovas)
+        single: Callable[[int, memoryview], MemTxResult] = self.write if is_write else self.read
+        done, count = 0, len(addresses)
+        while done < count:
+            done = self._hits(addresses, done, size, view, is_write)
+            if done < count:
+                result = single(addresses[done], view[done * size : (done + 1) * size])
+                if result:
+                    return done, result
+                done += 1
+        return done, MemTxResult.OK
+
+    def _hits(self, iovas: list[int], first: int, size: int, view: memoryview, is_write: bool) -> int:
+        """One section of pieces that are in front of the cache; the index of the first that is not done."""
+        get = (self.entries.writable if is_write else self.entries.readable).get
+        lane = self._lane
+        stop = min(len(iovas), first + SECTION_BYTES // (size or 1))
+        lane.enter()
+        try:
+            self._catch_up()
+            for index in range(first, stop):
+                iova = iovas[index]
+                hit = get(iova >> PAGE_SHIFT)
+                if hit is None or iova + size > hit[1]:
+                    return index
+                _copy(hit, iova, view[index * size : (index + 1) * size], is_write)
+            return stop
+        finally:
+            lane.leave()
+
+    # -- maps ----------------------------------------------------------------------------------------------------
+
+    def map(
+        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None = None
+    ) -> DMAMapping | None:
+        """A bounce buffer of up to ``length`` bytes: filled now, or written back at unmap, each in sections of its own.
+
+        It outlives its translation without harm: what is written back is translated again. None when nothing
+        decodes at ``iova`` or the bounce budget is empty.
+        """
+        size = self.bounce.take(length)
+        if not size:
+            return None
+        buffer = bytearray(size)
+        if direction is DMADirection.TO_DEVICE and self.read(iova, buffer):
+            self.bounce.give_back(size)
+            return None
+
+        def release(mapping: DMAMapping, access_len: int) -> None:
+            if direction is DMADirection.FROM_DEVICE:
+                self.write(iova, memoryview(buffer)[:access_len])
+            self.bounce.give_back(size)
+
+        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+
+
+def _copy(hit: Hit, iova: int, part: memoryview, is_write: bool) -> None:
+    at = iova - hit[0]
+    if is_write:
+        hit[2][at : at + len(part)] = part
+    else:
+        part[:] = hit[2][at : at + len(part)]

@@ -1,0 +1,150 @@
+"""What an address translation cache holds: entries of any page size over guest RAM, found by page, dropped by range.
+
+A translated address (ATS) is a guest-physical address; a device process that has guest RAM mapped turns it into
+bytes. An entry therefore keeps the *view* of its bytes. Only RAM is cached; an entry whose block is larger than the
+RAM it lies in is kept as the largest naturally aligned part that fits.
+
+Entries live by size (a dict per page shift). In front of them are two dicts by smallest page, one of pages that may
+be read and one of pages that may be written: a hit is one lookup, whatever the entry's size and whatever else is
+cached.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from vfio_model.memory.iotlb import IOMMUTLBEntry
+from vfio_model.memory.types import IOMMUAccessFlags
+from vfio_model.ranges import U64_MAX
+
+PAGE_SHIFT = 12
+"""The smallest page that is cached (ATS: 4 KiB)."""
+
+Hit = tuple[int, int, memoryview]
+"""First address, address behind the last (exclusive), and the bytes from the first on."""
+
+
+class GuestRam:
+    """Guest RAM by guest-physical address, as this process has it mapped."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._views: list[memoryview] = []
+
+    def add(self, gpa: int, view: memoryview) -> None:
+        """Show ``view`` (item size 1, writable) at ``gpa``; segments do not overlap."""
+        at = bisect_right(self._starts, gpa)
+        before = self._starts[at - 1] + len(self._views[at - 1]) if at else 0
+        after = self._starts[at] if at < len(self._starts) else U64_MAX + 1
+        assert before <= gpa and gpa + len(view) <= after, "RAM segments do not overlap"
+        self._starts.insert(at, gpa)
+        self._views.insert(at, view)
+
+    def remove(self, gpa: int) -> None:
+        """Take the segment that begins at ``gpa`` away. Caches over it are flushed first.
+
+        :raise ValueError: when none begins there.
+        """
+        at = self._starts.index(gpa)
+        del self._starts[at], self._views[at]
+
+    def segment(self, gpa: int) -> tuple[int, memoryview] | None:
+        """Start and bytes of the segment that holds ``gpa``, or None."""
+        at = bisect_right(self._starts, gpa) - 1
+        if at < 0 or gpa - self._starts[at] >= len(self._views[at]):
+            return None
+        return self._starts[at], self._views[at]
+
+
+class CachedEntry:
+    """``start`` to ``stop`` (exclusive) with its bytes; ``pages`` are the front entries that were made from it."""
+
+    __slots__ = ("pages", "perm", "start", "stop", "view")
+
+    def __init__(self, start: int, view: memoryview, perm: int) -> None:
+        self.start, self.stop = start, start + len(view)
+        self.view, self.perm = view, perm
+        self.pages: set[int] = set()
+
+
+class EntryTable:
+    """The entries of one cache. Not for several threads: each DMA lane has its own."""
+
+    def __init__(self) -> None:
+        self.readable: dict[int, Hit] = {}
+        """By ``iova >> PAGE_SHIFT``; the fast path looks here alone."""
+        self.writable: dict[int, Hit] = {}
+        self._by_shift: dict[int, dict[int, CachedEntry]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._by_shift.values())
+
+    def find(self, iova: int, is_write: bool) -> Hit | None:
+        """The entry that lets ``iova`` be accessed, now also in front; None is a miss."""
+        front = self.writable if is_write else self.readable
+        page = iova >> PAGE_SHIFT
+        hit = front.get(page)
+        if hit is not None:
+            return hit
+        wanted = IOMMUAccessFlags.WO if is_write else IOMMUAccessFlags.RO
+        for shift, entries in self._by_shift.items():
+            entry = entries.get(iova >> shift)
+            if entry is not None and entry.perm & wanted:
+                entry.pages.add(page)
+                hit = front[page] = (entry.start, entry.stop, entry.view)
+                return hit
+        return None
+
+    def insert(self, iova: int, entry: IOMMUTLBEntry, ram: GuestRam) -> bool:
+        """Keep what ``entry`` says about ``iova``; it replaces what it overlaps. False: it is not cacheable."""
+        block = _block(iova, entry, ram)
+        if block is None:
+            return False
+        self.drop(block.start, block.stop - 1)
+        shift = len(block.view).bit_length() - 1
+        self._by_shift.setdefault(shift, {})[iova >> shift] = block
+        return True
+
+    def drop(self, start: int, last: int) -> None:
+        """Forget every entry that shares a byte with ``start``..``last`` (inclusive), larger or smaller."""
+        for shift, entries in list(self._by_shift.items()):
+            first, final = start >> shift, last >> shift
+            if final - first < len(entries):
+                gone = [page for page in range(first, final + 1) if page in entries]
+            else:
+                gone = [page for page in entries if first <= page <= final]
+            for page in gone:
+                self._forget(entries.pop(page))
+            if not entries:
+                del self._by_shift[shift]
+
+    def clear(self) -> None:
+        """Forget everything. The front dicts stay the same objects: fast paths have them bound."""
+        self._by_shift.clear()
+        self.readable.clear()
+        self.writable.clear()
+
+    def _forget(self, entry: CachedEntry) -> None:
+        for page in entry.pages:
+            self.readable.pop(page, None)
+            self.writable.pop(page, None)
+
+
+def _block(iova: int, entry: IOMMUTLBEntry, ram: GuestRam) -> CachedEntry | None:
+    """The largest naturally aligned block around ``iova`` that ``entry`` maps to one RAM segment, or None."""
+    mask = entry.addr_mask
+    if mask & (mask + 1) or (mask >> PAGE_SHIFT == 0 and mask != (1 << PAGE_SHIFT) - 1):
+        return None
+    gpa = entry.translated_addr & ~mask | iova & mask
+    segment = ram.segment(gpa)
+    if segment is None:
+        return None
+    base, view = segment
+    shift = min(mask.bit_length(), (len(view)).bit_length())
+    while shift >= PAGE_SHIFT:
+        mask = (1 << shift) - 1
+        first = (gpa - (iova & mask)) - base
+        if first >= 0 and first + mask < len(view):
+            return CachedEntry(iova & ~mask, view[first : first + mask + 1], int(entry.perm))
+        shift -= 1
+    return None
