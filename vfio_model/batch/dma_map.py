@@ -1,7 +1,6 @@
 """Many ``struct vfio_iommu_type1_dma_map`` at once, from an array of page addresses.
 
-Source of the layout: ``include/uapi/linux/vfio.h``; :class:`vfio_model.uapi.vfio.DmaMap` is the same structure for
-one.
+Source of the layout: ``include/uapi/linux/vfio.h``; :class:`vfio_model.uapi.vfio.DmaMap` is the same structure for one.
 """
 
 from __future__ import annotations
