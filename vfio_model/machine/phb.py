@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from vfio_model.clock import VirtualClock
 from vfio_model.iommu.spapr import regs
-from vfio_model.iommu.spapr.ddw import DmaOptions, PhbDma
+from vfio_model.iommu.spapr.ddw import PhbDma
+from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.machine.irqs import IrqLines
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion

@@ -16,8 +16,9 @@ from typing import Literal
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr import regs
-from vfio_model.iommu.spapr.ddw import DmaOptions, PhbDma
+from vfio_model.iommu.spapr.ddw import PhbDma
 from vfio_model.iommu.spapr.hcalls import HCallHandler, HCallResult, TceHcalls
+from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.machine.irqs import IrqLines

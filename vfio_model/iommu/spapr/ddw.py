@@ -11,15 +11,11 @@ fails, or a follower answers its first flush with an error, the window is closed
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
 from vfio_model.iommu.spapr.regs import (
-    DEFAULT_PGSZ,
-    DEFAULT_WINDOW_ADDR,
-    DEFAULT_WINDOW_SIZE,
-    DMA64_WINDOW_ADDR,
     MAX_WINDOWS,
     TCE_PAGE_SHIFT,
+    DmaOptions,
     pci_liobn,
     phb_buid,
 )
@@ -28,18 +24,6 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.region import MemoryRegion
 from vfio_model.ranges import U32_MAX, U64_MAX, Range
 from vfio_model.trace import NULL_TRACE, Trace
-
-
-@dataclass(frozen=True, slots=True)
-class DmaOptions:
-    """What QEMU's ``spapr-pci-host-bridge`` takes as properties; addresses and sizes in bytes."""
-
-    ddw: bool = True
-    pgsz: int = DEFAULT_PGSZ
-    """Supported IOMMU page sizes, as a bitmap of sizes."""
-    dma_win_addr: int = DEFAULT_WINDOW_ADDR
-    dma_win_size: int = DEFAULT_WINDOW_SIZE
-    dma64_win_addr: int = DMA64_WINDOW_ADDR
 
 
 class PhbDma:

@@ -7,6 +7,7 @@ window addresses), QEMU's pseries machine, which recorded logs come from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 
@@ -114,6 +115,18 @@ order.
 """
 DEFAULT_PGSZ = (1 << 12) | (1 << 16) | (1 << 21) | (1 << 24)
 """Supported IOMMU page sizes as a bitmap of sizes (QEMU's ``pgsz`` property): 4K, 64K, 2M, 16M."""
+
+
+@dataclass(frozen=True, slots=True)
+class DmaOptions:
+    """What QEMU's ``spapr-pci-host-bridge`` takes as properties; addresses and sizes in bytes."""
+
+    ddw: bool = True
+    pgsz: int = DEFAULT_PGSZ
+    """Supported IOMMU page sizes, as a bitmap of sizes."""
+    dma_win_addr: int = DEFAULT_WINDOW_ADDR
+    dma_win_size: int = DEFAULT_WINDOW_SIZE
+    dma64_win_addr: int = DMA64_WINDOW_ADDR
 
 
 def page_mask(pgsz: int) -> int:
