@@ -1,0 +1,131 @@
+"""Ioctls: from the message to the Return, whatever has to be waited for in between."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator, Hashable
+from errno import EBADF, EIO
+
+from hostd.clients import OpenFile
+from hostd.device_table import DeviceState, OpenDevice
+from hostd.events import DomainsChanged, SendFile, SendReturn, StartDevice
+from hostd.jobs import Job, Steps, Until, Wait
+from hostd.state import ServiceState
+from protocols.port.device import SegmentMap
+from protocols.port.files import DeviceFd
+from protocols.port.messages import Ioctl as IoctlMessage
+from protocols.port.messages import Return
+from vfio_model.host.hpa import Segment
+from vfio_model.host.pending import Batch
+from vfio_model.uapi.vfio import Ioctl, ioctl_name
+
+_HANDLE = struct.Struct("=Q")
+
+
+def segment_map(segment: Segment) -> SegmentMap:
+    """``segment`` as a device process is told of it."""
+    place = segment.hpa
+    return SegmentMap(
+        segment.id, segment.length, segment.page_size, place.base, place.page_shift, place.pages, place.bits,
+        place.multiplier, place.addend,
+    )  # fmt: skip
+
+
+class IoctlService:
+    """Runs ioctls of ZeroMQ peers against the host."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+
+    def submit(self, peer: bytes, message: IoctlMessage) -> None:
+        """Begin ``message``; its Return comes as an effect, now or later."""
+        state = self._state
+        file = state.clients.file_for(message.mm, message.handle)
+        if file is None:
+            state.emit(SendReturn(peer, Return(message.seq, EBADF, 0, b"")))
+            return
+        job = Job(ioctl_name(message.cmd), self._steps(peer, message, file), file.client.pid)
+        state.jobs.submit(self._key(file, message), job)
+
+    def _key(self, file: OpenFile, message: IoctlMessage) -> Hashable:
+        """The container that the ioctl concerns, else the group by itself."""
+        if message.cmd == Ioctl.VFIO_GROUP_SET_CONTAINER and len(message.arg) >= _HANDLE.size:
+            container = self._state.clients.file_for(message.mm, _HANDLE.unpack_from(message.arg)[0])
+            if container is not None:
+                return container.handle
+        return queue_key(self._state, file)
+
+    def _steps(self, peer: bytes, message: IoctlMessage, file: OpenFile) -> Steps:
+        state = self._state
+        state.cause = message.cause
+        try:
+            batch, arg = yield from self._run(message, file)
+        except OSError as error:
+            batch, arg = Batch(0, error.errno or EIO, error.strerror or ""), b""
+        if batch.errno:
+            state.note("vfio_ioctl_failed", cmd=ioctl_name(message.cmd), errno=batch.errno, reason=batch.reason)
+        state.emit(SendReturn(peer, Return(message.seq, batch.errno, batch.done, arg)))
+
+    def _run(self, message: IoctlMessage, file: OpenFile) -> Generator[Wait, None, tuple[Batch, bytes]]:
+        state = self._state
+        if file.closing:
+            raise OSError(EBADF, "the file was closed while the ioctl waited")
+        mm = state.clients.mms[message.mm].mm
+        if message.count > 1:
+            many = state.host.ioctl_many(mm, file.handle, message.cmd, message.arg, message.count)
+            return (yield from state.settle(many)), b""
+        if message.cmd == Ioctl.VFIO_GROUP_GET_DEVICE_FD:
+            return Batch(1), (yield from self._open_device(message, file))
+        if message.cmd == Ioctl.VFIO_GROUP_SET_CONTAINER:
+            self._check_container(message)
+        result = yield from state.settle(state.host.ioctl(mm, file.handle, message.cmd, message.arg))
+        if message.cmd == Ioctl.VFIO_GROUP_UNSET_CONTAINER:
+            state.emit(DomainsChanged())
+        return Batch(1), result
+
+    def _check_container(self, message: IoctlMessage) -> None:
+        """The handle in the argument is one of this client's too."""
+        handle = _HANDLE.unpack_from(message.arg)[0] if len(message.arg) >= _HANDLE.size else None
+        if handle is not None and self._state.clients.file_for(message.mm, handle) is None:
+            raise OSError(EBADF, "no such container")
+
+    # -- devices -----------------------------------------------------------------------------------------------------
+
+    def _open_device(self, message: IoctlMessage, file: OpenFile) -> Generator[Wait, None, bytes]:
+        """GROUP_GET_DEVICE_FD: start the device's process, wait until it serves, hand its stream to the client."""
+        state = self._state
+        name = message.arg.split(b"\0", 1)[0].decode("utf-8", "replace")
+        old = state.devices.named(name)
+        if old is not None and old.state is DeviceState.STOPPING:
+            yield Until(f"the end of {name}'s last process", lambda: state.devices.get(old.key) is None)
+        mm = state.clients.mms[message.mm].mm
+        token = yield from state.settle(state.host.ioctl(mm, file.handle, message.cmd, message.arg))
+        device = self._start(name, file, _HANDLE.unpack(token)[0])
+        yield Until(f"the start of {name}", lambda: device.state is not DeviceState.STARTING)
+        if device.state is DeviceState.STOPPING or device.stream is None or device.pidfd is None:
+            raise OSError(EIO, device.error or f"{name} died while it started")
+        fds = (device.stream, device.pidfd)
+        device.stream = device.pidfd = None
+        message_ = DeviceFd(device.token, state.clients.handle(), name, device.pid)
+        state.emit(SendFile(file.connection, message_, fds))
+        return token
+
+    def _start(self, name: str, file: OpenFile, token: int) -> OpenDevice:
+        state = self._state
+        device = state.devices.open(name, file.handle, file.client.handle, token)
+        memory = list(file.client.memory.values())
+        offer = state.offers.pop(name, None)
+        maps = tuple(segment_map(segment) for segment, _ in memory)
+        fds = tuple(fd.duplicate() for _, fd in memory)
+        attached = None if offer is None else (offer.control, offer.pidfd)
+        state.emit(StartDevice(device.key, name, file.group, maps, fds, attached))
+        state.note("hostd_device_start", name=name, key=device.key, attached=offer is not None)
+        return device
+
+
+def queue_key(state: ServiceState, file: OpenFile) -> Hashable:
+    """Operations with the same key run one after the other: those of one container and its groups."""
+    if file.is_container:
+        return file.handle
+    container = state.host.groups[file.group].container
+    return file.handle if container is None else container.handle

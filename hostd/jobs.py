@@ -1,0 +1,115 @@
+"""Operations that may have to wait, one queue for each thing they concern.
+
+An operation is a generator that does its work and yields what it waits for (:class:`Wait`). What concerns the same
+container runs in the order of its arrival: a pending operation keeps those behind it waiting, those of other
+containers go on. Nothing here blocks or looks at a clock: :meth:`JobQueue.poll` asks the waits and resumes what can
+go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vfio_model.memory.revoke import Revoke
+
+
+class Wait(Protocol):
+    """What an operation waits for. ``what`` says so to a person."""
+
+    @property
+    def what(self) -> str: ...
+
+    def over(self) -> bool: ...
+
+
+Steps = Generator[Wait, None, None]
+"""The body of an operation."""
+
+
+class RevokeWait:
+    """DMA sections that began before a right was taken away."""
+
+    what = "DMA sections"
+
+    def __init__(self, revoke: Revoke) -> None:
+        self.revoke = revoke
+
+    def over(self) -> bool:
+        """Look at the lanes again."""
+        return self.revoke.poll()
+
+
+class Until:
+    """Any condition over the service's own state."""
+
+    def __init__(self, what: str, condition: Callable[[], bool]) -> None:
+        self.what, self._condition = what, condition
+
+    def over(self) -> bool:
+        """Ask the condition."""
+        return self._condition()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One operation: ``label`` is its name for a person, ``client`` the pid that it serves."""
+
+    label: str
+    steps: Steps
+    client: int = 0
+    wait: Wait | None = None
+    since: float | None = None
+    """When a tick first saw it wait for :attr:`waited`; None before that."""
+    waited: Wait | None = None
+    late: set[str] = field(default_factory=set)
+    """Lanes that were reported late."""
+
+    def advance(self) -> bool:
+        """Go on as far as possible; True when the operation is over."""
+        while self.wait is None or self.wait.over():
+            try:
+                self.wait = next(self.steps)
+            except StopIteration:
+                return True
+        return False
+
+
+class JobQueue:
+    """Jobs by key. The first of each queue is the running (or waiting) one."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Hashable, deque[Job]] = {}
+
+    def submit(self, key: Hashable, job: Job) -> None:
+        """Run ``job`` now, as far as it goes, or behind those that are pending for ``key``."""
+        queue = self._queues.setdefault(key, deque())
+        queue.append(job)
+        if len(queue) == 1:
+            self._drain(key)
+
+    def poll(self) -> None:
+        """Resume everything that can go on."""
+        for key in list(self._queues):
+            self._drain(key)
+
+    def _drain(self, key: Hashable) -> None:
+        queue = self._queues[key]
+        while queue:
+            if not queue[0].advance():
+                return
+            queue.popleft()
+        del self._queues[key]
+
+    def pending(self) -> Iterator[Job]:
+        """The jobs that wait for something themselves, not for another job."""
+        return iter([queue[0] for queue in self._queues.values() if queue])
+
+    def behind(self) -> int:
+        """How many jobs wait for another one."""
+        return sum(len(queue) - 1 for queue in self._queues.values() if queue)
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
