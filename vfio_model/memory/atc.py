@@ -298,8 +298,8 @@ class CachedImpl:
         return done, MemTxResult.OK
 
     def _hits(self, iovas: list[int], first: int, size: int, view: memoryview, is_write: bool) -> int:
-        """One section of pieces that are in front of the cache; the index of the first that is not done."""
-        get = (self.entries.writable if is_write else self.entries.readable).get
+        """One section of pieces that hit; the index of the first that is not done."""
+        get, find = (self.entries.writable if is_write else self.entries.readable).get, self.entries.find
         lane = self._lane
         stop = min(len(iovas), first + SECTION_BYTES // (size or 1))
         lane.enter()
@@ -307,7 +307,7 @@ class CachedImpl:
             self._catch_up()
             for index in range(first, stop):
                 iova = iovas[index]
-                hit = get(iova >> PAGE_SHIFT)
+                hit = get(iova >> PAGE_SHIFT) or find(iova, is_write)
                 if hit is None or iova + size > hit[1]:
                     return index
                 _copy(hit, iova, view[index * size : (index + 1) * size], is_write)
