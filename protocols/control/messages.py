@@ -231,9 +231,13 @@ Answer = Welcome | Ok | HcallDone | RtasDone | Bytes | Value | Translation | Doc
 
 
 class BatchDone(Message, tag="batch-done", frozen=True):
-    """One answer for each command that was tried; shorter than the batch when the last one failed."""
+    """One answer for each command that was tried; shorter than the batch when the last one failed.
+
+    ``elapsed_ns`` has, for each, the time the daemon spent on it: what a benchmark reads.
+    """
 
     answers: Annotated[list[Answer], Meta(max_length=MAX_BATCH)]
+    elapsed_ns: Annotated[list[U64], Meta(max_length=MAX_BATCH)] = []
 
 
 class Request(Message, tag="request", frozen=True):
