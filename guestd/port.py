@@ -1,0 +1,337 @@
+"""The VFIO port over the wire: open files are SEQPACKET connections to hostd, ioctls are ZeroMQ messages.
+
+One request is outstanding at a time, as a system call blocks its caller; while it is awaited, everything that is
+*served* (interrupts, translation requests, DMA messages, doorbells of all devices) is served, so that hostd may
+wait for a device that waits for us.
+
+A host that is gone is noticed by the EOF of any of its connections; one that hangs by a deadline, after which it
+is asked whether it lives: a request that hostd holds back on purpose (it waits for a device) may take longer than
+one that got lost. Either way the port is *lost*, and what was asked raises :class:`PeerLost`, but not before every
+device process that was handed out over it is dead: their tables can no longer be revoked, and an unmap that
+returned earlier would be a lie. A hanging host's devices are killed here for that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from protocols.port import files, messages
+from protocols.transport.channel import DealerChannel, FdChannel
+from protocols.transport.kernel import Pidfd
+from protocols.transport.loop import Loop
+from protocols.transport.unix import SeqpacketConnection, close_fds
+from protocols.transport.zmq import DealerClient, Sent
+from vfio_model.errors import DeadlineExceeded, InternalGuestError, PeerLost, RemoteProtocolError
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.vfio import ioctl_name
+from vfio_model.vfio.ioctl import BatchError
+from vfio_model.vfio.region import DeviceConnection
+
+IOCTL_SECONDS: Final = 5.0
+"""After this long a host is asked whether it lives."""
+PATIENCE: Final = 4
+"""A host that lives gets its deadline this often."""
+FENCE_SECONDS: Final = 2.0
+"""How long device processes of a dead host may take to end by themselves."""
+UNLIMITED: Final = (1 << 64) - 1
+
+FileChannel = FdChannel[files.Response, files.Request]
+DeviceFactory = Callable[[files.DeviceFd, int, Pidfd], DeviceConnection]
+"""Makes a connection out of (message, stream descriptor, pidfd), all of which it owns then."""
+
+
+class _File:
+    """One open file of ours at the host."""
+
+    def __init__(self, channel: FileChannel) -> None:
+        self.channel = channel
+        self.handle = 0
+        self.inbox: deque[tuple[files.Response, list[int]]] = deque()
+
+
+class WirePort:
+    """:class:`~vfio_model.vfio.ioctl.VfioPort` to the hostd in a runtime directory; connected when it is made.
+
+    :raise PeerLost: when no hostd answers there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        loop: Loop,
+        make_device: DeviceFactory,
+        *,
+        name: str = "guestd",
+        memlock: int = UNLIMITED,
+        port_path: Path | None = None,
+        seconds: float = IOCTL_SECONDS,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        self._socket_path = directory / "hostd.sock"
+        self._loop, self._make_device, self._trace, self._seconds = loop, make_device, trace, seconds
+        self._files: dict[int, _File] = {}
+        self._devices: dict[int, tuple[files.DeviceFd, list[int]]] = {}
+        self._pidfds: list[Pidfd] = []
+        self.lost: PeerLost | None = None
+        self.on_lost: Callable[[PeerLost], None] = lambda _error: None
+        """Called once, from wherever the loss was noticed; must not wait."""
+        self._eof: PeerLost | None = None
+        self._seq = 0
+        self._answer: messages.Return | None = None
+        self._pong = 0
+        self._client = DealerClient(port_path or directory / "hostd.zmq")
+        self._zmq: DealerChannel[messages.Response, messages.Request] = DealerChannel(
+            self._client, messages.RESPONSES, messages.REQUESTS
+        )
+        loop.register(self._zmq, self._zmq_readable, served=True)
+        try:
+            self._mm = self._open_file(files.OpenMm(memlock, name))
+        except (PeerLost, OSError):
+            self.close_all()
+            raise
+
+    # -- open files ----------------------------------------------------------------------------------------------
+
+    def open(self, path: str) -> int:
+        """open(2) of ``/dev/vfio/vfio`` or ``/dev/vfio/<group>``: a new connection."""
+        return self._open_file(files.OpenFile(path, self._mm.handle)).handle
+
+    def _open_file(self, request: files.OpenMm | files.OpenFile) -> _File:
+        self._check()
+        connection = SeqpacketConnection.connect(self._socket_path, "hostd")
+        channel: FileChannel = FdChannel(connection, files.RESPONSES, files.REQUESTS, files.fd_count)
+        file = _File(channel)
+        self._loop.register(channel, lambda: self._file_readable(file), served=True)
+        try:
+            answer = self._ask(file, request)
+        except (PeerLost, OSError):
+            self._close_file(file)
+            raise
+        if not isinstance(answer, files.Opened):
+            raise self._broken(f"{type(answer).__name__} in answer to {type(request).__name__}")
+        file.handle = answer.handle
+        self._files[file.handle] = file
+        return file
+
+    def close(self, handle: int) -> None:
+        """close(2). Harmless when the host is gone."""
+        file = self._files.pop(handle, None)
+        if file is not None:
+            self._close_file(file)
+
+    def _close_file(self, file: _File) -> None:
+        self._loop.unregister(file.channel)
+        file.channel.close()
+        while file.inbox:
+            close_fds(file.inbox.popleft()[1])
+
+    def declare_memory(self, block: RAMBlock) -> None:
+        """Tell the host of a RAM block, with its memfd."""
+        message = files.DeclareMemory(block.hva, block.size, block.name, block.fd_offset, block.page_size)
+        self._ask(self._mm, message, (block.fd,))
+
+    def undeclare_memory(self, block: RAMBlock) -> None:
+        """The block is no longer mapped."""
+        self._ask(self._mm, files.UndeclareMemory(block.hva, block.size))
+
+    def take_device(self, token: int) -> DeviceConnection:
+        """The device whose descriptors came before the ioctl returned ``token``."""
+        if token not in self._devices:
+            raise self._broken(f"no device descriptors for token {token:#x}")
+        message, (stream, pidfd) = self._devices.pop(token)
+        process = Pidfd(pidfd, message.pid)
+        self._pidfds = [known for known in self._pidfds if known.alive()]
+        self._pidfds.append(Pidfd(os.dup(pidfd), message.pid))
+        return self._make_device(message, stream, process)
+
+    def _ask(self, file: _File, request: files.Request, fds: tuple[int, ...] = ()) -> files.Response:
+        self._check()
+        name = type(request).__name__
+        try:
+            file.channel.send(request, fds)
+        except PeerLost as error:
+            raise self._lose(str(error)) from error
+        self._wait(lambda: bool(file.inbox), name)
+        answer, received = file.inbox.popleft()
+        close_fds(received)
+        if isinstance(answer, files.OpenError):
+            raise OSError(answer.errno, answer.reason)
+        return answer
+
+    def _file_readable(self, file: _File) -> None:
+        try:
+            while (received := file.channel.receive()) is not None:
+                message, fds = received
+                if isinstance(message, files.DeviceFd):
+                    self._devices[message.token] = (message, fds)
+                else:
+                    file.inbox.append(received)
+        except (PeerLost, RemoteProtocolError) as error:
+            self._noticed(file, error)
+
+    def _noticed(self, file: _File, error: PeerLost | RemoteProtocolError) -> None:
+        """EOF: dealt with by whoever waits, else at the top level; here nobody may wait."""
+        self._loop.unregister(file.channel)
+        if self._eof is None:
+            self._eof = PeerLost("hostd", str(error))
+            self._loop.call_soon(self._dismiss)
+
+    def _dismiss(self) -> None:
+        if self._eof is not None and self.lost is None:
+            self._lose(str(self._eof))
+
+    # -- ioctls --------------------------------------------------------------------------------------------------
+
+    def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
+        """ioctl(2). :raise OSError: with the host's errno. :raise PeerLost: the host is gone, and so are its
+        devices.
+        """
+        answer = self._call(handle, cmd, arg, 1)
+        if answer.errno:
+            raise OSError(answer.errno, f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}")
+        return answer.arg
+
+    def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
+        """``count`` structures of one command in as few messages as fit. :raise BatchError: at the first failure."""
+        if count <= messages.MAX_COUNT and len(args) <= messages.MAX_ARG:
+            return self._batch(handle, cmd, args, count, 0)
+        size = len(args) // count
+        step = min(messages.MAX_COUNT, messages.MAX_ARG // size)
+        with memoryview(args) as view:
+            for first in range(0, count, step):
+                some = min(step, count - first)
+                self._batch(handle, cmd, view[first * size : (first + some) * size], some, first)
+        return count
+
+    def _batch(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int, before: int) -> int:
+        answer = self._call(handle, cmd, args, count)
+        if answer.errno:
+            raise BatchError(answer.errno, f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}", before + answer.done)
+        return count
+
+    def _call(self, handle: int, cmd: int, arg: bytes | bytearray | memoryview, count: int) -> messages.Return:
+        if self.lost is not None or self._eof is not None:
+            self._check()
+        assert self._answer is None, "one ioctl is outstanding at a time"
+        self._seq = seq = self._seq + 1
+        trace = self._trace
+        if trace.enabled:
+            trace("port_send", seq=seq, ioctl=ioctl_name(cmd), handle=handle, count=count)
+        message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
+        if self._zmq.send(message) is not Sent.OK:
+            raise self._lose("it takes no more requests")
+        self._wait(self._answered, cmd)
+        answer, self._answer = self._answer, None
+        assert answer is not None, "the wait ends with an answer or an error"
+        if trace.enabled:
+            trace("port_return", seq=seq, errno=answer.errno, done=answer.done)
+        return answer
+
+    def _answered(self) -> bool:
+        return self._answer is not None
+
+    def _zmq_readable(self) -> None:
+        try:
+            while (message := self._zmq.receive()) is not None:
+                if isinstance(message, messages.Return):
+                    if message.seq == self._seq:  # an earlier one is a duplicate, or came after its deadline
+                        self._answer = message
+                elif isinstance(message, messages.Pong):
+                    self._pong = message.seq
+                else:
+                    raise RemoteProtocolError(f"hostd refused us: {message.reason}")
+        except RemoteProtocolError as error:
+            self._eof = self._eof or PeerLost("hostd", str(error))
+            self._loop.call_soon(self._dismiss)
+
+    # -- waiting, and the end ------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.lost is None and self._eof is not None:
+            self._lose(str(self._eof))
+        if self.lost is not None:
+            raise PeerLost("hostd", self.lost.doing)
+
+    def _wait(self, done: Callable[[], bool], request: str | int) -> None:
+        """Until ``done()``, or the host is lost (raised). ``request`` is for people: a name, or an ioctl's number."""
+        for _ in range(PATIENCE):
+            try:
+                self._loop.serve_until(lambda: done() or self._eof is not None, self._seconds, "hostd", "a request")
+                break
+            except DeadlineExceeded as late:
+                error = DeadlineExceeded("hostd", _named(request), late.seconds)
+                self._trace("port_late", reason=str(error))
+                if not self._lives():
+                    raise self._lose(str(error), hanging=True) from error
+        else:
+            raise self._lose(f"{_named(request)} is not answered, though it lives", hanging=True)
+        if not done():
+            raise self._lose(str(self._eof))
+
+    def _lives(self) -> bool:
+        self._seq += 1
+        wanted = self._seq
+        self._seq -= 1
+        if self._zmq.send(messages.Ping(wanted)) is not Sent.OK:
+            return False
+        try:
+            self._loop.serve_until(
+                lambda: self._pong == wanted or self._eof is not None, self._seconds / PATIENCE, "hostd", "ping"
+            )
+        except DeadlineExceeded:
+            return False
+        return True
+
+    def _broken(self, what: str) -> PeerLost:
+        return self._lose(f"it broke the protocol: {what}", hanging=True)
+
+    def _lose(self, reason: str, *, hanging: bool = False) -> PeerLost:
+        """The host is gone: once, end its devices, close everything, tell the owner."""
+        if self.lost is None:
+            self.lost = PeerLost("hostd", reason)
+            self._trace("port_lost", reason=reason)
+            self._fence(kill=hanging)
+            self.close_all()
+            self.on_lost(self.lost)
+        return self.lost
+
+    def _fence(self, *, kill: bool) -> None:
+        """Return when every device process of the host is dead."""
+
+        def dead() -> bool:
+            return not any(process.alive() for process in self._pidfds)
+
+        for seconds in (0.0 if kill else FENCE_SECONDS, FENCE_SECONDS):
+            try:
+                self._loop.serve_until(dead, seconds, "device processes", "end")
+                return
+            except DeadlineExceeded:
+                for process in self._pidfds:
+                    process.send_signal(signal.SIGKILL)
+        left = [process.pid for process in self._pidfds if process.alive()]
+        raise InternalGuestError(f"device processes {left} of a host that is gone cannot be killed")
+
+    def close_all(self) -> None:
+        """Close every descriptor: the host releases what this client had. Harmless twice."""
+        for file in list(self._files.values()):
+            self._close_file(file)
+        self._files.clear()
+        for _, fds in self._devices.values():
+            close_fds(fds)
+        self._devices.clear()
+        for process in self._pidfds:
+            process.close()
+        self._pidfds.clear()
+        if not self._client.closed:
+            self._loop.unregister(self._zmq)
+            self._zmq.close()
+
+
+def _named(request: str | int) -> str:
+    return ioctl_name(request) if isinstance(request, int) else request

@@ -1,0 +1,297 @@
+"""A device behind vfio-user framing, as its user: assigned (its stream came from hostd) or remote (connected by path).
+
+The same object is the guest-facing device's :class:`~vfio_model.vfio.region.DeviceConnection` and the one who
+serves what the device asks in between: translations, DMA by message, interrupts. It serves in every wait of guestd
+and never waits while it does.
+
+A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gone: every call raises
+:class:`PeerLost` from then on,
+:attr:`VfioUserDevice.on_lost` is called once, and nobody else notices. Region writes are posted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
+
+from protocols.transport.kernel import EventFd, Pidfd
+from protocols.transport.loop import Loop
+from protocols.transport.unix import close_fds
+from protocols.transport.vfio_user import VfioUserEndpoint
+from protocols.vfio_user import messages as wire
+from protocols.vfio_user.messages import Capabilities, Command, Extensions, Payload
+from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from vfio_model.errors import DeadlineExceeded, PeerLost, ProtocolError
+from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
+from vfio_model.vfio.region import IrqHandler
+
+DEVICE_SECONDS: Final = 5.0
+"""Deadline of one request to a device."""
+MAX_REGION_ACCESS: Final = 32 << 10
+"""Bytes of one region access: larger messages break peers in spite of what was negotiated."""
+_POSTED: Final = Command.REGION_WRITE
+
+P = TypeVar("P", bound=Payload)
+
+
+class DeviceServices(Protocol):
+    """What the guest does for a device that asks. Nothing here may wait."""
+
+    def translate(self, request: wire.TranslateRequest) -> list[wire.TranslationEntry]:
+        """An ATS request."""
+
+    def dma_read(self, address: int, count: int) -> bytes | None:
+        """DMA by message: the bytes, or None when the access is refused."""
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """DMA by message: whether all of it was written."""
+
+
+class NoServices:
+    """For a device whose DMA does not go through this process."""
+
+    def translate(self, request: wire.TranslateRequest) -> list[wire.TranslationEntry]:
+        """Nothing is translated here."""
+        return []
+
+    def dma_read(self, address: int, count: int) -> bytes | None:
+        """Refused."""
+        return None
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """Refused."""
+        return False
+
+
+def capabilities(*, ats: bool) -> Capabilities:
+    """What guestd proposes; without ``ats`` the device's DMA comes by message, or not here at all."""
+    return Capabilities(max_msg_fds=16, extensions=Extensions(ats=ats, clock=True, notifier=ats))
+
+
+class _Irq:
+    """One vector's eventfd in the loop."""
+
+    def __init__(self, loop: Loop, handler: IrqHandler) -> None:
+        self.event = EventFd()
+        self._loop, self._handler = loop, handler
+        loop.register(self.event, self._rung, served=True)
+
+    def _rung(self) -> None:
+        if self.event.drain():
+            self._handler()
+
+    def close(self) -> None:
+        self._loop.unregister(self.event)
+        self.event.close()
+
+
+class VfioUserDevice:
+    """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process.
+
+    :raise PeerLost: when the device does not negotiate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        endpoint: VfioUserEndpoint,
+        loop: Loop,
+        *,
+        process: Pidfd | None = None,
+        services: DeviceServices | None = None,
+        seconds: float = DEVICE_SECONDS,
+        trace: Trace = NULL_TRACE,
+    ) -> None:
+        self.name, self.process = name, process
+        self.on_lost: Callable[[PeerLost], None] = lambda _error: None
+        self.lost: PeerLost | None = None
+        self._endpoint, self._loop, self._seconds, self._trace = endpoint, loop, seconds, trace
+        self._services: DeviceServices = services or NoServices()
+        self._replies: dict[int, ReplyReceived] = {}
+        self._waiting: set[int] = set()
+        self._irqs: dict[int, list[_Irq]] = {}
+        loop.register(endpoint, self._readable, served=True)
+        if process is not None:
+            loop.register(process, self._process_died, served=True)
+        try:
+            self._await(endpoint.version(), Command.VERSION)
+        except (PeerLost, OSError) as error:
+            raise self._lose(f"no vfio-user handshake: {error}") from error
+
+    @property
+    def extensions(self) -> Extensions:
+        """What both sides know beyond the standard."""
+        return self._endpoint.state.extensions
+
+    # -- DeviceConnection ----------------------------------------------------------------------------------------
+
+    def get_info(self) -> DeviceInfo:
+        """DEVICE_GET_INFO."""
+        reply = self._call(Command.DEVICE_GET_INFO, wire.DeviceInfo(), wire.DeviceInfo)
+        return DeviceInfo(reply.argsz, reply.flags, reply.num_regions, reply.num_irqs)
+
+    def get_region_info(self, index: int) -> RegionInfo:
+        """DEVICE_GET_REGION_INFO; a region's descriptor is not used: accesses go by message."""
+        reply = self._call(Command.DEVICE_GET_REGION_INFO, wire.RegionInfo(index=index), wire.RegionInfo)
+        return RegionInfo(reply.argsz, reply.flags, reply.index, reply.cap_offset, reply.size, reply.offset)
+
+    def get_irq_info(self, index: int) -> IrqInfo:
+        """DEVICE_GET_IRQ_INFO."""
+        reply = self._call(Command.DEVICE_GET_IRQ_INFO, wire.IrqInfo(index=index), wire.IrqInfo)
+        return IrqInfo(reply.argsz, reply.flags, reply.index, reply.count)
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        """REGION_READ; a short answer is EIO."""
+        reply = self._call(Command.REGION_READ, wire.RegionAccess(offset, index, size), wire.RegionAccess)
+        if len(reply.data) != size:
+            raise OSError(errno.EIO, f"{self.name}: {len(reply.data)} bytes of {size} read")
+        return reply.data
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """REGION_WRITE, posted."""
+        assert len(data) <= MAX_REGION_ACCESS, "region writes are small"
+        self._send(_POSTED, wire.RegionAccess(offset, index, len(data), data), no_reply=True)
+
+    def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
+        """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index."""
+        for irq in self._irqs.pop(index, []):
+            irq.close()
+        if not handlers:
+            flags = IrqSetFlags.VFIO_IRQ_SET_DATA_NONE | IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER
+            self._call(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index), wire.Empty)
+            return
+        irqs = self._irqs[index] = [_Irq(self._loop, handler) for handler in handlers]
+        flags = IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD | IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER
+        step = max(self._endpoint.state.peer.max_msg_fds, 1)
+        for start in range(0, len(irqs), step):
+            fds = [irq.event.fd for irq in irqs[start : start + step]]
+            request = wire.SetIrqs(flags=int(flags), index=index, start=start, count=len(fds))
+            self._call(Command.DEVICE_SET_IRQS, request, wire.Empty, fds)
+
+    def unmask_irq(self, index: int) -> None:
+        """DEVICE_SET_IRQS, unmask; posted, because the device answers with an interrupt if it wants one."""
+        flags = IrqSetFlags.VFIO_IRQ_SET_DATA_NONE | IrqSetFlags.VFIO_IRQ_SET_ACTION_UNMASK
+        self._send(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index, count=1), no_reply=True)
+
+    def reset(self) -> None:
+        """DEVICE_RESET."""
+        self._call(Command.DEVICE_RESET, wire.Empty(), wire.Empty)
+
+    def close(self) -> None:
+        """Close the stream, which ends what the device does for us. Harmless twice."""
+        if self.lost is None:
+            self.lost = PeerLost(self.name, "it was closed here")
+            self._release()
+
+    # -- what only a device server of ours knows -----------------------------------------------------------------
+
+    def dma_map(self, request: wire.DmaMap, fd: int) -> None:
+        """DMA_MAP of guest RAM."""
+        self._call(Command.DMA_MAP, request, wire.Empty, [fd])
+
+    def clock(self, now_ns: int, fds: Sequence[int]) -> None:
+        """X_CLOCK with the clock area, the tick area, and the step and done eventfds."""
+        self._call(Command.X_CLOCK, wire.ClockSetup(now_ns), wire.Empty, list(fds))
+
+    def notifier(self, as_id: int, path: str) -> None:
+        """X_NOTIFIER: subscribe to ``as_id``."""
+        self._call(Command.X_NOTIFIER, wire.NotifierSetup(as_id, os.fsencode(path)), wire.Empty)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def _send(self, command: Command, payload: Payload, fds: Sequence[int] = (), *, no_reply: bool = False) -> int:
+        if self.lost is not None:
+            raise PeerLost(self.name, self.lost.doing)
+        try:
+            return self._endpoint.command(command, payload, list(fds), no_reply=no_reply)
+        except PeerLost as error:
+            raise self._lose(error.doing) from error
+
+    def _call(self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()) -> P:
+        """Send and wait. :raise OSError: the device's errno. :raise PeerLost: it is gone, or too late."""
+        answer = self._await(self._send(command, payload, fds), command)
+        if answer.errno:
+            raise OSError(answer.errno, f"{self.name}: {wire.command_name(command)}: {os.strerror(answer.errno)}")
+        assert isinstance(answer.payload, reply), "the protocol state checked what answers what"
+        return answer.payload
+
+    def _await(self, number: int, command: Command) -> ReplyReceived:
+        self._waiting.add(number)
+        replies = self._replies
+        try:
+            self._loop.serve_until(
+                lambda: number in replies or self.lost is not None,
+                self._seconds,
+                self.name,
+                wire.command_name(command),
+            )
+        except DeadlineExceeded as error:
+            raise self._lose(str(error)) from error
+        finally:
+            self._waiting.discard(number)
+        if number not in replies:
+            assert self.lost is not None, "the wait ends with an answer or a loss"
+            raise PeerLost(self.name, self.lost.doing)
+        return replies.pop(number)
+
+    # -- served --------------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            while self.lost is None and (event := self._endpoint.receive()) is not None:
+                close_fds(event.fds)  # nothing that a device sends needs a descriptor
+                if isinstance(event, CommandReceived):
+                    self._serve(event)
+                elif event.id in self._waiting:
+                    self._replies[event.id] = event
+        except PeerLost as error:
+            self._lose(error.doing)
+        except ProtocolError as error:
+            self._lose(f"it broke the protocol: {error}")
+
+    def _serve(self, event: CommandReceived) -> None:
+        request, services = event.payload, self._services
+        if isinstance(request, wire.TranslateRequest):
+            self._endpoint.reply(event, wire.TranslateReply.of(services.translate(request)))
+        elif isinstance(request, wire.DmaAccess) and event.command == Command.DMA_READ:
+            data = services.dma_read(request.address, request.count)
+            self._answer_dma(event, None if data is None else wire.DmaAccess(request.address, len(data), data))
+        elif isinstance(request, wire.DmaAccess):
+            done = services.dma_write(request.address, request.data)
+            self._answer_dma(event, wire.DmaAccess(request.address, request.count) if done else None)
+        else:
+            self._endpoint.reply_error(event, errno.ENOTSUP)
+
+    def _answer_dma(self, event: CommandReceived, answer: wire.DmaAccess | None) -> None:
+        if answer is None:
+            self._endpoint.reply_error(event, errno.EFAULT)
+        else:
+            self._endpoint.reply(event, answer)
+
+    def _process_died(self) -> None:
+        self._lose("its process died")
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _lose(self, reason: str) -> PeerLost:
+        if self.lost is None:
+            self.lost = PeerLost(self.name, reason)
+            self._trace("vfio_user_lost", name=self.name, reason=reason)
+            self._release()
+            self.on_lost(self.lost)
+        return PeerLost(self.name, self.lost.doing)
+
+    def _release(self) -> None:
+        self._loop.unregister(self._endpoint)
+        self._endpoint.close()
+        if self.process is not None:
+            self._loop.unregister(self.process)
+            self.process.close()
+            self.process = None
+        for irqs in self._irqs.values():
+            for irq in irqs:
+                irq.close()
+        self._irqs.clear()

@@ -1,0 +1,245 @@
+"""The seam between a VFIO user and the host: file handles, ioctl numbers, raw uapi structs, errno.
+
+One call underneath, :meth:`VfioPort.ioctl`; typed methods with the uapi's names on top. Adapters: :class:`DirectPort`, which
+has the host in the same process, and one that sends messages to a host process. What argsz, flags, ENOTTY and the ioctl
+numbers that mean two things mean is decided by the host alone, as with the kernel.
+
+Source: ``include/uapi/linux/vfio.h``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from errno import ENODEV
+from typing import Protocol, TypeVar
+
+from vfio_model.host.dma import Segments
+from vfio_model.host.host import Host
+from vfio_model.host.mm import Mm, Vma
+from vfio_model.host.pending import Batch, Pending
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.memory.revoke import Fence, LaneSet, NoFence, Revoke
+from vfio_model.uapi.vfio import (
+    DmaMap,
+    DmaMapFlags,
+    DmaUnmap,
+    GroupStatus,
+    Ioctl,
+    SpaprRegisterMemory,
+    SpaprTceCreate,
+    SpaprTceInfo,
+    SpaprTceRemove,
+)
+from vfio_model.vfio.region import DeviceConnection
+
+T = TypeVar("T")
+
+
+class BatchError(OSError):
+    """A struct of a batch failed with this errno after ``done`` of them had succeeded."""
+
+    def __init__(self, errno: int, reason: str, done: int) -> None:
+        super().__init__(errno, reason)
+        self.done = done
+
+
+class VfioPort(Protocol):
+    """One client's connection to a host. Every method may raise ``OSError`` with the errno of the system call."""
+
+    def open(self, path: str) -> int:
+        """A handle of ``/dev/vfio/vfio`` or ``/dev/vfio/<group>``."""
+        ...
+
+    def close(self, handle: int) -> None:
+        """Close it; returns when everything it gave a right to has ended."""
+        ...
+
+    def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
+        """One ioctl; returns the argument as the host left it, or the result as 4 or 8 bytes."""
+        ...
+
+    def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
+        """``count`` structs of one ioctl, back to back, in order; returns ``count``. :raise BatchError: at the first failure."""
+        ...
+
+    def declare_memory(self, block: RAMBlock) -> None:
+        """Map ``block`` at its ``hva`` in the client's address space, as the host sees it."""
+        ...
+
+    def undeclare_memory(self, block: RAMBlock) -> None:
+        """Undo :meth:`declare_memory`; what is registered stays pinned."""
+        ...
+
+    def take_device(self, token: int) -> DeviceConnection:
+        """The device that VFIO_GROUP_GET_DEVICE_FD returned ``token`` for; once per token."""
+        ...
+
+
+class DirectPort:
+    """A host in this process.
+
+    ``lanes(names)`` gives the lane sets of devices, ``fence`` the barrier that goes with them; ``idle()`` is called while a
+    revocation waits for a lane (a test with threads sleeps there). ``devices(token)`` gives what an opened device is.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        mm: Mm | None = None,
+        *,
+        lanes: Callable[[Iterable[str]], Iterable[LaneSet]] = lambda names: (),
+        fence: Fence | None = None,
+        idle: Callable[[], None] = lambda: None,
+        devices: Callable[[int], DeviceConnection] | None = None,
+        skip_wait: bool = False,
+    ) -> None:
+        self.host, self.mm = host, mm or host.create_mm()
+        self.segments = Segments()
+        """The declared memory by host-physical address: what an assigned device in this process reaches."""
+        self._lanes, self._fence, self._idle, self._devices = lanes, fence or NoFence(), idle, devices
+        self._skip_wait = skip_wait
+
+    def open(self, path: str) -> int:
+        """See :class:`VfioPort`."""
+        return self.host.open(path, self.mm)
+
+    def close(self, handle: int) -> None:
+        """See :class:`VfioPort`."""
+        self.run(self.host.close(handle))
+
+    def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
+        """See :class:`VfioPort`."""
+        return self.run(self.host.ioctl(self.mm, handle, cmd, arg))
+
+    def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
+        """See :class:`VfioPort`."""
+        outcome: Batch = self.run(self.host.ioctl_many(self.mm, handle, cmd, memoryview(args), count))
+        if outcome.errno:
+            raise BatchError(outcome.errno, outcome.reason, outcome.done)
+        return outcome.done
+
+    def run(self, outcome: T | Pending[T]) -> T:
+        """Drive a pending operation to its end; anything else is returned as it is."""
+        if not isinstance(outcome, Pending):
+            return outcome
+        revoke = Revoke(self._fence, self._lanes(outcome.lane_devices), skip_wait=self._skip_wait)
+        over = revoke.start()
+        while not over:
+            self._idle()
+            over = revoke.poll()
+        return outcome.finish()
+
+    def declare_memory(self, block: RAMBlock) -> None:
+        """See :class:`VfioPort`."""
+        segment = self.host.place_segment(self._segment_id(block), block.size, block.page_size)
+        self.mm.declare(Vma(block.hva, block.size, segment, 0, block.page_size))
+        self.segments.add(segment.hpa, block.view)
+
+    def undeclare_memory(self, block: RAMBlock) -> None:
+        """See :class:`VfioPort`."""
+        vma = self.mm.undeclare(block.hva)
+        self.host.forget_segment(vma.segment.id)
+        self.segments.remove(vma.segment.hpa)
+
+    def _segment_id(self, block: RAMBlock) -> str:
+        return f"{self.mm.name}.{block.name}"
+
+    def take_device(self, token: int) -> DeviceConnection:
+        """See :class:`VfioPort`."""
+        if self._devices is None:
+            raise OSError(ENODEV, "this port was made without devices")
+        return self._devices(token)
+
+    def device_closed(self, token: int) -> None:
+        """The device with ``token`` was closed or has died."""
+        self.run(self.host.device_closed(token))
+
+    def exit(self) -> None:
+        """The client ends: whatever it still had open is released."""
+        self.run(self.host.mm_gone(self.mm))
+
+
+class SpaprContainer:
+    """Ioctls of ``/dev/vfio/vfio`` with an sPAPR type. Every method raises ``OSError`` as the uapi documents it."""
+
+    def __init__(self, port: VfioPort, handle: int) -> None:
+        self.port, self.handle = port, handle
+
+    def _int(self, cmd: int, arg: bytes = b"") -> int:
+        value: int = struct.unpack("=I", self.port.ioctl(self.handle, cmd, arg))[0]
+        return value
+
+    def get_api_version(self) -> int:
+        """``VFIO_GET_API_VERSION``."""
+        return self._int(Ioctl.VFIO_GET_API_VERSION)
+
+    def check_extension(self, extension: int) -> int:
+        """``VFIO_CHECK_EXTENSION``: 0 when not supported."""
+        return self._int(Ioctl.VFIO_CHECK_EXTENSION, struct.pack("=I", extension))
+
+    def set_iommu(self, kind: int) -> None:
+        """``VFIO_SET_IOMMU``."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_SET_IOMMU, struct.pack("=I", kind))
+
+    def get_info(self) -> SpaprTceInfo:
+        """``VFIO_IOMMU_SPAPR_TCE_GET_INFO``."""
+        return SpaprTceInfo.unpack(
+            self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_TCE_GET_INFO, SpaprTceInfo().pack())
+        )
+
+    def register_memory(self, vaddr: int, size: int) -> None:
+        """``VFIO_IOMMU_SPAPR_REGISTER_MEMORY``; ``size`` in bytes."""
+        arg = SpaprRegisterMemory(vaddr=vaddr, size=size).pack()
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, arg)
+
+    def unregister_memory(self, vaddr: int, size: int) -> None:
+        """``VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY``."""
+        arg = SpaprRegisterMemory(vaddr=vaddr, size=size).pack()
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY, arg)
+
+    def map_dma(self, iova: int, vaddr: int, size: int, flags: int = 3) -> None:
+        """``VFIO_IOMMU_MAP_DMA``; ``flags`` of :class:`~vfio_model.uapi.vfio.DmaMapFlags`, both by default."""
+        arg = DmaMap(flags=int(DmaMapFlags(flags)), vaddr=vaddr, iova=iova, size=size).pack()
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_MAP_DMA, arg)
+
+    def unmap_dma(self, iova: int, size: int) -> None:
+        """``VFIO_IOMMU_UNMAP_DMA``."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_UNMAP_DMA, DmaUnmap(iova=iova, size=size).pack())
+
+    def tce_create(self, page_shift: int, window_size: int, levels: int = 1) -> int:
+        """``VFIO_IOMMU_SPAPR_TCE_CREATE``: the bus address at which the window begins."""
+        arg = SpaprTceCreate(page_shift=page_shift, window_size=window_size, levels=levels).pack()
+        answer = self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_TCE_CREATE, arg)
+        return SpaprTceCreate.unpack(answer).start_addr
+
+    def tce_remove(self, start_addr: int) -> None:
+        """``VFIO_IOMMU_SPAPR_TCE_REMOVE`` of the window that contains ``start_addr``."""
+        arg = SpaprTceRemove(start_addr=start_addr).pack()
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_TCE_REMOVE, arg)
+
+
+class VfioGroup:
+    """Ioctls of ``/dev/vfio/<group>``."""
+
+    def __init__(self, port: VfioPort, handle: int) -> None:
+        self.port, self.handle = port, handle
+
+    def get_status(self) -> int:
+        """``VFIO_GROUP_GET_STATUS``: its flags."""
+        answer = self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_GET_STATUS, GroupStatus().pack())
+        return GroupStatus.unpack(answer).flags
+
+    def set_container(self, container: int) -> None:
+        """``VFIO_GROUP_SET_CONTAINER``; ``container`` is a handle."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_SET_CONTAINER, struct.pack("=Q", container))
+
+    def unset_container(self) -> None:
+        """``VFIO_GROUP_UNSET_CONTAINER``."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_UNSET_CONTAINER, b"")
+
+    def get_device_fd(self, name: str) -> int:
+        """``VFIO_GROUP_GET_DEVICE_FD``: a token for :meth:`VfioPort.take_device`."""
+        answer = self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_GET_DEVICE_FD, name.encode("ascii") + b"\0")
+        token: int = struct.unpack("=Q", answer)[0]
+        return token
