@@ -7,11 +7,8 @@ half a line at the end: it is counted, not fatal. The merged order is by time, t
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -19,8 +16,8 @@ SUFFIX = ".events"
 
 
 class Record(msgspec.Struct):
-    """One line of a log. ``ns`` monotonic nanoseconds, ``seq`` counts within the process, ``cause`` is 0 when there
-    is none.
+    """One line of a log, and whose log it is. ``ns`` monotonic nanoseconds, ``seq`` counts within the process,
+    ``cause`` is 0 when there is none.
     """
 
     ns: int
@@ -76,24 +73,3 @@ def write(path: Path, records: Iterable[Record]) -> None:
     with path.open("wb") as file:
         for record in records:
             file.write(encoder.encode(record) + b"\n")
-
-
-class FileTrace:
-    """A :class:`vfio_model.trace.Trace` that appends to ``<role>.events``: each record reaches the kernel at once."""
-
-    def __init__(self, directory: Path, role: str) -> None:
-        self.enabled = True
-        self.cause = 0
-        self._seq = 0
-        self._pid = os.getpid()
-        self._encoder = msgspec.json.Encoder(enc_hook=str)
-        self._file: BinaryIO = open(directory / f"{role}{SUFFIX}", "ab", buffering=0)  # noqa: SIM115
-
-    def __call__(self, event: str, **fields: object) -> None:
-        self._seq += 1
-        record = Record(time.monotonic_ns(), self._pid, self._seq, self.cause, event, fields)
-        self._file.write(self._encoder.encode(record) + b"\n")
-
-    def close(self) -> None:
-        """Close the file. Harmless twice."""
-        self._file.close()

@@ -65,17 +65,40 @@ class Control(Protocol):
         """Give the socket back; asking again afterwards is allowed on a new one."""
 
 
+class _FileControl:
+    """Stands for the control socket of a daemon that has none."""
+
+    def __init__(self, path: Path, daemon: Daemon) -> None:
+        self._path, self._daemon = path, daemon
+
+    def hello(self, seconds: float) -> bool:
+        if not self._path.exists():
+            self._daemon.wait(min(seconds, 0.005))
+        return self._path.exists()
+
+    def quit(self) -> None:
+        self._daemon.signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        return None
+
+
 Connect = Callable[[Path, str], Control]
 """Makes the control connection to ``role`` of the run in a directory."""
 
 
 @dataclass(frozen=True)
 class DaemonSpec:
-    """A daemon to start. Those of one ``stage`` start together, once every earlier stage is ready."""
+    """A daemon to start. Those of one ``stage`` start together, once every earlier stage is ready.
+
+    One that has no control socket is ready when ``ready_file`` (its name in the runtime directory) exists, and is
+    ended by SIGTERM.
+    """
 
     role: str
     argv: Sequence[str]
     stage: int = 0
+    ready_file: str = ""
 
 
 @dataclass
@@ -153,7 +176,7 @@ class Launcher:
         """Return when ``role`` has said hello. Errors as :meth:`start`."""
         seconds = self.ready_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
-        control = self.connect(self.directory, role)
+        control = self._control(role)
         try:
             while not control.hello(_SLICE_SECONDS):
                 self.check()
@@ -207,11 +230,17 @@ class Launcher:
         daemon.wait(self.quit_seconds)
 
     def _ask_to_quit(self, daemon: Daemon) -> None:
-        control = self.connect(self.directory, daemon.role)
+        control = self._control(daemon.role)
         try:
             control.quit()
         finally:
             control.close()
+
+    def _control(self, role: str) -> Control:
+        spec = self._specs[role]
+        if spec.ready_file:
+            return _FileControl(self.directory / spec.ready_file, self.daemons[role])
+        return self.connect(self.directory, role)
 
     def _dismiss_watcher(self) -> None:
         if self._watcher is None or self._watcher.stdin is None:

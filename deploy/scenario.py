@@ -16,6 +16,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from deploy.quantity import UNLIMITED, Limit, Seconds, Size
+from protocols.interpose import Rule, errno_number
+from vfio_model.errors import ConfigError
 from vfio_model.ranges import is_aligned
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -76,27 +78,20 @@ class Device(Struct, forbid_unknown_fields=True, kw_only=True):
     props: dict[str, Prop] = {}
 
 
-class Rule(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One fault that the interposer injects into the messages between guestd and hostd.
+class Fault(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One fault that the interposer injects into the messages between guestd and hostd; see :mod:`protocols.interpose`.
 
-    ``ioctl`` is the name without its prefix (``UNMAP_DMA``, ``MAP_DMA``, ``TCE_CREATE``…; empty: any). The rule acts
-    on the messages that match, from the ``nth`` (1 is the first) on, ``count`` times. ``drop`` loses the message:
-    with ``answer`` the guest is told that it succeeded, as a buggy shim would; without, its wait runs into the
-    deadline.
+    One that is not ``armed`` waits for an ``arm`` step.
     """
 
-    action: Literal["drop", "delay", "duplicate", "fail", "kill"]
-    ioctl: str = ""
     iova: Size | None = None
-    nth: Count = 1
-    count: Count = 1
-    answer: bool = True
-    errno: str = "EIO"
     seconds: Seconds = Seconds(0.1)
-    role: Role = "hostd"
-    """Whom ``kill`` kills."""
-    armed: bool = True
-    """False: acts only after an ``arm`` step."""
+
+    def __post_init__(self) -> None:
+        try:
+            errno_number(self.errno)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
 
 class Probe(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -139,17 +134,15 @@ class LinuxDdw(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Dma(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One DMA by ``device`` at ``iova``: ``write`` to memory or ``read`` from it, ``length`` bytes.
+    """One DMA by ``device`` at bus address ``iova``: a ``write`` to memory or a ``read`` from it.
 
-    With ``gpa`` the guest's memory there is compared; without it the refusal or success that the device saw is all
-    there is.
+    ``gpa`` is the guest memory that it reaches when it is not refused: the CPU looks there whether it did.
     """
 
     device: Name
     iova: Size
+    gpa: Size
     direction: Literal["write", "read"] = "write"
-    length: Annotated[int, Meta(ge=4, le=4096)] = 64
-    gpa: Size | None = None
     expect: Literal["ok", "refused"] = "ok"
 
 
@@ -230,7 +223,7 @@ class FindLost(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Arm(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Let the interposer's rules that were not ``armed`` act from now on."""
+    """Let the faults that were not ``armed`` act from now on; all begin to count anew."""
 
 
 class Step(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -285,7 +278,7 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
     devices: list[Device] = []
     notifier: Literal["process", "inline"] = "process"
     restart: Literal["never", "on-failure"] = "never"
-    interpose: list[Rule] = []
+    interpose: list[Fault] = []
     timeout: Seconds = Seconds(120)
     start_fails: StartFails | None = None
     steps: list[Step] = []

@@ -42,7 +42,7 @@ def test_a_pci_address_stays_the_text_that_was_written() -> None:
 
 
 def test_a_step_is_known_by_its_key() -> None:
-    scenario = parse(HEAD + "steps:\n  - dma: {device: nic, iova: 0x1000, expect: refused}\n")
+    scenario = parse(HEAD + "steps:\n  - dma: {device: nic, iova: 0x1000, gpa: 0, expect: refused}\n")
     name, action = scenario.steps[0].action
     assert name == "dma" and isinstance(action, Dma) and action.iova == 0x1000
 
@@ -51,12 +51,12 @@ def test_a_step_is_known_by_its_key() -> None:
     ("tail", "expected"),
     [
         (
-            "steps:\n  - dma:\n      device: nic\n      iova: many\n",
+            "steps:\n  - dma:\n      device: nic\n      iova: many\n      gpa: 0\n",
             "mine.yaml:11: steps[0].dma.iova: Expected int or a size such as 64K, got str 'many'",
         ),
-        ("steps:\n  - dma: {iova: 1, device: 7}\n", "mine.yaml:9: steps[0].dma.device: Expected str, got int"),
+        ("steps:\n  - dma: {iova: 1, gpa: 0, device: 7}\n", "mine.yaml:9: steps[0].dma.device: Expected str, got int"),
         ("machine:\n  ram: 1G\n  cpus: 4\n", "mine.yaml:10: machine: Object contains unknown field cpus"),
-        ("steps:\n\n  - dma: {device: nic}\n", "mine.yaml:10: steps[0].dma: Object missing required field iova"),
+        ("steps:\n\n  - dma: {device: nic, gpa: 0}\n", "mine.yaml:10: steps[0].dma: Object missing required field iova"),
         ("steps:\n  - {}\n", "mine.yaml:9: steps[0]: a step has exactly one action, got none"),
         (
             "steps:\n  - arm: {}\n    unmap: {iova: 0}\n",
@@ -78,7 +78,7 @@ def test_an_error_names_file_line_and_field(tail: str, expected: str) -> None:
 
 
 def test_a_step_that_names_no_device_of_the_scenario_is_an_error() -> None:
-    text = error(HEAD + "steps:\n  - dma: {device: disk, iova: 1}\n")
+    text = error(HEAD + "steps:\n  - dma: {device: disk, iova: 1, gpa: 0}\n")
     assert "steps[0].dma: no device has the id disk" in text
 
 

@@ -1,0 +1,203 @@
+"""The live :class:`deploy.system.System`: a CPU over guestd's control socket, and the processes that the launcher
+started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from deploy import assemble, dma_drivers, events, explain
+from deploy.events import Log
+from deploy.explain import DeviceInfo, Explanation
+from deploy.launcher import Launcher
+from deploy.link import Link
+from deploy.scenario import At, Scenario, Wait
+from deploy.system import DmaDriver
+from protocols.control import messages as control
+from protocols.transport.eventfile import EventFile
+from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
+from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
+from vfio_model.iommu.spapr import regs
+from vfio_model.pci.address import PCIAddress
+
+A = TypeVar("A")
+_LOOK_SECONDS = 0.02
+
+
+class ControlCpu:
+    """A guest's CPU on guestd's control socket: every call is one command and its answer."""
+
+    big_endian = True
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def _ask(self, command: control.Command, kind: type[A]) -> A:
+        answer = self._link.ask(command)
+        if not isinstance(answer, kind):
+            raise RemoteProtocolError(f"guestd: {type(answer).__name__} in answer to {type(command).__name__}")
+        return answer
+
+    def hcall(self, nr: int, *args: int) -> tuple[int, list[int]]:
+        """Hypercall ``nr``: the signed return code and the output registers."""
+        done = self._ask(control.Hcall(nr, list(args)), control.HcallDone)
+        return done.ret, done.outs
+
+    def rtas(self, token: int, args: Sequence[int], nret: int) -> list[int]:
+        """RTAS call: the return cells, the status first."""
+        return self._ask(control.Rtas(token, list(args), nret), control.RtasDone).rets
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """``size`` bytes of memory. :raise VfioModelError: when nothing is there."""
+        done = self._ask(control.ReadMemory(gpa, size), control.Bytes)
+        if done.result:
+            raise VfioModelError(f"the guest has no memory of {size} bytes at {gpa:#x}")
+        return done.data
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Store ``data``."""
+        self._link.ask(control.WriteMemory(gpa, data))
+
+    def mmio_read(self, gpa: int, size: int) -> int:
+        """A load of 1, 2, 4 or 8 bytes."""
+        return self._ask(control.MmioRead(gpa, size), control.Value).value
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> None:
+        """A store of 1, 2, 4 or 8 bytes."""
+        self._link.ask(control.MmioWrite(gpa, size, value))
+
+    def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
+        """(page address, permission bits, address mask) of a bus address."""
+        done = self._ask(control.Translate(liobn, ioba), control.Translation)
+        return done.translated, done.perm, done.mask
+
+    def clock_step(self, ns: int = 0) -> int:
+        """Advance virtual time; the new time in ns."""
+        return self._ask(control.ClockStep(ns), control.Value).value
+
+
+class LiveSystem:
+    """A run's processes. ``trace`` is the operator's own log, which is merged with theirs."""
+
+    def __init__(self, scenario: Scenario, launcher: Launcher) -> None:
+        self._scenario, self._launcher = scenario, launcher
+        self._events = EventFile(launcher.directory / "operator.events")
+        self.trace = self._events.trace
+        self._links: dict[str, Link] = {}
+        self.cpu = ControlCpu(self._link("guestd"))
+        self._functions: dict[int, PciFunction] = {}
+        self._window = MmioWindow.pseries()
+        self._drivers: dict[str, DmaDriver] = {}
+
+    def bring_up(self) -> None:
+        """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
+        found = bring_up(self.cpu, regs.phb_buid(0), self._window)
+        self._functions = {function.devfn: function for function in found}
+
+    def _link(self, role: str) -> Link:
+        if role not in self._links:
+            watch = self._launcher.check
+            self._links[role] = Link(self._launcher.directory, role, watch=watch, trace=self.trace)
+        return self._links[role]
+
+    def devices(self) -> list[DeviceInfo]:
+        """The guest's devices."""
+        return explain.devices(self._link("guestd"))
+
+    def driver(self, device: str) -> DmaDriver:
+        """The DMA driver of ``device``. :raise ConfigError: when there is none for its model, or it is not on the
+        bus.
+        """
+        if device not in self._drivers:
+            config = next(each for each in self._scenario.devices if each.id == device)
+            function = self._functions.get(PCIAddress.parse(config.addr).devfn)
+            if function is None:
+                raise ConfigError(f"{device}: nothing answers on the bus at {config.addr}")
+            self._drivers[device] = dma_drivers.bind(self.cpu, device, config.model, function, self._window.to_cpu)
+        return self._drivers[device]
+
+    def status(self, role: str) -> dict[str, object]:
+        """What a daemon says of itself."""
+        return self._link(role).status()
+
+    def explain(self, device: str, iova: int) -> Explanation:
+        """Both stages of a translation."""
+        chosen = explain.choose_device(self.devices(), device)
+        return explain.explain(self._link("guestd"), self._link("hostd"), chosen, iova)
+
+    def signal(self, target: At, number: signal.Signals) -> str:
+        """Send a signal to a daemon, or to the process of a device (which hostd knows, or which is a server of
+        ours).
+        """
+        role = target.role or target.device or ""
+        daemon = self._launcher.daemons.get(role)
+        if daemon is not None:
+            daemon.expected_end = daemon.expected_end or number == signal.SIGKILL
+            daemon.signal(number)
+            return f"{role} (pid {daemon.pid})"
+        pid = self._device_pid(role)
+        os.kill(pid, number)
+        return f"the process of {role} (pid {pid})"
+
+    def _device_pid(self, device: str) -> int:
+        names = {config.id: name for config, _, name in assemble.assigned(self._scenario)}
+        listed = self.status("hostd").get("devices")
+        try:
+            processes = msgspec.convert(listed, list[_DeviceProcess])
+        except msgspec.ValidationError as error:
+            raise RemoteProtocolError(f"hostd: status: devices: {error}") from error
+        for process in processes:
+            if process.name == names.get(device) and process.pid > 0:
+                return process.pid
+        raise ConfigError(f"{device} has no process of its own, or it has ended")
+
+    def wait(self, wait: Wait) -> bool:
+        """Whether ``wait.role`` has ended, or answers, in time."""
+        daemon = self._launcher.daemons.get(wait.role)
+        if daemon is None:
+            raise ConfigError(f"this scenario runs no {wait.role}")
+        if wait.until == "gone":
+            return daemon.wait(wait.seconds)
+        deadline = time.monotonic() + wait.seconds
+        link = Link(self._launcher.directory, wait.role)
+        try:
+            while time.monotonic() < deadline:
+                self._launcher.check()
+                if link.ping(_LOOK_SECONDS):
+                    return True
+            return False
+        finally:
+            link.close()
+
+    def arm(self) -> None:
+        """Give the interposer every rule of the scenario."""
+        rules = assemble.rules(self._scenario, arm=True)
+        self._link("interposer").ask(control.Interpose(msgspec.json.encode(rules)))
+
+    def log(self) -> Log:
+        """Every process's events so far, merged."""
+        self._events.flush()
+        return events.read(self._launcher.directory)
+
+    def close(self) -> None:
+        """Give the sockets and the log back."""
+        for link in self._links.values():
+            link.close()
+        self._events.close()
+
+
+class _DeviceProcess(msgspec.Struct):
+    name: str
+    pid: int = 0
+
+
+def connect(directory: Path, role: str) -> Link:
+    """The launcher's :data:`deploy.launcher.Connect`."""
+    return Link(directory, role)
