@@ -1,11 +1,11 @@
-"""Who may wait for whom: the table as data, and the two properties that keep the processes from deadlock.
+"""Who may wait for whom: the table as data, and the property that keeps the processes from deadlock.
 
-An edge is *plain*, or *served*: the side waited for answers it inside every wait of its own, and answering never waits
-in turn. A *pending* edge is not a wait at all: the waiting side keeps the request as state and goes on serving others,
-so it closes no circle.
+An edge is *plain*; or *pending*: the waiting side keeps the request as state and goes on serving others, but somebody's
+answer depends on it all the same; or *served*: the side waited for answers it inside every wait of its own, and
+answering never waits in turn.
 
-Then no deadlock is possible when plain edges form no circle and every circle of waits contains a served edge. What a
-role registers as ``served`` in its :class:`protocols.transport.loop.Loop` has to be what this table says.
+No deadlock is possible when plain and pending edges form no circle, that is, when every circle contains a served edge.
+What a role registers as ``served`` in its :class:`protocols.transport.loop.Loop` has to be what this table says.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WAITS: tuple[Wait, ...] = (
     Wait(Party.CONTAINER, Party.DEVICE, Kind.PENDING, "death"),
     Wait(Party.CONTAINER, Party.DEVICE, Kind.PENDING, "start-up"),
     Wait(Party.NOTIFIER, Party.DEVICE, Kind.PENDING, "acknowledgement"),
-    Wait(Party.DEVICE, Party.CONTAINER, Kind.PLAIN, "start-up"),
+    Wait(Party.DEVICE, Party.CONTAINER, Kind.SERVED, "start-up"),  # the container never waits: it always answers
     Wait(Party.DEVICE, Party.GUESTD, Kind.SERVED, "ATS translation"),
     Wait(Party.DEVICE, Party.GUESTD, Kind.SERVED, "DMA message"),
     Wait(Party.DEVICE, Party.GUESTD, Kind.SERVED, "interrupt"),
@@ -64,8 +64,8 @@ WAITS: tuple[Wait, ...] = (
 
 
 def circles(waits: Iterable[Wait]) -> list[tuple[Wait, ...]]:
-    """Every simple circle of waits (each party at most once), pending edges left out."""
-    edges = [wait for wait in waits if wait.kind is not Kind.PENDING]
+    """Every simple circle of waits (each party at most once)."""
+    edges = list(waits)
     order = {party: number for number, party in enumerate(Party)}
     found: list[tuple[Wait, ...]] = []
 

@@ -56,10 +56,16 @@ class RemoveSpace(Message, tag="remove-space", frozen=True):
 
 
 class Publish(Message, tag="publish", frozen=True):
-    """Invalidations for those who have no ring; a ring subscriber has read them from the ring."""
+    """Invalidations for those who have no ring, and for observers; sent while :class:`Want` says so."""
 
     cause: U64
     records: Annotated[list[Record], Meta(min_length=1, max_length=MAX_RECORDS)]
+
+
+class Wanted(Message, tag="wanted", frozen=True):
+    """Answer to :class:`Want` ``seq``: from here on the publisher does as it says."""
+
+    seq: U64
 
 
 class Flush(Message, tag="flush", frozen=True):
@@ -103,6 +109,14 @@ class Ticket(Message, tag="ticket", frozen=True):
 
     subscriber: U64
     ticket: U64
+
+
+class Want(Message, tag="want", frozen=True):
+    """To the publisher, first in answer to Announce: whether anybody needs :class:`Publish` messages at all. While
+    nobody does, an invalidation costs no message. Answer Wanted."""
+
+    seq: U64
+    records: bool
 
 
 class PublisherLost(Message, tag="publisher-lost", frozen=True):
@@ -196,8 +210,8 @@ class Refused(Message, tag="refused", frozen=True):
     reason: Text
 
 
-ToHub = Announce | AddSpace | RemoveSpace | Publish | Flush | Subscribe | SubscribeByMessage | LaneReady
-FromHub = Subscribed | Ticket | PublisherLost | LaneAdd | LaneRemove | SpaceGone | FlushDone | Refused
+ToHub = Announce | AddSpace | RemoveSpace | Publish | Wanted | Flush | Subscribe | SubscribeByMessage | LaneReady
+FromHub = Subscribed | Ticket | Want | PublisherLost | LaneAdd | LaneRemove | SpaceGone | FlushDone | Refused
 RouterToHub = Attach | Ack | Observe | Ping
 RouterFromHub = Attached | Invalidate | Observation | Pong | Refused
 
