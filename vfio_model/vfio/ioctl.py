@@ -1,8 +1,8 @@
 """The seam between a VFIO user and the host: file handles, ioctl numbers, raw uapi structs, errno.
 
-One call underneath, :meth:`VfioPort.ioctl`; typed methods with the uapi's names on top. Adapters: :class:`DirectPort`, which
-has the host in the same process, and one that sends messages to a host process. What argsz, flags, ENOTTY and the ioctl
-numbers that mean two things mean is decided by the host alone, as with the kernel.
+One call underneath, :meth:`VfioPort.ioctl`; typed methods with the uapi's names on top. Adapters: :class:`DirectPort`,
+which has the host in the same process, and one that sends messages to a host process. What argsz, flags, ENOTTY and the
+ioctl numbers that mean two things mean is decided by the host alone, as with the kernel.
 
 Source: ``include/uapi/linux/vfio.h``.
 """
@@ -60,7 +60,9 @@ class VfioPort(Protocol):
         ...
 
     def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
-        """``count`` structs of one ioctl, back to back, in order; returns ``count``. :raise BatchError: at the first failure."""
+        """``count`` structs of one ioctl, back to back, in order; returns ``count``. :raise BatchError: at the first
+        failure.
+        """
         ...
 
     def declare_memory(self, block: RAMBlock) -> None:
@@ -79,8 +81,9 @@ class VfioPort(Protocol):
 class DirectPort:
     """A host in this process.
 
-    ``lanes(names)`` gives the lane sets of devices, ``fence`` the barrier that goes with them; ``idle()`` is called while a
-    revocation waits for a lane (a test with threads sleeps there). ``devices(token)`` gives what an opened device is.
+    ``lanes(names)`` gives the lane sets of devices, ``fence`` the barrier that goes with them; ``idle()`` is called
+    while a revocation waits for a lane (a test with threads sleeps there). ``devices(token)`` gives what an opened
+    device is.
     """
 
     def __init__(

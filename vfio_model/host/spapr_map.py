@@ -1,0 +1,77 @@
+"""MAP_DMA of one range: the TCEs of many pages, each checked as the kernel checks it, stored a stretch at a time.
+
+A stretch is as many pages as lie in one registered region, in one segment of memory and in one chunk of the table. What
+holds for its first page then holds for all of it, so that the result is that of going page by page.
+"""
+
+from __future__ import annotations
+
+from array import array
+from errno import EINVAL, ENXIO
+from typing import Any
+
+from vfio_model.host.mm import Mm, Region, Run
+from vfio_model.host.tce_table import Dropped, TceTable, take
+from vfio_model.uapi.vfio import DmaMap
+
+_PLAIN = 32
+"""Stretches up to so many pages are computed without numpy."""
+
+
+def map_range(table: TceTable, mm: Mm, request: DmaMap) -> tuple[Dropped, OSError | None]:
+    """Store the TCEs of ``request``, whose alignment, flags and window are checked already.
+
+    :return: what TCEs were replaced, and the error that stopped it, if any: EINVAL for a page that no region holds or
+        that is larger than its backing, ENXIO for one whose region is being torn down, ENOMEM without table memory.
+        After an error the entries stored before it are cleared and part of what was dropped.
+    """
+    first = (request.iova - table.start) >> table.page_shift
+    total, done, dropped = request.size >> table.page_shift, 0, Dropped()
+    try:
+        while done < total:
+            ua = request.vaddr + (done << table.page_shift)
+            region, run = find_page(mm, ua, table)
+            room = (min(region.end, run.end) - ua) >> table.page_shift
+            count = min(total - done, room, table.chunk_room(first + done))
+            if count == 1:
+                before = table.store_one(first + done, run.hpa.to_hpa(ua + run.delta) | request.flags, region.id)
+                dropped.update({before: 1} if before else {})
+            else:
+                tces = _tces(run, ua, count, table.page_shift, request.flags)
+                dropped.update(table.store(first + done, tces, region.id))
+            take(region, count)
+            done += count
+    except OSError as error:
+        dropped.update(table.clear(first, done))
+        return dropped, error
+    return dropped, None
+
+
+def find_page(mm: Mm, ua: int, table: TceTable) -> tuple[Region, Run]:
+    """The region and run that hold the IOMMU page at ``ua``. :raise OSError: as :func:`map_range` says."""
+    region = mm.lookup(ua, table.page)
+    if region is None:
+        raise OSError(EINVAL, f"{ua:#x} is not registered")
+    if region.page_shift < table.page_shift:
+        raise OSError(EINVAL, f"{ua:#x} can be mapped by pages up to {1 << region.page_shift:#x}, not {table.page:#x}")
+    run = region.run_at(ua)
+    if ua + table.page > run.end:
+        raise OSError(EINVAL, f"the IOMMU page at {ua:#x} lies in two mappings")
+    if region.dying:
+        raise OSError(ENXIO, f"the region at {region.ua:#x} is being unregistered")
+    return region, run
+
+
+def _tces(run: Run, ua: int, count: int, page_shift: int, perm: int) -> memoryview:
+    offset = ua + run.delta
+    if count <= _PLAIN:
+        return memoryview(array("Q", [run.hpa.to_hpa(offset + (n << page_shift)) | perm for n in range(count)]))
+    np = _numpy()
+    offsets = np.arange(offset, offset + (count << page_shift), 1 << page_shift, dtype=np.uint64)
+    return (run.hpa.to_hpa_many(offsets) | perm).data.cast("B").cast("Q")
+
+
+def _numpy() -> Any:
+    import numpy  # noqa: PLC0415 - 200 ms of import that a host without large mappings never pays
+
+    return numpy
