@@ -1,0 +1,198 @@
+"""One vfio-user client of a device: its commands, answered in order.
+
+The same session serves an assigned device (the client is guestd, the stream came from hostd) and a remote emulated one.
+What DMA travels through is not decided here: :class:`Memory` takes DMA_MAP, DMA_UNMAP, X_TRANSLATE's answers and
+X_NOTIFIER; an assigned device has no use for them.
+
+A client that breaks the protocol, or goes away, ends the session; :attr:`DeviceSession.on_end` says why.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from hostd.device_regions import DeviceRegions
+from hostd.device_surroundings import ProcessSurroundings, SharedClock
+from protocols.transport.kernel import EventFd
+from protocols.transport.loop import Loop
+from protocols.transport.shm import map_memory
+from protocols.transport.unix import close_fds
+from protocols.transport.vfio_user import VfioUserEndpoint
+from protocols.vfio_user import messages as wire
+from protocols.vfio_user.messages import Command
+from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from vfio_model.errors import LocalProtocolError, PeerLost, RemoteProtocolError
+from vfio_model.memory.clock_area import AREA_SIZE, check_clock, check_ticks
+
+MAX_REGION_DATA = 1 << 20
+
+
+class Memory(Protocol):
+    """What a session does with the client's memory messages. Descriptors are taken over."""
+
+    def dma_map(self, request: wire.DmaMap, fds: list[int]) -> None:
+        """:raise OSError: when it cannot be done."""
+
+    def dma_unmap(self, request: wire.DmaUnmap) -> None:
+        """:raise OSError: when it cannot be done."""
+
+    def notifier(self, request: wire.NotifierSetup) -> None:
+        """Subscribe there. :raise OSError: when it cannot be done."""
+
+
+class NoMemory:
+    """An assigned device: the host's tables say what it may reach, and the client's DMA_MAPs say nothing."""
+
+    def dma_map(self, request: wire.DmaMap, fds: list[int]) -> None:
+        """Accepted and without effect."""
+        close_fds(fds)
+
+    def dma_unmap(self, request: wire.DmaUnmap) -> None:
+        """Accepted and without effect."""
+
+    def notifier(self, request: wire.NotifierSetup) -> None:
+        """Refused: what this device caches, the host revokes."""
+        raise OSError(errno.ENOTSUP, "an assigned device has no translations of the guest's")
+
+
+class DeviceSession:
+    """Serves ``endpoint`` (its own from now on) from ``loop``."""
+
+    def __init__(
+        self,
+        endpoint: VfioUserEndpoint,
+        regions: DeviceRegions,
+        around: ProcessSurroundings,
+        loop: Loop,
+        memory: Memory,
+        on_end: Callable[[str], None],
+    ) -> None:
+        self.endpoint = endpoint
+        self._regions, self._around, self._loop, self._memory = regions, around, loop, memory
+        self._on_end = on_end
+        self._clock: SharedClock | None = None
+        self.replies: dict[int, ReplyReceived] = {}
+        self.expected: set[int] = set()
+        """Ids of commands of ours whose replies somebody waits for."""
+        self.closed = False
+        loop.register(endpoint, self.receive, served=True)
+
+    def receive(self) -> None:
+        """Serve what has come; called by the loop, and by whoever waits for a reply."""
+        try:
+            while not self.closed and (event := self.endpoint.receive()) is not None:
+                if isinstance(event, ReplyReceived):
+                    self._reply(event)
+                else:
+                    self._command(event)
+        except (PeerLost, RemoteProtocolError) as error:
+            self.end(str(error))
+
+    def end(self, reason: str) -> None:
+        """Close the session. Harmless twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.unregister(self.endpoint)
+        self.endpoint.close()
+        self._drop_clock()
+        self._on_end(reason)
+
+    def _reply(self, event: ReplyReceived) -> None:
+        close_fds(event.fds)
+        if event.id in self.expected:
+            self.replies[event.id] = event
+
+    def _command(self, event: CommandReceived) -> None:
+        if event.command == Command.VERSION:
+            self.endpoint.accept(event)
+            return
+        try:
+            payload = self._carry_out(event)
+        except OSError as error:
+            self.endpoint.reply_error(event, error.errno or errno.EIO)
+            return
+        if self.closed:
+            return
+        try:
+            self.endpoint.reply(event, payload)
+        except LocalProtocolError as error:
+            raise RemoteProtocolError(f"a request that cannot be answered: {error}") from error
+
+    def _carry_out(self, event: CommandReceived) -> wire.Payload:
+        request, fds, regions = event.payload, event.fds, self._regions
+        if isinstance(request, wire.SetIrqs):
+            regions.set_irqs(request, fds)
+            return wire.Empty()
+        if isinstance(request, wire.DmaMap):
+            self._memory.dma_map(request, fds)
+            return wire.Empty()
+        if isinstance(request, wire.ClockSetup):
+            self._set_clock(fds)
+            return wire.Empty()
+        close_fds(fds)
+        if isinstance(request, wire.RegionAccess):
+            return self._access(event.command, request)
+        if isinstance(request, wire.DeviceInfo):
+            return regions.info()
+        if isinstance(request, wire.RegionInfo):
+            return regions.region_info(request.index)
+        if isinstance(request, wire.IrqInfo):
+            return regions.irq_info(request.index)
+        if isinstance(request, wire.DmaUnmap):
+            self._memory.dma_unmap(request)
+            return request
+        if isinstance(request, wire.NotifierSetup):
+            self._memory.notifier(request)
+            return wire.Empty()
+        if event.command == Command.DEVICE_RESET:
+            regions.reset()
+            return wire.Empty()
+        raise OSError(errno.ENOTSUP, f"command {event.command}")
+
+    def _access(self, command: int, request: wire.RegionAccess) -> wire.RegionAccess:
+        if command == Command.REGION_READ:
+            data = self._regions.read(request.region, request.offset, request.count)
+            return wire.RegionAccess(request.offset, request.region, len(data), data)
+        self._regions.write(request.region, request.offset, request.data)
+        return wire.RegionAccess(request.offset, request.region, request.count)
+
+    # -- the guest's clock -------------------------------------------------------------------------------------------
+
+    def _set_clock(self, fds: list[int]) -> None:
+        if len(fds) != 4:
+            close_fds(fds)
+            raise OSError(errno.EINVAL, f"X_CLOCK with {len(fds)} descriptors")
+        self._drop_clock()
+        for fd in fds[2:]:
+            os.set_blocking(fd, False)
+        step, done = EventFd(fds[2]), EventFd(fds[3])
+        try:
+            clock = map_memory(fds[0], size=AREA_SIZE, what="clock")
+        except RemoteProtocolError:
+            close_fds(fds[1:])
+            raise
+        try:
+            ticks = map_memory(fds[1], writable=True, size=AREA_SIZE, what="ticks")
+        except RemoteProtocolError:
+            clock.close()
+            close_fds(fds[2:])
+            raise
+        self._clock = SharedClock(clock, ticks, step, done)
+        check_clock(clock.words)
+        check_ticks(ticks.words)
+        self._loop.register(step, self._step, served=True)
+        self._step()
+
+    def _step(self) -> None:
+        if self._clock is not None:
+            self._clock.take(self._around.clock)
+
+    def _drop_clock(self) -> None:
+        if self._clock is not None:
+            self._loop.unregister(self._clock.step)
+            self._clock.close()
+            self._clock = None
