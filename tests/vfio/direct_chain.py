@@ -15,7 +15,8 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import U32_MAX, Hva
 from vfio_model.trace import ListTrace
 from vfio_model.vfio.connect import VFIOContainer, connect_container
-from vfio_model.vfio.ioctl import DirectPort, VfioPort
+from vfio_model.vfio.direct import DirectPort
+from vfio_model.vfio.ioctl import VfioPort
 
 GROUP = "/dev/vfio/26"
 DEVICE = "0005:01:00.0"

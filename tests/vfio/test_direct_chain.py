@@ -12,7 +12,8 @@ from vfio_model.host.host import Host
 from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
 from vfio_model.iommu.spapr.regs import HReturn, RtasStatus
 from vfio_model.uapi.vfio import Ioctl
-from vfio_model.vfio.ioctl import BatchError, DirectPort
+from vfio_model.vfio.direct import DirectPort
+from vfio_model.vfio.ioctl import BatchError
 
 DMA64 = 1 << 59
 MAP, UNMAP, CREATE = Ioctl.VFIO_IOMMU_MAP_DMA, Ioctl.VFIO_IOMMU_UNMAP_DMA, Ioctl.VFIO_IOMMU_SPAPR_TCE_CREATE
