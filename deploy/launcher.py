@@ -200,18 +200,27 @@ class Launcher:
             elif not daemon.expected_end:
                 raise ProcessEnded(role, daemon.how, daemon.last_lines())
 
-    def stop(self) -> None:
-        """End every process, in the reverse order of starting, and remove the directory. Never raises; harmless when
-        repeated.
+    def end(self) -> dict[str, str]:
+        """End every process, in the reverse order of starting; how each ended, by role. Harmless when repeated.
+
+        The directory stays, so that logs can be read; :meth:`stop` removes it.
         """
         with _signals_held():
+            before = {role: daemon.how for role, daemon in self.daemons.items() if daemon.ended}
             every = [*self.daemons.values(), *(old for old in self._buried if old not in self.daemons.values())]
             for daemon in reversed(list(self.daemons.values())):
                 self._end(daemon)
+            ends = {role: before.get(role) or _words(daemon) for role, daemon in self.daemons.items()}
             for daemon in every:
                 daemon.close()
             self.daemons.clear()
             self._buried.clear()
+        return ends
+
+    def stop(self) -> None:
+        """:meth:`end` everything and remove the directory. Harmless when repeated."""
+        with _signals_held():
+            self.end()
             shutil.rmtree(self.directory, ignore_errors=True)
             self._dismiss_watcher()
 
@@ -252,6 +261,10 @@ class Launcher:
             pass
         self._watcher.wait()
         self._watcher = None
+
+
+def _words(daemon: Daemon) -> str:
+    return "in order" if daemon.how == "exit status 0" else daemon.how
 
 
 @contextmanager

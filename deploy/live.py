@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,10 +84,12 @@ class ControlCpu:
 
 
 class LiveSystem:
-    """A run's processes. ``trace`` is the operator's own log, which is merged with theirs."""
+    """A run's processes. ``trace`` is the operator's own log, which is merged with theirs;
+    ``on_wait`` is called now and then while an answer is awaited, and may raise.
+    """
 
-    def __init__(self, scenario: Scenario, launcher: Launcher) -> None:
-        self._scenario, self._launcher = scenario, launcher
+    def __init__(self, scenario: Scenario, launcher: Launcher, on_wait: Callable[[], None]) -> None:
+        self._scenario, self._launcher, self._on_wait = scenario, launcher, on_wait
         self._events = EventFile(launcher.directory / "operator.events")
         self.trace = self._events.trace
         self._links: dict[str, Link] = {}
@@ -103,9 +105,12 @@ class LiveSystem:
 
     def _link(self, role: str) -> Link:
         if role not in self._links:
-            watch = self._launcher.check
-            self._links[role] = Link(self._launcher.directory, role, watch=watch, trace=self.trace)
+            self._links[role] = Link(self._launcher.directory, role, watch=self._watch, trace=self.trace)
         return self._links[role]
+
+    def _watch(self) -> None:
+        self._launcher.check()
+        self._on_wait()
 
     def devices(self) -> list[DeviceInfo]:
         """The guest's devices."""

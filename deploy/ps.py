@@ -59,10 +59,10 @@ def _rows_of(directory: Path, run: RunFile, entry: ProcessEntry, ping: Ping, sec
         process = psutil.Process(entry.pid)
         rows = [_measured(directory, run, entry.role, process, health)]
         for child in process.children(recursive=True):
-            if _is_helper(child):
+            if is_helper(child):
                 continue
             health = "stopped" if child.status() == psutil.STATUS_STOPPED else "running"
-            rows.append(_measured(directory, run, f"{entry.role}/{_device_name(child)}", child, health))
+            rows.append(_measured(directory, run, f"{entry.role}/{device_name(child)}", child, health))
     except psutil.NoSuchProcess:
         return [ProcessRow(str(directory), run.scenario, entry.role, entry.pid, "gone")]
     return rows
@@ -87,12 +87,12 @@ def _measured(directory: Path, run: RunFile, role: str, process: psutil.Process,
         )
 
 
-def _is_helper(process: psutil.Process) -> bool:
+def is_helper(process: psutil.Process) -> bool:
     """multiprocess keeps a tracker process of its own beside the devices."""
     return any("resource_tracker" in word for word in process.cmdline())
 
 
-def _device_name(process: psutil.Process) -> str:
+def device_name(process: psutil.Process) -> str:
     """The name that a device process gave itself (``device:NAME``), or ``device``."""
     words = process.cmdline()
     named = [word.removeprefix("device:") for word in words if word.startswith("device:")]

@@ -23,7 +23,8 @@ from deploy.scenario import At, Machine, Probe, Replay
 from deploy.system import System
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers import trace_events as traced
-from vfio_model.guest_drivers.trace_replay import Replayer, ReplayReport
+from vfio_model.guest_drivers.trace_compare import ReplayReport
+from vfio_model.guest_drivers.trace_replay import Replayer
 from vfio_model.iommu.spapr import regs
 
 Progress = Callable[[str, int, int], None]

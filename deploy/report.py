@@ -83,8 +83,8 @@ class Verdict(msgspec.Struct):
         return f"PASS {self.name}" if self.passed else f"FAIL {self.name}: {reason}"
 
 
-def show(verdict: Verdict, console: Console) -> None:
-    """Print the verdict; its last line is :attr:`Verdict.last_line`."""
+def show(verdict: Verdict, console: Console, folder: Path | None = None) -> None:
+    """Print the verdict and where its report is; the last line is :attr:`Verdict.last_line`."""
     console.print(_steps(verdict))
     console.print(_totals(verdict))
     console.print(_processes(verdict))
@@ -92,6 +92,8 @@ def show(verdict: Verdict, console: Console) -> None:
         console.print(f"[yellow]finding[/]: {escape(finding)}", highlight=False)
     if not verdict.passed and "\n" in verdict.reason:
         console.print(escape(verdict.reason), highlight=False)
+    if folder is not None:
+        console.print(f"report   {folder}", highlight=False, markup=False, soft_wrap=True)
     style = "bold green" if verdict.passed else "bold red"
     console.print(f"[{style}]{escape(verdict.last_line)}[/]", highlight=False, soft_wrap=True)
 

@@ -37,8 +37,13 @@ class DmaDriver(Protocol):
 class System(Protocol):
     """A running guest, its host, and their processes."""
 
-    cpu: Cpu
-    trace: Trace
+    @property
+    def cpu(self) -> Cpu:
+        """The guest's processor."""
+
+    @property
+    def trace(self) -> Trace:
+        """The operator's own log."""
 
     def devices(self) -> list[DeviceInfo]:
         """The guest's devices."""
