@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["IOMMUMemoryRegion", "IOMMUNotifier", "IOMMUTLBEntry", "IOMMUTLBEvent", "IOMMUTLBRun", "TranslatedPieces"]
 
 TranslatedPieces = tuple["AddressSpace", Any, Any]
-"""What ``translate_many`` returns: target space, addresses (numpy uint64) and permissions (integer array, 0 = no
-translation).
-"""
+"""What ``translate_many`` returns: target space, addresses (numpy uint64), and permissions (0: no translation): an
+integer array, or one number for all."""
 
 
 class IOMMUMemoryRegion(MemoryRegion):

@@ -37,7 +37,10 @@ def scatter(space: AddressSpace, iovas: Iovas, size: int, data: ReadBuffer) -> i
 
 def _locate(space: AddressSpace, iovas: Iovas, size: int, *, is_write: bool) -> tuple[memoryview, U64]:
     """RAM and the offsets in it of the leading pieces that lie in it as a whole."""
-    addrs = np.asarray(iovas, dtype=np.uint64)
+    try:
+        addrs = np.asarray(iovas, dtype=np.uint64)
+    except OverflowError:  # an address that has still to wrap
+        return memoryview(b""), np.empty(0, dtype=np.uint64)
     while True:
         dominant = dominant_ram(space.view, for_write=is_write)
         if dominant is not None:
@@ -72,7 +75,7 @@ def _through_iommu(space: AddressSpace, addrs: U64, size: int, is_write: bool) -
     if answer is None:
         return None
     target, translated, perms = answer
-    good = _leading((np.asarray(perms) & int(wanted)) != 0)
+    good = _leading(np.broadcast_to((np.asarray(perms) & int(wanted)) != 0, rel.shape))
     return target, np.asarray(translated, dtype=np.uint64)[:good]
 
 
