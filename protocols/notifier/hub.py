@@ -119,6 +119,10 @@ class Hub:
             moments.append(self._now_ns + RETRY_NS)
         return min(moments, default=None)
 
+    def peers(self) -> list[int]:
+        """Every peer that still has something here; all are gone after a :class:`Died` for each."""
+        return list(self._peers)
+
     def status(self) -> dict[str, object]:
         """For a status: publishers, subscribers with their stage, observers with what they missed."""
         return {

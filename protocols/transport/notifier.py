@@ -10,6 +10,7 @@ import itertools
 import os
 import secrets
 import time
+from collections import deque
 from pathlib import Path
 
 from protocols.notifier.events import (
@@ -19,7 +20,6 @@ from protocols.notifier.events import (
     Died,
     Disconnect,
     Disconnected,
-    Effect,
     HubEvent,
     Post,
     Received,
@@ -85,17 +85,21 @@ class NotifierServer:
         loop.register(self._router, self._route, served=served)
 
     def _handle(self, event: HubEvent) -> None:
-        stalled: set[bytes] = set()
-        for effect in self.hub.handle(event, time.monotonic_ns()):
-            self._do(effect, stalled)
+        """What could not be posted goes back to the hub before any other event, so that nothing is overtaken."""
+        events = deque([event])
+        while events:
+            unsent: dict[bytes, bool] = {}
+            for effect in self.hub.handle(events.popleft(), time.monotonic_ns()):
+                if isinstance(effect, Post):
+                    events += self._post(effect, unsent)
+                else:
+                    self._do(effect)
         self._set_timer()
 
-    def _do(self, effect: Effect, stalled: set[bytes]) -> None:
+    def _do(self, effect: Send | Disconnect | Refuse | Close) -> None:
         match effect:
             case Send():
                 self._send(effect)
-            case Post():
-                self._post(effect, stalled)
             case Disconnect():
                 self._disconnect(effect.peer)
             case Refuse():
@@ -113,17 +117,13 @@ class NotifierServer:
             peer = effect.peer
             self._loop.call_later(0, lambda: self._lost(peer, None), served=self._served)
 
-    def _post(self, effect: Post, stalled: set[bytes]) -> None:
-        """What does not go is reported later, in order, when this list of effects is done."""
-        again = effect.identity in stalled
-        if not again:
+    def _post(self, effect: Post, unsent: dict[bytes, bool]) -> list[HubEvent]:
+        if effect.identity not in unsent:
             sent = self._router.send(effect.identity, effect.message)
             if sent is Sent.OK:
-                return
-            again = sent is Sent.AGAIN
-            stalled.add(effect.identity)
-        event = Unsent(effect.identity, effect.message, again)
-        self._loop.call_later(0, lambda: self._handle(event), served=self._served)
+                return []
+            unsent[effect.identity] = sent is Sent.AGAIN
+        return [Unsent(effect.identity, effect.message, unsent[effect.identity])]
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -198,13 +198,12 @@ class NotifierServer:
 
     def close(self) -> None:
         """Leave the loop and close everything. Harmless twice."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for number in list(self._channels):
-            self._lost(number, None)
-        for fd in list(self._watches):
-            self._close_fds((fd,))
+        for number in self.hub.peers():
+            self._handle(Died(number))
+            self._disconnect(number)
         for source in (self._listener, self._router):
             self._loop.unregister(source)
             source.close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
