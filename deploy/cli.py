@@ -30,10 +30,12 @@ class Lazy:
 COMMANDS = {
     "run": Lazy("deploy.commands.run:command", "Run a scenario against live processes and print a verdict."),
     "scenarios": Lazy("deploy.commands.scenarios:command", "List the scenarios that come with vfio-model."),
-    "check": Lazy("deploy.check:command", "Replay a QEMU trace through the model and report every difference."),
+    "check": Lazy(
+        "deploy.commands.check:command", "Replay a QEMU trace through the model and report every difference."
+    ),
     "explain": Lazy("deploy.commands.explain:command", "Show how a running guest's device address is translated."),
     "ps": Lazy("deploy.commands.ps:command", "List the processes of running scenarios and their health."),
-    "bench": Lazy("deploy.bench:command", "Measure, as ratios to limits taken in the same run."),
+    "bench": Lazy("deploy.commands.bench:command", "Measure, as ratios to limits taken in the same run."),
 }
 
 

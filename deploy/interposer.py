@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,11 +53,14 @@ def describe(message: port.Request) -> dict[str, object]:
 
 
 class Client:
-    """A client of the front socket and its own socket to the host. ``doubled`` counts second answers still to come."""
+    """A client of the front socket and its own socket to the host.
+
+    ``doubled``: by sequence number, how many answers beside the first will come (positive: the first is still to come).
+    """
 
     def __init__(self, peer: bytes, back: DealerClient) -> None:
         self.peer, self.back = peer, back
-        self.doubled: Counter[int] = Counter()
+        self.doubled: dict[int, int] = {}
 
 
 class InterposerProcess:
@@ -119,7 +121,8 @@ class InterposerProcess:
         deliveries = [action for action in actions if isinstance(action, Deliver)]
         if not deliveries:
             self._trace("port_drop", **describe(message))
-        client.doubled[message.seq] += max(len(deliveries) - 1, 0)
+        if len(deliveries) > 1:
+            client.doubled[message.seq] = len(deliveries) - 1
         for action in actions:
             match action:
                 case Deliver(delay_ns=0):
@@ -151,11 +154,12 @@ class InterposerProcess:
                 seq = getattr(port.RESPONSES.decode(data), "seq", 0)
             except RemoteProtocolError:
                 seq = 0
-            if client.doubled[seq] > 0:
-                client.doubled[seq] -= 1  # the answer that follows is the second one
-                client.doubled[-seq] += 1
-            elif client.doubled[-seq] > 0:
-                client.doubled[-seq] -= 1
+            extra = client.doubled.pop(seq, 0)
+            if extra > 0:
+                client.doubled[seq] = -extra
+            elif extra < 0:
+                if extra + 1:
+                    client.doubled[seq] = extra + 1
                 continue
             self._front.send(client.peer, data)
 

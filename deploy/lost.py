@@ -14,8 +14,7 @@ import msgspec
 from deploy.events import Log, Record
 
 HOPS = (("guestd", "port_send"), ("interposer", "port_forward"), ("hostd", "port_recv"))
-UNMAP = "VFIO_IOMMU_UNMAP_DMA"
-MAP = "VFIO_IOMMU_MAP_DMA"
+_PREFIX = "VFIO_IOMMU_"
 
 Key = tuple[int, int]
 
@@ -91,7 +90,7 @@ def _describe(record: Record, hop: str, log: Log) -> Lost:
         iova=iova,
         size=size,
     )
-    if iova is not None and UNMAP.endswith(ioctl.removeprefix("VFIO_IOMMU_")):
+    if iova is not None and _is(record, "UNMAP_DMA"):
         lost.mapping = _mapping_before(log, record.ns, iova)
         lost.stale_dma = _dma_after(log, record.ns, iova, size or 1)
     return lost
@@ -106,6 +105,10 @@ def _details(record: Record, log: Log) -> Record | None:
     return None
 
 
+def _is(record: Record, ioctl: str) -> bool:
+    return str(record.fields.get("ioctl", "")).removeprefix(_PREFIX) == ioctl
+
+
 def _covers(record: Record, iova: int) -> bool:
     start, size = record.number("iova"), record.number("size")
     return start is not None and start <= iova < start + (size or 1)
@@ -116,9 +119,7 @@ def _mapping_before(log: Log, ns: int, iova: int) -> str:
     for record in log.records:
         if record.ns >= ns:
             break
-        if str(record.fields.get("ioctl", "")).endswith("MAP_DMA") and _covers(record, iova):
-            if UNMAP.endswith(str(record.fields["ioctl"]).removeprefix("VFIO_IOMMU_")):
-                continue
+        if _is(record, "MAP_DMA") and _covers(record, iova):
             vaddr = record.number("vaddr")
             best = f"iova {record.number('iova'):#x}, {record.number('size'):#x} bytes" + (
                 f" to hva {vaddr:#x}" if vaddr is not None else ""

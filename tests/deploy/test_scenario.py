@@ -56,7 +56,10 @@ def test_a_step_is_known_by_its_key() -> None:
         ),
         ("steps:\n  - dma: {iova: 1, gpa: 0, device: 7}\n", "mine.yaml:9: steps[0].dma.device: Expected str, got int"),
         ("machine:\n  ram: 1G\n  cpus: 4\n", "mine.yaml:10: machine: Object contains unknown field cpus"),
-        ("steps:\n\n  - dma: {device: nic, gpa: 0}\n", "mine.yaml:10: steps[0].dma: Object missing required field iova"),
+        (
+            "steps:\n\n  - dma: {device: nic, gpa: 0}\n",
+            "mine.yaml:10: steps[0].dma: Object missing required field iova",
+        ),
         ("steps:\n  - {}\n", "mine.yaml:9: steps[0]: a step has exactly one action, got none"),
         (
             "steps:\n  - arm: {}\n    unmap: {iova: 0}\n",
