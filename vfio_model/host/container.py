@@ -39,6 +39,8 @@ class IommuDriver(Protocol):
 
     domain_words: memoryview
     """The memory that holds its tables."""
+    mm: Mm | None
+    """The process that it is bound to, once it has pinned or counted anything."""
 
     def attach(self, group: Group) -> None:
         """Take ``group`` in and give it the windows there are. :raise OSError: when it does not fit."""

@@ -29,6 +29,7 @@ __all__ = ["AssignedImpl", "Segments"]
 
 _OK, _DECODE_ERROR = MemTxResult.OK, MemTxResult.DECODE_ERROR
 _MOVED, _FAULT, _UNKNOWN = range(3)
+assert (PE_STATE, PE_BUS_MASTER) == (8, 9), "the fast path has these two as literals"
 _NO_PLACE, _NO_RAM = HpaMap(0, 12, 0, 0), memoryview(b"")
 Find = Callable[[int], tuple[Any, memoryview, int] | None]
 Read = Callable[[int, WriteBuffer], MemTxResult]
@@ -229,7 +230,8 @@ def _make_slow(walker: _Walker) -> tuple[Read, Write]:
 def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callable[[], _Near]]:
     """``read`` and ``write`` whose fast half runs on cells that the slow half sets, and a look at those cells.
 
-    The two fast halves are alike on purpose: a call or a test that they shared would cost more than they do.
+    The two fast halves are alike on purpose: a call or a test that they shared would cost more than they do. So are the
+    literal 8 and 9 (PE_STATE, PE_BUS_MASTER): a global's name is looked up at every access.
     """
     slow_read, slow_write = _make_slow(walker)
     pe, lane, slot = walker.pe, walker.lane.words, walker.lane.slot

@@ -139,6 +139,10 @@ class Host:
         mine = [handle for handle, (_, owner) in self._files.items() if owner is mm]
         for handle in sorted(mine, key=lambda handle: isinstance(self._files[handle][0], VfioContainer)):
             self._release(handle, revocation)
+        for group in self.groups.values():
+            driver = group.container.driver if group.container is not None else None
+            if group.container is not None and driver is not None and driver.mm is mm:
+                group.container.detach(group, revocation)  # another process's group in this one's container
         return _pending(revocation)
 
     # Files

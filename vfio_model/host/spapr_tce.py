@@ -43,7 +43,7 @@ from vfio_model.uapi.vfio import (
     SpaprTceRemove,
 )
 
-_MAP_FLAGS = DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE
+_MAP_FLAGS = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
 _DEFAULT_PAGE_SHIFT = 12
 
 _Handler = Callable[["SpaprTceContainer", Mm, bytes, Revocation], bytes]

@@ -43,9 +43,12 @@ class TceTable:
         """(level from the top, number of the table in its level) → byte offset."""
         self._chunk_shift = min(CHUNK_SHIFT, geometry.level_shift)
         self._regions: dict[int, array[int]] = {}
-        self.record = memory.publish_record(
-            (start, self.last, self.page_shift, geometry.levels, geometry.level_shift, self.root, slot)
-        )
+        record = (start, self.last, self.page_shift, geometry.levels, geometry.level_shift, self.root, slot)
+        try:
+            self.record = memory.publish_record(record)
+        except OSError:
+            memory.free(self.root, self._top_size)
+            raise
 
     def contains(self, iova: int) -> bool:
         """Whether bus address ``iova`` lies in the window."""

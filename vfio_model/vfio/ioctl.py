@@ -27,6 +27,7 @@ from vfio_model.uapi.vfio import (
 )
 from vfio_model.vfio.region import DeviceConnection
 
+
 class BatchError(OSError):
     """A struct of a batch failed with this errno after ``done`` of them had succeeded."""
 
