@@ -136,6 +136,18 @@ def test_a_device_error_ends_the_access() -> None:
     assert ops.data[:8] == b"abcd\4\5\6\7"
 
 
+def test_a_device_error_also_ends_an_access_that_goes_on_in_another_region() -> None:
+    ops = Registers()
+    ops.broken = {60}
+    ram = ram_block(64, fill=9)
+    space = space_of((0, IORegion("io", 64, ops)), (64, RAMRegion("ram", ram)))
+    out = bytearray(b"?" * 16)
+    assert space.read(56, out) is ERROR
+    assert out == bytes(range(56, 60)) + bytes(12)
+    assert space.write(56, b"x" * 16) is ERROR
+    assert ram.view[0] == 9
+
+
 def test_byte_order_of_values() -> None:
     ops = Registers()
     space = space_of((0, IORegion("io", 64, ops, big_endian=True)))

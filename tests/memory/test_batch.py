@@ -56,8 +56,9 @@ def test_translation_in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> N
         out = np.empty(count, dtype=np.uint64)
         assert translator.translate(np.array(iovas, dtype=np.uint64), out) == (inside, perms)
         assert out.tolist() == expected
-    bad = np.array([*iovas, 0], dtype=np.uint64)
-    assert translator.translate(bad, np.empty(count + 1, dtype=np.uint64)) == (False, 0)
+    for outside in (0, (1 << 59) - 1, (1 << 59) + (100 << 16), U64_MAX):
+        bad = np.array([*iovas, outside], dtype=np.uint64)
+        assert translator.translate(bad, np.empty(count + 1, dtype=np.uint64)) == (False, 0)
 
 
 def test_a_translator_sees_changes_of_a_shared_table() -> None:

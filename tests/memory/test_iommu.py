@@ -92,6 +92,16 @@ def test_two_levels_translate_with_the_smaller_page() -> None:
     assert space.translate(0x11000, True) is None
 
 
+def test_the_page_mask_is_the_and_of_all_levels_in_either_order() -> None:
+    system, _ = system_memory(1 << 20)
+    inner = DictIOMMU(system, page=65536)
+    outer = DictIOMMU(AddressSpace("inner", inner))
+    outer.pages, inner.pages = {1: (0x13000, RW)}, {1: (0x40000, RW)}
+    found = AddressSpace("device", outer).translate(0x1010, True, 0x10000)
+    assert found is not None
+    assert (found.offset, found.length, found.page_mask) == (0x43010, 0xFF0, 0xFFF)
+
+
 def test_an_iommu_region_placed_in_a_window_translates_relative_addresses() -> None:
     system, ram = system_memory(1 << 16)
     iommu = DictIOMMU(system, 1 << 20)

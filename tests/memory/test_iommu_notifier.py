@@ -211,15 +211,19 @@ def test_holes_in_a_map_run_are_unmaps(iommu: DictIOMMU) -> None:
     iommu.notify_run(run(0, [0x1000, 0, 0x3000], [3, 0, 3]))
     assert [(e.iova, e.perm) for e in caches.entries] == [(0x1000, NONE)]
     assert len(shadows.runs) == 1
+    maps = Follower(runs=True)
+    iommu.register_notifier(maps.notifier(MAP))
+    iommu.notify_run(run(0, [0x1000, 0, 0x3000], [3, 0, 3]))
+    assert maps.runs == [] and [e.iova for e in maps.entries] == [0, 0x2000]
     iommu.notify_run(IOMMUTLBRun(UNMAP, None, 0, 12, 512))
-    assert len(caches.runs) == 1 and len(shadows.runs) == 2
+    assert len(caches.runs) == 1 and len(shadows.runs) == 3
 
 
 @given(
     st.integers(0, 6),
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=6),
-    st.integers(0, 12 * PAGE),
-    st.integers(1, 6 * PAGE),
+    st.one_of(st.integers(0, 12).map(lambda n: n * PAGE), st.integers(0, 12 * PAGE)),
+    st.one_of(st.integers(1, 12).map(lambda n: n * PAGE), st.integers(1, 6 * PAGE)),
     st.booleans(),
     st.sampled_from([UNMAP, MAP, BOTH]),
 )
