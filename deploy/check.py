@@ -108,6 +108,18 @@ def check_trace(path: str | os.PathLike[str], options: CheckOptions | None = Non
     return report
 
 
+def recorded_events(path: Path) -> list[TraceEvent]:
+    """The sPAPR IOMMU events of a good recording, in order.
+
+    :raise ConfigError: when the file cannot be read whole.
+    """
+    report = CheckReport(str(path))
+    events = [event for _, event in _read_events(path, report)]
+    if report.errors:
+        raise ConfigError(report.errors[0])
+    return events
+
+
 # -- reading -----------------------------------------------------------------------------------------------------
 
 

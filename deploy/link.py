@@ -97,6 +97,13 @@ class Link:
         answers = answer.answers if isinstance(answer, BatchDone) else [answer]
         return [self._checked(command, each) for command, each in zip(commands, answers, strict=False)]
 
+    def ask_batch(self, commands: list[Command], seconds: float | None = None) -> BatchDone:
+        """As :meth:`ask_many`, with the daemon's own time for each command; what failed is in the answers."""
+        answer = self._exchange(Batch(commands), self.seconds if seconds is None else seconds)
+        if not isinstance(answer, BatchDone):
+            raise RemoteProtocolError(f"{self.role}: a single answer to a batch")
+        return answer
+
     def document(self, command: Command) -> dict[str, object]:
         """The JSON object that answers ``command``. Errors as :meth:`ask`."""
         answer = self.ask(command)

@@ -1,7 +1,7 @@
 """DMA inside one process: the three paths against the same copies without any check.
 
-RAM, tables and lanes are what a device process has, in this process's own memory: what is timed is the code that runs in
-a DMA section.
+RAM, tables and lanes are what a device process has, in this process's own memory: what is timed is the code that runs
+in a DMA section.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QEMU_NOTE = "QEMU 11.1: 0.1-0.25 us a translation, recorded"
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """An assigned device's view of 64 MiB of RAM through a window of 4 KiB pages, mapped 1:1 but for the order of pages."""
+    """An assigned device's view of 64 MiB of RAM through a window of 4 KiB pages, in shuffled order."""
 
     ram: memoryview
     impl: AssignedImpl
@@ -174,7 +174,13 @@ def scattered() -> Iterator[Row]:
             raise AssertionError("the mapped pages refused a write")
 
     yield against(
-        "16 MiB scattered over 4 KiB pages", checked, "same copies, no translation", bare, number=1, aim=0.7, at_least=True
+        "16 MiB scattered over 4 KiB pages",
+        checked,
+        "same copies, no translation",
+        bare,
+        number=1,
+        aim=0.7,
+        at_least=True,
     )
     yield against("16 MiB scattered over 4 KiB pages", checked, "one memcpy of 16 MiB", memcpy, number=1)
 
@@ -206,5 +212,3 @@ def batches() -> Iterator[Row]:
             per=count,
             note=QEMU_NOTE,
         )
-
-

@@ -13,7 +13,9 @@ Action = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. ``seconds`` and ``limit_seconds`` are per operation; ``aim`` bounds ``ratio`` (above when ``at_least``)."""
+    """One figure. ``seconds`` and ``limit_seconds`` are per operation; ``aim`` bounds ``ratio`` (from below when
+    ``at_least``).
+    """
 
     name: str
     seconds: float

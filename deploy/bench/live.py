@@ -1,0 +1,186 @@
+"""What needs live processes: a guest, a host and an assigned device, against bare ZeroMQ round trips.
+
+The time of a hypercall is taken by guestd around the hypercall itself (the answer to a batch of commands says it), so
+that the operator's own round trip is not part of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy import assemble, live, shipped
+from deploy.bench.echo import RoundTrips, echo
+from deploy.bench.measure import Row, percentile
+from deploy.check import recorded_events
+from deploy.launcher import Launcher
+from deploy.link import Link
+from deploy.live import ControlCpu
+from deploy.quantity import Size
+from deploy.scenario import Device, Machine, Scenario
+from protocols.control import messages as control
+from vfio_model.devices.dma_burst import regs as burst
+from vfio_model.errors import VfioModelError
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.pci import MmioWindow, bring_up
+from vfio_model.guest_drivers.trace_events import StuffTce
+from vfio_model.iommu.spapr import regs
+
+LIOBN = 0x8000_0000
+RAM = 1 << 30
+PAGE = 4096
+LIST_GPA = 0x10_0000
+RECORDING = "pseries-ddw"
+BARE = "bare ZeroMQ round trip"
+_CHUNK = 256
+
+
+@dataclass
+class Bench:
+    """The running system: the guest's control link, a CPU on it, the load generator, and the echo."""
+
+    link: Link
+    cpu: ControlCpu
+    device: DmaBurstDriver
+    trips: RoundTrips
+    start_to_dma: float
+
+    def timed(self, calls: Sequence[control.Command]) -> list[float]:
+        """Carry the commands out; the seconds that guestd spent on each.
+
+        :raise VfioModelError: when a hypercall fails.
+        """
+        seconds: list[float] = []
+        for at in range(0, len(calls), _CHUNK):
+            done = self.link.ask_batch(list(calls[at : at + _CHUNK]), 60.0)
+            for answer in done.answers:
+                if isinstance(answer, control.Failed) or (isinstance(answer, control.HcallDone) and answer.ret):
+                    raise VfioModelError(f"a hypercall of the benchmark failed: {answer}")
+            seconds += [ns / 1e9 for ns in done.elapsed_ns]
+        return seconds
+
+
+def _scenario() -> Scenario:
+    device = Device(id="load", model="dma-burst", attach="assigned", addr="02.0")
+    return Scenario(
+        name="bench",
+        description="what hypercalls cost",
+        machine=Machine(ram=Size(RAM), page_size=Size(16 << 20)),
+        devices=[device],
+        steps=[],
+    )
+
+
+def put(ioba: int, tce: int) -> control.Hcall:
+    """H_PUT_TCE in the default window."""
+    return control.Hcall(regs.HCall.H_PUT_TCE, [LIOBN, ioba, tce])
+
+
+@contextmanager
+def running() -> Iterator[Bench]:
+    """Start everything, do one DMA, and end everything."""
+    began = time.perf_counter()
+    with Launcher("bench", live.connect) as launcher:
+        launcher.start(assemble.daemons(_scenario(), launcher.directory))
+        link = Link(launcher.directory, "guestd", watch=launcher.check)
+        cpu = ControlCpu(link)
+        window = MmioWindow.pseries()
+        function = next(iter(bring_up(cpu, regs.phb_buid(0), window)))
+        driver = DmaBurstDriver(cpu, window.to_cpu(function.bars[0].address))
+        cpu.hcall(regs.HCall.H_PUT_TCE, LIOBN, 0, 0x20_0003)
+        driver.store(0, 64, pattern=0x55)
+        if driver.result().completed != 1 or cpu.read_memory(0x20_0000, 1) != b"\x55":
+            raise VfioModelError("the first DMA did not arrive")
+        first = time.perf_counter() - began
+        with echo(launcher.directory) as trips:
+            yield Bench(link, cpu, driver, trips, first)
+        link.close()
+
+
+def rows() -> Iterator[Row]:
+    """Every figure of the live system."""
+    with running() as bench:
+        yield Row("start to first DMA", bench.start_to_dma, "2.5 s", 2.5, aim=1.0)
+        yield from _puts(bench)
+        yield from _indirect(bench)
+        yield from _revokes(bench)
+        yield from _recorded_boot(bench)
+
+
+def _interleaved(bench: Bench, batches: Sequence[Sequence[control.Command]]) -> tuple[list[list[float]], list[float]]:
+    """Each batch's times (one list per batch) and bare round trips taken between them."""
+    bare: list[float] = []
+    times = []
+    for batch in batches:
+        bare += bench.trips.times(100)
+        times.append(bench.timed(batch))
+    return times, bare + bench.trips.times(100)
+
+
+def _row(name: str, seconds: list[float], bare: list[float], *, aim: float | None = None, note: str = "") -> Row:
+    extra = {"p99_us": round(percentile(seconds, 99) * 1e6, 1)}
+    return Row(name, statistics.median(seconds), BARE, statistics.median(bare), aim, note=note, extra=extra)
+
+
+def _puts(bench: Bench) -> Iterator[Row]:
+    batches = [[put(PAGE * (1 + i % 512), (i << 12 & 0xFFFF000) | 3) for i in range(_CHUNK)] for _ in range(8)]
+    times, bare = _interleaved(bench, batches)
+    yield _row("H_PUT_TCE, end to end", [seconds for batch in times for seconds in batch], bare)
+
+
+def _indirect(bench: Bench) -> Iterator[Row]:
+    page_list = b"".join(struct.pack(">Q", (0x400_0000 + i * PAGE * 3) | 3) for i in range(512))
+    bench.cpu.write_memory(LIST_GPA, page_list)
+    call = control.Hcall(regs.HCall.H_PUT_TCE_INDIRECT, [LIOBN, 0x100_0000, LIST_GPA, 512])
+    clear = control.Hcall(regs.HCall.H_STUFF_TCE, [LIOBN, 0x100_0000, 0, 512])
+    lists, puts = [], []
+    for _ in range(8):
+        lists += bench.timed([call, clear] * 16)[::2]
+        puts += bench.timed([put(0x200_0000, 0x30_0003), put(0x200_0000, 0)] * 16)[::2]
+    yield Row(
+        "H_PUT_TCE_INDIRECT of 512",
+        statistics.median(lists),
+        "one H_PUT_TCE",
+        statistics.median(puts),
+        aim=2.0,
+        extra={"p99_us": round(percentile(lists, 99) * 1e6, 1)},
+    )
+
+
+def _revokes(bench: Bench) -> Iterator[Row]:
+    pairs = [
+        call for i in range(128) for call in (put(0x300_0000 + i * PAGE, 0x40_0003), put(0x300_0000 + i * PAGE, 0))
+    ]
+    times, bare = _interleaved(bench, [pairs] * 8)
+    yield _row("unmap with revoke, device idle", [s for batch in times for s in batch[1::2]], bare, aim=2.0)
+    command = burst.COMMAND_WRITE | burst.COMMAND_BACKGROUND | burst.COMMAND_FOREVER
+    bench.device.start(0, 4096, 1 << 20, command=command)
+    times, bare = _interleaved(bench, [pairs] * 8)
+    done = bench.device.stop()
+    if done.failed or not done.completed:
+        raise VfioModelError(f"the busy device did not stay busy: {done}")
+    yield _row("unmap with revoke, device busy", [s for batch in times for s in batch[1::2]], bare)
+
+
+def _recorded_boot(bench: Bench) -> Iterator[Row]:
+    calls: list[control.Command] = []
+    cleared = 0
+    for event in recorded_events(shipped.recording(RECORDING, Path())):
+        if isinstance(event, StuffTce):
+            start = event.ioba_after - event.npages * PAGE  # the log names the address behind the last entry
+            calls.append(control.Hcall(regs.HCall.H_STUFF_TCE, [event.liobn, start, event.value, event.npages]))
+            cleared += event.npages
+    times, bare = _interleaved(bench, [calls[at : at + _CHUNK] for at in range(0, len(calls), _CHUNK)])
+    total, limit = sum(sum(batch) for batch in times), statistics.median(bare) * len(calls)
+    yield Row(
+        f"the recorded boot's {cleared:,} cleared TCEs",
+        total,
+        f"the bare round trips of its {len(calls)} calls",
+        limit,
+        aim=1.5,
+    )
