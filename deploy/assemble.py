@@ -89,7 +89,8 @@ def daemons(scenario: Scenario, directory: Path) -> list[DaemonSpec]:
     home = str(directory)
     topology_file = _write(directory / "hostd.json", topology(scenario))
     config_file = _write(directory / "guestd.json", guest_config(scenario, directory))
-    specs = [DaemonSpec("hostd", python("-m", "hostd", "container", "--dir", home, "--topology", topology_file))]
+    host = python("-m", "hostd", "container", "--dir", home, "--topology", topology_file)
+    specs = [DaemonSpec("hostd", [*host, "--on-stuck", scenario.host.on_stuck])]
     if scenario.notifier == "process":
         specs.append(DaemonSpec("notifier", python("-m", "hostd", "notifier", "--dir", home)))
     if scenario.interpose:

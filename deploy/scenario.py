@@ -272,7 +272,7 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
     name: Name
-    description: str
+    description: str = ""
     machine: Machine = msgspec.field(default_factory=Machine)
     host: Host = msgspec.field(default_factory=Host)
     devices: list[Device] = []

@@ -46,7 +46,7 @@ def scenario_path(name_or_path: str) -> Path:
     return _folder("scenarios") / f"{name_or_path}.yaml"
 
 
-def recording(name_or_path: str, beside: Path) -> Path:
+def recording(name_or_path: str, beside: Path = Path()) -> Path:
     """The trace of a replay step: a file relative to the folder ``beside``, or a shipped recording by name.
 
     :raise ConfigError: when there is neither.

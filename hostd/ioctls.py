@@ -40,6 +40,8 @@ class IoctlService:
     def submit(self, peer: bytes, message: IoctlMessage) -> None:
         """Begin ``message``; its Return comes as an effect, now or later."""
         state = self._state
+        state.cause = message.cause
+        state.note("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
         file = state.clients.file_for(message.mm, message.handle)
         if file is None:
             state.emit(SendReturn(peer, Return(message.seq, EBADF, 0, b"")))
