@@ -11,6 +11,7 @@ A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gon
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -32,7 +33,6 @@ DEVICE_SECONDS: Final = 5.0
 """Deadline of one request to a device."""
 MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
-_POSTED: Final = Command.REGION_WRITE
 
 P = TypeVar("P", bound=Payload)
 
@@ -112,6 +112,8 @@ class VfioUserDevice:
         self._services: DeviceServices = services or NoServices()
         self._replies: dict[int, ReplyReceived] = {}
         self._waiting: set[int] = set()
+        self._posted = False
+        """Whether something was sent since the last answer that wants none itself."""
         self._irqs: dict[int, list[_Irq]] = {}
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
@@ -153,7 +155,8 @@ class VfioUserDevice:
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """REGION_WRITE, posted."""
         assert len(data) <= MAX_REGION_ACCESS, "region writes are small"
-        self._send(_POSTED, wire.RegionAccess(offset, index, len(data), data), no_reply=True)
+        self._posted = True
+        self._send(Command.REGION_WRITE, wire.RegionAccess(offset, index, len(data), data), no_reply=True)
 
     def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
         """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index."""
@@ -174,6 +177,7 @@ class VfioUserDevice:
     def unmask_irq(self, index: int) -> None:
         """DEVICE_SET_IRQS, unmask; posted, because the device answers with an interrupt if it wants one."""
         flags = IrqSetFlags.VFIO_IRQ_SET_DATA_NONE | IrqSetFlags.VFIO_IRQ_SET_ACTION_UNMASK
+        self._posted = True
         self._send(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index, count=1), no_reply=True)
 
     def reset(self) -> None:
@@ -185,6 +189,16 @@ class VfioUserDevice:
         if self.lost is None:
             self.lost = PeerLost(self.name, "it was closed here")
             self._release()
+
+    def sync(self) -> None:
+        """Return when the device has taken everything that was posted to it, or is gone."""
+        if self._posted and self.lost is None:
+            with contextlib.suppress(PeerLost, OSError):
+                self.get_info()
+
+    def give_up(self, reason: str) -> None:
+        """Treat the device as gone."""
+        self._lose(reason)
 
     # -- what only a device server of ours knows -----------------------------------------------------------------
 
@@ -213,6 +227,7 @@ class VfioUserDevice:
     def _call(self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()) -> P:
         """Send and wait. :raise OSError: the device's errno. :raise PeerLost: it is gone, or too late."""
         answer = self._await(self._send(command, payload, fds), command)
+        self._posted = False
         if answer.errno:
             raise OSError(answer.errno, f"{self.name}: {wire.command_name(command)}: {os.strerror(answer.errno)}")
         assert isinstance(answer.payload, reply), "the protocol state checked what answers what"

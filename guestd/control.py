@@ -1,0 +1,210 @@
+"""``guestd.ctl``: what a CPU would do to the machine, and questions about it.
+
+One command at a time, at the top level of the loop: a hypercall never starts inside another one. Whatever a
+command runs into is an answer (:class:`~protocols.control.messages.Failed`); only a peer that breaks the protocol
+is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from guestd.explain import explain
+from guestd.guest import Guest
+from protocols.control import messages as control
+from protocols.transport.channel import RouterChannel
+from protocols.transport.loop import Loop
+from protocols.transport.runtime import RoleLock
+from protocols.transport.zmq import RouterServer
+from vfio_model.errors import ConfigError, InternalGuestError, LocalProtocolError, VfioModelError
+from vfio_model.pci.address import PCIAddress
+from vfio_model.trace import Trace
+
+ROLE: Final = "guestd"
+MAX_TIME_NS: Final = (1 << 63) - 1
+"""Virtual time does not go beyond this."""
+
+Channel = RouterChannel[control.ToRole, control.FromRole]
+Handler = Callable[[Any], control.Answer]
+
+
+class GuestControl:
+    """Serves the control socket of ``guest`` on ``loop``."""
+
+    def __init__(self, guest: Guest, directory: Path, lock: RoleLock, loop: Loop, trace: Trace) -> None:
+        self._guest, self._loop, self._trace = guest, loop, trace
+        self._machine = guest.machine
+        self._causes = itertools.count((os.getpid() << 32) + 1)
+        self.commands = 0
+        self.error: InternalGuestError | None = None
+        """Why the guest cannot go on; from then on it only answers questions."""
+        server = RouterServer(directory / f"{ROLE}.ctl", lock=lock)
+        self._channel: Channel = RouterChannel(server, control.REQUESTS, control.RESPONSES, control.Refused)
+        self._handlers: dict[type, Handler] = {
+            control.Hello: self._hello,
+            control.Status: lambda _: _document(self.status()),
+            control.Ping: lambda _: control.Ok(),
+            control.Quit: self._quit,
+            control.Hcall: self._hcall,
+            control.Rtas: self._rtas,
+            control.ReadMemory: self._read_memory,
+            control.WriteMemory: self._write_memory,
+            control.MmioRead: self._mmio_read,
+            control.MmioWrite: self._mmio_write,
+            control.ConfigRead: self._config_read,
+            control.ConfigWrite: self._config_write,
+            control.ClockStep: self._clock_step,
+            control.Translate: self._translate,
+            control.Explain: lambda command: _document(explain(guest, command.address, command.iova)),
+            control.DeviceList: lambda _: _document({"devices": [guest.device_status(name) for name in guest.devices]}),
+            control.Reset: self._reset,
+        }
+        loop.register(self._channel, self._readable)
+
+    def _readable(self) -> None:
+        received = self._channel.receive()  # one a turn: others are served in between
+        if received is None:
+            return
+        peer, request = received
+        if not isinstance(request, control.Request):
+            self._channel.refuse(peer, "a request is expected")
+            return
+        self._trace.cause = request.cause or next(self._causes)
+        try:
+            response = control.Response(request.seq, self._answer(request.command))
+            self._channel.send(peer, response)
+        except LocalProtocolError as error:
+            self._channel.send(peer, control.Response(request.seq, _failed(error)))
+        finally:
+            self._trace.cause = 0
+
+    def _answer(self, command: control.Command | control.Batch) -> control.Answer | control.BatchDone:
+        if not isinstance(command, control.Batch):
+            return self._run(command)
+        answers: list[control.Answer] = []
+        elapsed: list[int] = []
+        for each in command.commands:
+            began = time.perf_counter_ns()
+            answer = self._run(each)
+            elapsed.append(time.perf_counter_ns() - began)
+            answers.append(answer)
+            if isinstance(answer, control.Failed):
+                break
+        return control.BatchDone(answers, elapsed)
+
+    def _run(self, command: control.Command) -> control.Answer:
+        self.commands += 1
+        handler = self._handlers.get(type(command))
+        if handler is None:
+            return control.Failed("ConfigError", f"{type(command).__name__} is not for a guest")
+        if self.error is not None and type(command) not in _QUESTIONS:
+            return _failed(self.error)
+        try:
+            return handler(command)
+        except InternalGuestError as error:
+            self.error = error
+            self._trace("internal_error", reason=str(error))
+            return _failed(error)
+        except (VfioModelError, OSError, OverflowError, MemoryError) as error:
+            return _failed(error)
+
+    # -- the process ---------------------------------------------------------------------------------------------
+
+    def _hello(self, _: control.Hello) -> control.Answer:
+        return control.Welcome(ROLE, os.getpid(), version())
+
+    def _quit(self, _: control.Quit) -> control.Answer:
+        self._loop.call_soon(self._loop.stop)
+        return control.Ok()
+
+    def status(self) -> dict[str, object]:
+        """What ``status`` says."""
+        state = "internal-error" if self.error is not None else "running"
+        about = {"role": ROLE, "pid": os.getpid(), "state": state, "commands": self.commands}
+        return {**about, "reason": str(self.error or ""), **self._guest.status()}
+
+    # -- the machine ---------------------------------------------------------------------------------------------
+
+    def _hcall(self, command: control.Hcall) -> control.Answer:
+        ret, outs = self._machine.hcall(command.nr, *command.args)
+        return control.HcallDone(ret, outs)
+
+    def _rtas(self, command: control.Rtas) -> control.Answer:
+        return control.RtasDone(self._machine.rtas(command.token, command.args, command.nret))
+
+    def _read_memory(self, command: control.ReadMemory) -> control.Answer:
+        data = bytearray(command.size)
+        result = self._machine.system.read(command.gpa, data)
+        return control.Bytes(int(result), bytes(data))
+
+    def _write_memory(self, command: control.WriteMemory) -> control.Answer:
+        result = self._machine.write_memory(command.gpa, command.data)
+        if result:
+            return control.Failed("MemTxResult", f"{result!r} at {command.gpa:#x}")
+        return control.Ok()
+
+    def _mmio_read(self, command: control.MmioRead) -> control.Answer:
+        return control.Value(self._machine.mmio_read(command.gpa, command.size))
+
+    def _mmio_write(self, command: control.MmioWrite) -> control.Answer:
+        mask = (1 << command.size * 8) - 1
+        self._machine.mmio_write(command.gpa, command.size, command.value & mask)
+        return control.Ok()
+
+    def _config_read(self, command: control.ConfigRead) -> control.Answer:
+        devfn = PCIAddress.parse(command.address).devfn
+        return control.Value(self._guest.phb.bus.config_read(devfn, command.offset, command.size))
+
+    def _config_write(self, command: control.ConfigWrite) -> control.Answer:
+        devfn = PCIAddress.parse(command.address).devfn
+        self._guest.phb.bus.config_write(devfn, command.offset, command.size, command.value)
+        return control.Ok()
+
+    def _clock_step(self, command: control.ClockStep) -> control.Answer:
+        clock = self._guest.clock
+        if command.ns > MAX_TIME_NS - clock.now_ns:
+            raise ConfigError(f"{command.ns} ns from {clock.now_ns} is beyond the end of virtual time")
+        return control.Value(clock.step(command.ns))
+
+    def _translate(self, command: control.Translate) -> control.Answer:
+        translated, perm, mask = self._machine.translate(command.liobn, command.ioba)
+        return control.Translation(translated, mask, perm)
+
+    def _reset(self, _: control.Reset) -> control.Answer:
+        self._guest.reset()
+        return control.Ok()
+
+    def close(self) -> None:
+        """Stop serving. Harmless twice."""
+        self._loop.unregister(self._channel)
+        self._channel.close()
+
+
+_QUESTIONS = frozenset(
+    (control.Hello, control.Status, control.Ping, control.Quit, control.DeviceList, control.Explain, control.ReadMemory)
+)
+"""What is still answered when the guest cannot go on."""
+
+
+def version() -> str:
+    """The version of this program."""
+    try:
+        return metadata.version("vfio-model")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _document(value: object) -> control.Document:
+    return control.Document(msgspec.json.encode(value))
+
+
+def _failed(error: Exception) -> control.Failed:
+    return control.Failed(type(error).__name__, str(error)[:4000])

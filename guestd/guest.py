@@ -1,0 +1,255 @@
+"""The guest machine of this process: RAM in sealed memfds, the machine model, its devices, and their ties to other
+processes.
+
+Three kinds of device stand on one bus. *Emulated* ones run here. *Assigned* ones are opened at the host. *Remote*
+ones are served by another process, which gets guest RAM mapped, caches translations and subscribes to their
+invalidation. What a device does wrong costs that device only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from guestd.clock import GuestClock
+from guestd.config import DeviceConfig, GuestConfig
+from guestd.dma_services import DmaServices
+from guestd.host_link import GuestSide, HostLink, HostOptions, watch_losses
+from guestd.notifier import Publisher, SpaceFollower
+from guestd.remote import VfioUserDevice, capabilities
+from protocols.transport.kernel import Pidfd, probe
+from protocols.transport.loop import Loop
+from protocols.transport.notifier import NotifierServer
+from protocols.transport.shm import MappedMemory, create_memory
+from protocols.transport.vfio_user import connect
+from protocols.vfio_user import messages as wire
+from vfio_model.devices import DEVICES
+from vfio_model.errors import ConfigError, PeerLost
+from vfio_model.iommu.spapr.regs import DmaOptions
+from vfio_model.machine.phb import SpaprPhb
+from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.pci.address import PCIAddress
+from vfio_model.pci.bus import BusOptions
+from vfio_model.pci.device import PCIDevice
+from vfio_model.ranges import Hva
+from vfio_model.trace import Trace
+from vfio_model.vfio.pci import VFIOPCIDevice
+
+RAM_HVA: Final = Hva(0x7F00_0000_0000)
+"""Where this client declares its RAM: a property of the model, not of this process."""
+_DMA_RW: Final = 3
+
+
+class Guest:
+    """Made by :meth:`start`, ended by :meth:`close`."""
+
+    def __init__(
+        self, config: GuestConfig, directory: Path, loop: Loop, trace: Trace, *, realtime: bool = False
+    ) -> None:
+        self.config, self._directory, self._loop, self._trace = config, directory, loop, trace
+        machine = config.machine
+        self._memory: MappedMemory = create_memory("ram", machine.ram)
+        self.ram = RAMBlock("ram", self._memory.view, page_size=machine.page_size, hva=RAM_HVA, fd=self._memory.fd)
+        self.clock = GuestClock(loop, realtime=realtime)
+        dma = DmaOptions(ddw=machine.ddw, pgsz=machine.pgsz_mask, dma_win_size=machine.dma_win_size)
+        self.machine = PseriesMachine(
+            [self.ram],
+            PseriesOptions(dma=dma),
+            clock=self.clock.virtual,
+            bus_options=BusOptions(idle=self._when_idle),
+            trace=trace,
+        )
+        phb = self.machine.phb()
+        port_path = Path(config.port) if config.port else directory / "hostd.zmq"
+        self.host = HostLink(
+            HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page),
+            GuestSide((self.ram,), self.machine.system, phb.address_space, self.clock),
+            loop,
+            trace,
+        )
+        self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
+        self.publisher: Publisher | None = None
+        self.hub: NotifierServer | None = None
+        self._follower: SpaceFollower | None = None
+
+    @property
+    def phb(self) -> SpaprPhb:
+        """The one host bridge."""
+        return self.machine.phb()
+
+    def start(self) -> None:
+        """Plug every device of the configuration.
+
+        :raise ConfigError: when one cannot be: it says which and why.
+        """
+        for config in self.config.devices:
+            self.add_device(config)
+
+    # -- devices -------------------------------------------------------------------------------------------------
+
+    def add_device(self, config: DeviceConfig) -> None:
+        """Plug one device.
+
+        :raise ConfigError: see :meth:`start`; nothing is plugged then.
+        """
+        where = f"device {config.id}"
+        if config.id in self.devices:
+            raise ConfigError("the id is taken", where=where)
+        attach = {"emulated": self._emulated, "assigned": self._assigned, "remote": self._remote}[config.attach]
+        try:
+            devfn = PCIAddress.parse(config.addr, where=where).devfn
+            device = attach(config, devfn)
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or 0, "error")
+            raise ConfigError(f"{error.strerror or error} ({name})", where=where) from error
+        except PeerLost as error:
+            raise ConfigError(str(error), where=where) from error
+        self.devices[config.id] = (config, device)
+        self._trace("device_add", id=config.id, attach=config.attach, addr=config.addr)
+
+    def remove_device(self, name: str) -> None:
+        """Unplug: DMA stops, the device file is closed.
+
+        :raise ConfigError: when there is no such device.
+        """
+        if name not in self.devices:
+            raise ConfigError(f"no device {name}")
+        config, _ = self.devices.pop(name)
+        self.phb.bus.detach(PCIAddress.parse(config.addr).devfn)
+        self.host.forget(name)
+        self._trace("device_del", id=name)
+
+    def _emulated(self, config: DeviceConfig, devfn: int) -> PCIDevice:
+        model = DEVICES.get(config.model)
+        if model is None:
+            known = ", ".join(sorted(DEVICES))
+            raise ConfigError(f"no device model {config.model!r}", where=f"device {config.id}", hint=f"known: {known}")
+        return self.phb.bus.plug(model, devfn, **config.props)
+
+    def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
+        connection = self.host.open_device(config)
+        device = self._plug(config, devfn, connection)
+        self.host.follow(config, device)
+        return device
+
+    def _plug(self, config: DeviceConfig, devfn: int, connection: VfioUserDevice) -> VFIOPCIDevice:
+        bus = self.phb.bus
+        try:
+            device = VFIOPCIDevice(bus.host_for(devfn), connection, name=config.id)
+            bus.attach(device, devfn)
+        except (OSError, PeerLost, ConfigError):
+            connection.close()
+            raise
+        return device
+
+    def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
+        by_message = config.props.get("dma") == "message"
+        publisher = None if by_message else self._publishing()
+        endpoint = connect(config.socket, config.id, capabilities(ats=not by_message))
+        device: VFIOPCIDevice | None = None
+        services = DmaServices(
+            self.phb.address_space,
+            self.machine.system,
+            lambda: device is not None and device.bus_master,
+            trace=self._trace,
+        )
+        process = Pidfd(endpoint.stream.open_pidfd())
+        connection = VfioUserDevice(
+            config.id, endpoint, self._loop, process=process, services=services, trace=self._trace
+        )
+        self.clock.attach(connection)
+        if publisher is not None and connection.extensions.ats:
+            flags, size = _DMA_RW, self.ram.size
+            connection.dma_map(wire.DmaMap(flags=flags, offset=self.ram.fd_offset, address=0, size=size), self.ram.fd)
+            if connection.extensions.notifier:
+                connection.notifier(self.phb.buid, os.fspath(publisher.path))
+        device = self._plug(config, devfn, connection)
+        watch_losses(device)
+        return device
+
+    def _publishing(self) -> Publisher:
+        """The publisher of the PHB's address space, from the first remote device on."""
+        if self.publisher is None:
+            fence = probe()
+            if fence is None:
+                raise ConfigError("this kernel has no membarrier(2): remote devices cannot cache", hint="dma=message")
+            if self.config.notifier == "inline":
+                self.hub = NotifierServer(self._loop, self._directory, served=True)
+            on_x86 = os.uname().machine in ("x86_64", "i686")
+            self.publisher = Publisher(
+                self._directory, self.config.name, self._loop, fence, on_x86=on_x86, trace=self._trace
+            )
+            self.publisher.add_space(self.phb.buid)
+            self._follower = SpaceFollower(self.publisher, self.phb.buid)
+            self.phb.address_space.register_listener(self._follower)
+        return self.publisher
+
+    def _when_idle(self, callback: object) -> None:
+        assert callable(callback), "idle work is a function"
+
+        def run() -> None:
+            if callback():
+                self._loop.call_soon(run)
+
+        self._loop.call_soon(run)
+
+    # -- the whole machine ---------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Reset the machine; devices in other processes too."""
+        self.machine.reset()
+
+    def status(self) -> dict[str, object]:
+        """What ``status`` on the control socket says."""
+        windows = [table for table in self.machine.tables.values() if table.enabled]
+        return {
+            "clock_ns": self.clock.now_ns,
+            "devices": [self.device_status(name) for name in self.devices],
+            "devices_lost": sum(1 for _, device in self.devices.values() if getattr(device, "dead", None)),
+            "windows": [
+                {
+                    "liobn": table.liobn,
+                    "start": table.bus_offset,
+                    "entries": table.nb_table,
+                    "page_shift": table.page_shift,
+                }
+                for table in windows
+            ],
+            "irqs": {str(irq): count for irq, count in self.machine.irqs.raised.items()},
+            "host": self.host.status(),
+            "notifier": self.publisher.status() if self.publisher is not None else None,
+        }
+
+    def device_status(self, name: str) -> dict[str, object]:
+        """One device, as the device list has it."""
+        config, device = self.devices[name]
+        dead = device.dead if isinstance(device, VFIOPCIDevice) else None
+        ranges = {bar.index: device.bar_range(bar.index, allow_zero=True) for bar in device.BARS}
+        return {
+            "id": name,
+            "model": config.model,
+            "address": str(self.phb.bus.address(PCIAddress.parse(config.addr).devfn)),
+            "attach": config.attach,
+            "host": config.host,
+            "bars": {str(index): where.start for index, where in ranges.items() if where is not None},
+            "state": "lost" if dead is not None else "running",
+            "reason": str(dead) if dead is not None else "",
+            "irqs": device.irqs if isinstance(device, VFIOPCIDevice) else 0,
+            "bus_master": device.bus_master,
+        }
+
+    def close(self) -> None:
+        """Unplug everything, give the host back what it gave, and free the memory. Harmless twice."""
+        for name in list(self.devices):
+            self.remove_device(name)
+        self.host.close()
+        if self.publisher is not None:
+            self.publisher.close()
+            self.publisher = None
+        if self.hub is not None:
+            self.hub.close()
+            self.hub = None
+        self.clock.close()

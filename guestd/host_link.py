@@ -1,0 +1,251 @@
+"""The guest's tie to its host: the port, the container, the assigned devices; and what happens when the host goes and
+comes back.
+
+::
+
+    connected ──EOF, deadline──▶ lost: container abandoned, devices dead to the guest
+        ▲                          │ a ping each 100 ms, until one is answered
+        └── memory declared, container connected, devices opened, replay ◀──┘
+
+While the host is lost hypercalls succeed: nothing is left that a mapping could serve. The new container's listeners are
+handed every section and every mapping, which rebuilds the host's tables; then the devices come back, reset.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from guestd.clock import GuestClock
+from guestd.config import DeviceConfig
+from guestd.port import WirePort
+from guestd.remote import VfioUserDevice, capabilities
+from protocols.port import files
+from protocols.port import messages as port
+from protocols.transport.kernel import Pidfd
+from protocols.transport.loop import Loop
+from protocols.transport.unix import StreamConnection
+from protocols.transport.vfio_user import VfioUserEndpoint
+from protocols.transport.zmq import DealerClient
+from protocols.vfio_user.messages import Role
+from vfio_model.errors import PeerLost, RemoteProtocolError, VfioModelError
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.trace import Trace
+from vfio_model.vfio.connect import VFIOContainer, connect_container
+from vfio_model.vfio.pci import VFIOPCIDevice
+
+RETRY_NS: Final = 100_000_000
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How to reach the host and what to tell it. ``port_path``: where ioctls go (an interposer may sit there)."""
+
+    directory: Path
+    port_path: Path
+    name: str
+    memlock: int
+    host_page_size: int
+
+
+@dataclass(frozen=True)
+class GuestSide:
+    """What of the guest the host has to know."""
+
+    ram: tuple[RAMBlock, ...]
+    system: AddressSpace
+    device_as: AddressSpace
+    clock: GuestClock
+
+
+class _Probe:
+    """Asks whether a host answers at the port's address, without waiting."""
+
+    def __init__(self, path: Path, loop: Loop, on_answer: Callable[[], None]) -> None:
+        self._client = DealerClient(path, hwm=4)
+        self._loop, self._on_answer = loop, on_answer
+        loop.register(self._client, self._readable)
+
+    def ask(self) -> None:
+        self._client.send(port.REQUESTS.encode(port.Ping(1)))
+
+    def _readable(self) -> None:
+        answered = False
+        while (data := self._client.receive()) is not None:
+            try:
+                answered = isinstance(port.RESPONSES.decode(data), port.Pong) or answered
+            except RemoteProtocolError:
+                continue
+        if answered:
+            self._on_answer()
+
+    def close(self) -> None:
+        self._loop.unregister(self._client)
+        self._client.close()
+
+
+class HostLink:
+    """All assigned devices of the guest live in one container over one port. Nothing is opened before the first of
+    them.
+    """
+
+    def __init__(self, options: HostOptions, guest: GuestSide, loop: Loop, trace: Trace) -> None:
+        self._options, self._guest, self._loop, self._trace = options, guest, loop, trace
+        self.port: WirePort | None = None
+        self.container: VFIOContainer | None = None
+        self.devices: dict[str, tuple[DeviceConfig, VFIOPCIDevice | None]] = {}
+        self.losses = 0
+        """How often the host was lost."""
+        self._probe: _Probe | None = None
+        self._closed = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the host is gone and not back yet."""
+        return self._probe is not None
+
+    # -- connecting ----------------------------------------------------------------------------------------------
+
+    def open_device(self, config: DeviceConfig) -> VfioUserDevice:
+        """Open an assigned device, connecting first what is not connected yet.
+
+        :raise OSError: what the host refused. :raise PeerLost: there is no host, or it went away.
+        """
+        if self.port is None:
+            self._connect_port()
+        assert self.port is not None, "connected above"
+        path = config.group_path
+        if self.container is None:
+            guest, page = self._guest, self._options.host_page_size
+            self.container = connect_container(
+                self.port, path, guest.system, guest.device_as, host_page_size=page, trace=self._trace
+            )
+        else:
+            self.container.add_group(path)
+        device = self.container.get_device(path, config.host)
+        assert isinstance(device, VfioUserDevice), "the wire port makes these"
+        self._guest.clock.attach(device)
+        return device
+
+    def follow(self, config: DeviceConfig, device: VFIOPCIDevice) -> None:
+        """Bring ``device`` back when the host comes back; what its connection notices it is told."""
+        self.devices[config.id] = (config, device)
+        watch_losses(device)
+
+    def forget(self, name: str) -> None:
+        """The device was unplugged."""
+        self.devices.pop(name, None)
+
+    def _connect_port(self) -> None:
+        options = self._options
+        self.port = WirePort(
+            options.directory,
+            self._loop,
+            self._make_device,
+            name=options.name,
+            memlock=options.memlock,
+            port_path=options.port_path,
+            trace=self._trace,
+        )
+        self.port.on_lost = lambda _error: self._loop.call_soon(self._host_lost)
+        for block in self._guest.ram:
+            self.port.declare_memory(block)
+
+    def _make_device(self, message: files.DeviceFd, stream: int, process: Pidfd) -> VfioUserDevice:
+        connection = StreamConnection(socket.socket(fileno=stream), message.name)
+        endpoint = VfioUserEndpoint(connection, Role.CLIENT, capabilities(ats=False))
+        return VfioUserDevice(message.name, endpoint, self._loop, process=process, trace=self._trace)
+
+    # -- losing and coming back ----------------------------------------------------------------------------------
+
+    def _host_lost(self) -> None:
+        if self._closed or self.lost or self.port is None or self.port.lost is None:
+            return
+        self.losses += 1
+        error = self.port.lost
+        self._drop()
+        for _, device in self.devices.values():
+            if device is not None:
+                device.lost(error)
+        self._retry()
+
+    def _drop(self) -> None:
+        if self.container is not None:
+            self.container.abandon()
+            self.container = None
+        if self.port is not None:
+            self.port.close_all()
+            self.port = None
+
+    def _retry(self) -> None:
+        if self._closed:
+            return
+        if self._probe is None:
+            self._probe = _Probe(self._options.port_path, self._loop, self._host_answers)
+        self._probe.ask()
+        self._loop.call_later(RETRY_NS, self._ask_again)
+
+    def _ask_again(self) -> None:
+        if self._probe is not None:
+            self._retry()
+
+    def _host_answers(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+            self._come_back()
+
+    def _come_back(self) -> None:
+        try:
+            for config, device in list(self.devices.values()):
+                connection = self.open_device(config)
+                if device is not None:
+                    device.reconnect(connection)
+                    watch_losses(device)
+        except (OSError, VfioModelError) as error:
+            self._trace("host_not_back", reason=str(error))
+            self._drop()
+            for _, device in self.devices.values():
+                if device is not None:
+                    device.lost(PeerLost("hostd", str(error)))
+            self._probe = _Probe(self._options.port_path, self._loop, self._host_answers)
+            self._loop.call_later(RETRY_NS, self._ask_again)
+        else:
+            self._trace("host_back", devices=len(self.devices))
+
+    def status(self) -> dict[str, object]:
+        """For guestd's status."""
+        windows = list(self.container.backend.windows) if self.container is not None else []
+        return {
+            "lost": self.lost,
+            "losses": self.losses,
+            "connected": self.container is not None and not self.container.lost,
+            "windows": [{"start": window.min_iova, "last": window.max_iova} for window in windows],
+        }
+
+    def close(self) -> None:
+        """Unmap and close everything, in order. Harmless twice."""
+        self._closed = True
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+        if self.container is not None and self.port is not None and self.port.lost is None:
+            try:
+                self.container.close()
+            except (OSError, PeerLost) as error:
+                self._trace("host_close_failed", reason=str(error))
+        self.container = None
+        self._drop()
+
+
+def watch_losses(device: VFIOPCIDevice) -> None:
+    """Tell ``device`` when its present connection notices that the device process is gone."""
+    connection = device.connection
+    if isinstance(connection, VfioUserDevice):
+        connection.on_lost = device.lost
+        if connection.lost is not None:
+            device.lost(connection.lost)
