@@ -25,8 +25,8 @@ from protocols.notifier import messages as notifier
 from protocols.port import device, files, messages
 from protocols.vfio_user.messages import COMMANDS, Capabilities, Header, Payload, Role, Version
 
-WILD = (0, 1, 2, 7, 0xFFF, 0x1000, 0xFFFF, 0x10000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, 1 << 63,
-        (1 << 64) - 4096, (1 << 64) - 1)  # fmt: skip
+_EDGES = [(1 << bits) + step for bits in (12, 16, 31, 32, 63, 64) for step in (-4096, -1, 0)]
+WILD = (0, 1, 2, 7, *(edge for edge in _EDGES if 0 <= edge < 1 << 64))
 """Integers that break arithmetic which was not thought through."""
 _PATHS = ("/dev/vfio/vfio", "/dev/vfio/26", "/dev/vfio/4294967296", "../../etc/passwd")
 WILD_TEXT = (*_PATHS, "a", "ram", "\0", "é" * 20, "x" * 200)
