@@ -28,7 +28,7 @@ class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     page_size: Size = 1 << 16
     """Backing page size of guest RAM, as declared to the host."""
     ddw: bool = True
-    pgsz: list[Size] | Size = [1 << 12, 1 << 16, 1 << 21, 1 << 24]
+    pgsz: list[Size] | Size = msgspec.field(default_factory=lambda: [1 << 12, 1 << 16, 1 << 21, 1 << 24])
     """IOMMU page sizes: a list, or a bitmap."""
     dma_win_size: Size = DEFAULT_WINDOW_SIZE
     memlock: Size | None = None
