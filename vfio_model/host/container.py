@@ -29,7 +29,7 @@ from vfio_model.uapi.vfio import VFIO_API_VERSION, Ioctl, IommuType, Struct
 S = TypeVar("S", bound=Struct)
 
 OFFERED = frozenset({IommuType.VFIO_SPAPR_TCE_v2_IOMMU})
-"""What CHECK_EXTENSION says yes to."""
+"""What CHECK_EXTENSION says yes to. VFIO_EEH is not: a PE can be frozen by the host, but its user has no EEH ioctl."""
 KNOWN = frozenset({IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU})
 """Types that exist and that this host does not serve."""
 
