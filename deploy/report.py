@@ -85,8 +85,9 @@ class Verdict(msgspec.Struct):
 
 def show(verdict: Verdict, console: Console, folder: Path | None = None) -> None:
     """Print the verdict and where its report is; the last line is :attr:`Verdict.last_line`."""
+    console.print(f"[italic]{escape(verdict.description)}[/]", highlight=False)
     console.print(_steps(verdict))
-    console.print(_totals(verdict))
+    console.print(_totals(verdict) if verdict.steps else "")
     console.print(_processes(verdict))
     for finding in verdict.findings:
         console.print(f"[yellow]finding[/]: {escape(finding)}", highlight=False)
@@ -99,9 +100,7 @@ def show(verdict: Verdict, console: Console, folder: Path | None = None) -> None
 
 
 def _steps(verdict: Verdict) -> Table:
-    view = Table(
-        box=None, pad_edge=False, title=escape(verdict.description), title_justify="left", title_style="italic"
-    )
+    view = Table(box=None, pad_edge=False)
     view.add_column("STEP", justify="right")
     view.add_column("ACTION")
     view.add_column("SECONDS", justify="right")
