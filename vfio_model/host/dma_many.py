@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vfio_model.host.hpa import HpaMap
-from vfio_model.host.layout import PE_BUS_MASTER, PE_STATE
+from vfio_model.host.layout import PE_BUS_MASTER, PE_STATE, TCE_PERM
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
 
@@ -36,6 +36,7 @@ class NearView(Protocol):
     tces: memoryview
     base: int
     place: HpaMap
+    fast: bool
     ram: memoryview
 
 
@@ -166,6 +167,9 @@ class _Batch:
         tces = self._tces[1][where]
         if not np.bitwise_and.reduce(tces) & need:
             return None
-        relative = near.place.to_offset_many(tces & (_U64_MASK ^ near.low))
-        at = (relative if within is None else relative + within) >> (size.bit_length() - 1)
+        if within is None and near.fast and size > TCE_PERM:
+            at = (tces - near.base) >> (size.bit_length() - 1)  # the permission bits fall out with the rest of the row
+        else:
+            relative = near.place.to_offset_many(tces & (_U64_MASK ^ near.low))
+            at = (relative if within is None else relative + within) >> (size.bit_length() - 1)
         return None if at.max() >= rows else at.view("i8")
