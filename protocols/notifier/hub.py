@@ -176,7 +176,7 @@ class Hub:
             case AddSpace():
                 self._claim({message.as_id})
                 publisher.spaces.add(message.as_id)
-                self._offer_all(peer, publisher)
+                self._offer(peer, publisher)
             case RemoveSpace():
                 self._remove_space(peer, publisher, message.as_id)
 
@@ -192,8 +192,7 @@ class Hub:
             self._out.append(Disconnect(before.number))
             self._gone(before.number)
         peer.publisher = Publisher(message.name, ring, spaces)
-        self._want(peer, peer.publisher)
-        self._offer_all(peer, peer.publisher)
+        self._offer(peer, peer.publisher)
 
     def _claim(self, spaces: set[int], but: Peer | None = None) -> None:
         for peer, publisher in self._all.publishers():
@@ -274,24 +273,20 @@ class Hub:
             sub.ticket = self._random64()
             self._send(peer, Ticket(sub.number, sub.ticket))
         for publishing, publisher in self._all.publishers():
-            self._offer(publishing, publisher, peer, sub)
+            self._offer(publishing, publisher)
 
-    def _offer_all(self, publishing: Peer, publisher: Publisher) -> None:
-        for peer, sub in self._all.subscribers():
-            self._offer(publishing, publisher, peer, sub)
-
-    def _offer(self, publishing: Peer, publisher: Publisher, peer: Peer, sub: Subscriber) -> None:
-        """Bring a subscriber and the publisher of all its spaces together. A dropped one's lanes are offered too."""
-        if sub.publisher or not sub.spaces <= publisher.spaces:
-            return
-        sub.publisher = publishing.number
-        if sub.delivery is None:
-            sub.stage = Stage.OFFERED
-            spaces = sorted(sub.spaces)
-            self._send(publishing, LaneAdd(sub.number, sub.name, peer.pid, spaces), (sub.lanes, peer.pidfd))
-        elif sub.stage is Stage.ATTACHING:
-            self._want(publishing, publisher)
-            self._finish_attaching(publishing, publisher)
+    def _offer(self, publishing: Peer, publisher: Publisher) -> None:
+        """Bring a publisher and those who wait for it together. A dropped one's lanes are offered too."""
+        new = [(peer, sub) for peer, sub in self._all.subscribers(publisher=0) if sub.spaces <= publisher.spaces]
+        for _, sub in new:
+            sub.publisher = publishing.number
+        self._want(publishing, publisher)
+        for peer, sub in new:
+            if sub.delivery is None:
+                sub.stage = Stage.OFFERED
+                add = LaneAdd(sub.number, sub.name, peer.pid, sorted(sub.spaces))
+                self._send(publishing, add, (sub.lanes, peer.pidfd))
+        self._finish_attaching(publishing, publisher)
 
     def _lane_ready(self, publishing: Peer, publisher: Publisher, number: int) -> None:
         for peer, sub in self._all.subscribers(publishing.number):
