@@ -24,7 +24,7 @@ from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Command
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
-from vfio_model.errors import LocalProtocolError, PeerLost, RemoteProtocolError
+from vfio_model.errors import DeadlineExceeded, LocalProtocolError, PeerLost, RemoteProtocolError
 from vfio_model.memory.clock_area import AREA_SIZE, check_clock, check_ticks
 
 MAX_REGION_DATA = 1 << 20
@@ -69,8 +69,11 @@ class DeviceSession:
         loop: Loop,
         memory: Memory,
         on_end: Callable[[str], None],
+        on_start: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``on_start()`` is asked when the client has sent VERSION; False refuses it with EBUSY."""
         self.endpoint = endpoint
+        self._on_start = on_start
         self._regions, self._around, self._loop, self._memory = regions, around, loop, memory
         self._on_end = on_end
         self._clock: SharedClock | None = None
@@ -101,6 +104,26 @@ class DeviceSession:
         self._drop_clock()
         self._on_end(reason)
 
+    def call(self, command: Command, payload: wire.Payload, seconds: float) -> wire.Payload | None:
+        """Ask the client and wait, serving what is *served* meanwhile; None when it refuses, is late or gone."""
+        if self.closed or not self.endpoint.ready:
+            return None
+        try:
+            number = self.endpoint.command(command, payload)
+        except (PeerLost, LocalProtocolError):
+            return None
+        self.expected.add(number)
+        try:
+            self._loop.serve_until(
+                lambda: number in self.replies or self.closed, seconds, self.endpoint.name, command.name
+            )
+        except DeadlineExceeded as error:
+            self.end(str(error))
+        finally:
+            self.expected.discard(number)
+        reply = self.replies.pop(number, None)
+        return None if reply is None or reply.errno else reply.payload
+
     def _reply(self, event: ReplyReceived) -> None:
         close_fds(event.fds)
         if event.id in self.expected:
@@ -108,7 +131,11 @@ class DeviceSession:
 
     def _command(self, event: CommandReceived) -> None:
         if event.command == Command.VERSION:
-            self.endpoint.accept(event)
+            if self._on_start():
+                self.endpoint.accept(event)
+            else:
+                self.endpoint.reply_error(event, errno.EBUSY)
+                self.end("the device serves another client")
             return
         try:
             payload = self._carry_out(event)

@@ -1,0 +1,155 @@
+"""How a remote device's DMA travels where no cache answers: by message, or straight through what the client mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
+from vfio_model.memory.atc_entries import GuestRam
+from vfio_model.memory.dma import Iovas, OnInvalidate
+from vfio_model.memory.iotlb import IOMMUTLBEntry
+from vfio_model.memory.mapping import BounceBudget, DMAMapping
+from vfio_model.memory.types import DMADirection, IOMMUAccessFlags, MemTxResult, ReadBuffer, WriteBuffer
+
+MAX_DMA_MESSAGE = 128 << 10
+"""Bytes of one DMA message: larger ones break peers in spite of what was negotiated."""
+_NO_WRITE = 1
+
+Call = Callable[[Command, Payload], Payload | None]
+"""Ask the client and wait, serving it meanwhile; None when it refuses, does not answer, or is gone."""
+
+
+class PiecewiseDma:
+    """The vectorised and mapped forms, by means of single accesses. Maps are bounce buffers."""
+
+    def __init__(self, budget: BounceBudget | None = None) -> None:
+        self._budget = budget or BounceBudget()
+
+    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        raise NotImplementedError
+
+    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        raise NotImplementedError
+
+    def read_many(self, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view = memoryview(out)
+        for number, iova in enumerate(iovas):
+            result = self.read(int(iova), view[number * size : (number + 1) * size])
+            if result:
+                view[(number + 1) * size :] = bytes(len(view) - (number + 1) * size)
+                return result
+        return MemTxResult.OK
+
+    def write_many(self, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view = memoryview(data)
+        for number, iova in enumerate(iovas):
+            result = self.write(int(iova), view[number * size : (number + 1) * size])
+            if result:
+                return result
+        return MemTxResult.OK
+
+    def map(
+        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None = None
+    ) -> DMAMapping | None:
+        """A bounce buffer; see ``DMAImpl``."""
+        size = self._budget.take(length)
+        buffer = bytearray(size)
+        if not size or (direction is DMADirection.TO_DEVICE and self.read(iova, buffer)):
+            self._budget.give_back(size)
+            return None
+
+        def release(mapping: DMAMapping, access_len: int) -> None:
+            if direction is DMADirection.FROM_DEVICE:
+                self.write(iova, memoryview(buffer)[:access_len])
+            self._budget.give_back(size)
+
+        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+
+
+class MessageDma(PiecewiseDma):
+    """Every access asks the client, which translates, checks and moves. Nothing is kept here."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        """DMA_READ messages."""
+        view, done = memoryview(out), 0
+        while done < len(view):
+            count = min(len(view) - done, MAX_DMA_MESSAGE)
+            answer = self._call(Command.DMA_READ, DmaAccess(iova + done & _U64, count))
+            if not isinstance(answer, DmaAccess) or len(answer.data) != count:
+                view[done:] = bytes(len(view) - done)
+                return MemTxResult.DECODE_ERROR
+            view[done : done + count] = answer.data
+            done += count
+        return MemTxResult.OK
+
+    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        """DMA_WRITE messages."""
+        view, done = memoryview(data), 0
+        while done < len(view):
+            part = bytes(view[done : done + MAX_DMA_MESSAGE])
+            answer = self._call(Command.DMA_WRITE, DmaAccess(iova + done & _U64, len(part), part))
+            if not isinstance(answer, DmaAccess) or answer.count != len(part):
+                return MemTxResult.DECODE_ERROR
+            done += len(part)
+        return MemTxResult.OK
+
+
+class MappedDma(PiecewiseDma):
+    """A client without translation requests maps by DMA address what the device may reach; the rest goes by message."""
+
+    def __init__(self, ram: GuestRam, rest: MessageDma) -> None:
+        super().__init__()
+        self._ram, self._rest = ram, rest
+
+    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view, done = memoryview(out), 0
+        while done < len(view):
+            found = self._ram.segment(iova + done & _U64)
+            if found is None:
+                return self._rest.read(iova + done & _U64, view[done:])
+            at = (iova + done & _U64) - found[0]
+            count = min(len(view) - done, len(found[1]) - at)
+            view[done : done + count] = found[1][at : at + count]
+            done += count
+        return MemTxResult.OK
+
+    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view, done = memoryview(data), 0
+        while done < len(view):
+            found = self._ram.segment(iova + done & _U64)
+            if found is None:
+                return self._rest.write(iova + done & _U64, view[done:])
+            at = (iova + done & _U64) - found[0]
+            count = min(len(view) - done, len(found[1]) - at)
+            found[1][at : at + count] = view[done : done + count]
+            done += count
+        return MemTxResult.OK
+
+
+_U64 = (1 << 64) - 1
+
+
+def translator(call: Call) -> Callable[[int, int, bool], IOMMUTLBEntry | None]:
+    """``ask(iova, length, is_write)`` of an ATC by X_TRANSLATE. No entry for ``iova`` is a fault; no answer is None."""
+
+    def ask(iova: int, length: int, is_write: bool) -> IOMMUTLBEntry | None:
+        answer = call(Command.X_TRANSLATE, TranslateRequest(iova, length, 0 if is_write else _NO_WRITE))
+        if not isinstance(answer, TranslateReply):
+            return None
+        for entry in answer.entries():
+            if entry.iova <= iova <= entry.iova + entry.mask:
+                perm = IOMMUAccessFlags(entry.perm & 0x3F)
+                return IOMMUTLBEntry(None, entry.iova, entry.translated, entry.mask, perm)
+        return IOMMUTLBEntry(None, iova & ~0xFFF, 0, 0xFFF, IOMMUAccessFlags.NONE)
+
+    return ask
