@@ -90,7 +90,7 @@ def explain(guest: Link, host: Link, device: DeviceInfo, iova: int) -> Explanati
 
 
 def _stage(link: Link, address: str, iova: int) -> Stage:
-    return _converted(link, link.document(Explain(address, iova)), Stage)
+    return _converted(link, link.document(Explain(address, int(iova))), Stage)
 
 
 def _converted(link: Link, document: object, kind: type[T]) -> T:

@@ -32,7 +32,10 @@ _LOOK_SECONDS = 0.02
 
 
 class ControlCpu:
-    """A guest's CPU on guestd's control socket: every call is one command and its answer."""
+    """A guest's CPU on guestd's control socket: every call is one command and its answer.
+
+    Numbers of the scenario's own types become plain ones here: the wire knows no others.
+    """
 
     big_endian = True
 
@@ -47,23 +50,23 @@ class ControlCpu:
 
     def hcall(self, nr: int, *args: int) -> tuple[int, list[int]]:
         """Hypercall ``nr``: the signed return code and the output registers."""
-        done = self._ask(control.Hcall(nr, list(args)), control.HcallDone)
+        done = self._ask(control.Hcall(int(nr), [int(arg) for arg in args]), control.HcallDone)
         return done.ret, done.outs
 
     def rtas(self, token: int, args: Sequence[int], nret: int) -> list[int]:
         """RTAS call: the return cells, the status first."""
-        return self._ask(control.Rtas(token, list(args), nret), control.RtasDone).rets
+        return self._ask(control.Rtas(int(token), [int(arg) for arg in args], nret), control.RtasDone).rets
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """``size`` bytes of memory. :raise VfioModelError: when nothing is there."""
-        done = self._ask(control.ReadMemory(gpa, size), control.Bytes)
+        done = self._ask(control.ReadMemory(int(gpa), size), control.Bytes)
         if done.result:
             raise VfioModelError(f"the guest has no memory of {size} bytes at {gpa:#x}")
         return done.data
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store ``data``."""
-        self._link.ask(control.WriteMemory(gpa, data))
+        self._link.ask(control.WriteMemory(int(gpa), data))
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """A load of 1, 2, 4 or 8 bytes."""
@@ -75,7 +78,7 @@ class ControlCpu:
 
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """(page address, permission bits, address mask) of a bus address."""
-        done = self._ask(control.Translate(liobn, ioba), control.Translation)
+        done = self._ask(control.Translate(int(liobn), int(ioba)), control.Translation)
         return done.translated, done.perm, done.mask
 
     def clock_step(self, ns: int = 0) -> int:

@@ -57,11 +57,14 @@ def parse_seconds(value: object) -> Seconds:
 
 
 def show_size(size: int) -> str:
-    """``size`` bytes as a person would write them: ``16 MiB``, ``64 KiB``, ``12 B``."""
+    """``size`` bytes as a person reads them: ``16 MiB``, ``1025.1 MiB``, ``12 B``."""
     for suffix in "EPTGMK":
         shift = _SUFFIXES[suffix]
-        if size and size % (1 << shift) == 0:
+        if size >> shift and size % (1 << shift) == 0:
             return f"{size >> shift} {suffix}iB"
+    for suffix in "TGMK":
+        if size >> _SUFFIXES[suffix] >= 10:
+            return f"{size / (1 << _SUFFIXES[suffix]):.1f} {suffix}iB"
     return f"{size} B"
 
 

@@ -42,8 +42,12 @@ class _Run:
     def checked_progress(self, action: str, done: int, total: int) -> None:
         """Show progress, and end a run that takes too long."""
         self.progress(action, done, total)
+        self.check_time()
+
+    def check_time(self) -> None:
+        """:raise DeadlineExceeded: when the run has taken longer than its scenario allows."""
         if self._seconds() > self.scenario.timeout:
-            raise DeadlineExceeded(f"scenario {self.scenario.name}", action, self.scenario.timeout)
+            raise DeadlineExceeded(f"scenario {self.scenario.name}", "its steps", self.scenario.timeout)
 
     def start(self, launcher: Launcher) -> bool:
         """Start every process; whether the steps can begin. A refusal that the scenario expects is a success."""
@@ -64,7 +68,7 @@ class _Run:
 
     def steps(self, launcher: Launcher) -> None:
         """Run the steps; sets :attr:`reason` when one fails."""
-        system = LiveSystem(self.scenario, launcher, lambda: self.checked_progress("waiting", 0, 0))
+        system = LiveSystem(self.scenario, launcher, self.check_time)
         try:
             self.runner = Runner(self.scenario, system, self.beside, self.checked_progress)
             system.bring_up()
