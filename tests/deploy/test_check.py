@@ -47,7 +47,7 @@ def test_an_altered_translation_is_a_mismatch_at_its_line(path: Path, log: Path)
     """Every translation line is altered once, a few far apart in each file."""
     lines = lines_of(path)
     translations = [i for i, line in enumerate(lines) if isinstance(parse_line(line), Xlate)]
-    stride = 150
+    stride = 100
     for offset in range(stride):
         altered = list(lines)
         chosen = translations[offset::stride]
@@ -128,7 +128,10 @@ def test_a_default_window_elsewhere_shows_in_the_log(log: Path) -> None:
 
 
 def test_page_sizes_show_in_queries_that_agree(log: Path) -> None:
-    query = "spapr_iommu_ddw_query buid=0x800000020000000 addr=0x{:x}, 1 windows available, max window size=0x80000000, mask=0x{:x}"
+    query = (
+        "spapr_iommu_ddw_query buid=0x800000020000000 addr=0x{:x}, 1 windows available, "
+        "max window size=0x80000000, mask=0x{:x}"
+    )
     assert check_lines(log, [query.format(0, 0x3), query.format(0x800, 0x3)]).mismatches == 0
     assert check_lines(log, [query.format(0, 0x3), query.format(0x800, 0x107)]).mismatches == 1
     assert check_lines(log, [query.format(0, 0x3)]).mismatches == 1

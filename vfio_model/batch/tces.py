@@ -26,7 +26,7 @@ def zeroed_words(count: int) -> memoryview:
 
     :raise MemoryError: the machine has not got that much.
     """
-    return memoryview(_numpy().zeros(count, dtype=_numpy().uint64))
+    return memoryview(_numpy().zeros(count, dtype=_numpy().uint64)).cast("B").cast("Q")
 
 
 def split_tces(tces: Any, page_shift: int) -> tuple[Any, Any]:

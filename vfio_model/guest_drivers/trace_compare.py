@@ -59,30 +59,37 @@ class Comparison:
         if ours != logged:
             self.mismatch(line, event, f"{name}={ours:{form}}", f"{name}={logged:{form}}")
 
-    def entry(self, line: int, event: str, window: Window, index: int, ours: int, seen: int) -> bool:
-        """Entry ``index`` as the log shows it (``seen``, a TCE) against the platform's (``ours``). True: they may
-        differ.
+    def translation(self, line: int, window: Window, offset: int, ours: tuple[int, int], seen: tuple[int, int]) -> None:
+        """A device's translation at ``offset`` in the window, as (page address, permission)."""
+        (address, perm), low = seen, window.page_size - 1
+        if perm > TCE_PERM_MASK or address & low:
+            self.report.translations_checked += 1
+            self.mismatch(line, "xlate", f"{ours[0]:#x} perm={ours[1]}", f"{address:#x} perm={perm}")
+        else:
+            self.entry(line, "xlate", window, offset >> window.page_shift, ours[0] | ours[1], address | perm)
+
+    def entry(self, line: int, event: str, window: Window, index: int, ours: int, seen: int) -> None:
+        """Entry ``index`` as the log shows it (``seen``, a TCE) against the platform's (``ours``).
 
         Counts the line as checked, inferred or unchecked.
         """
-        report, doubt = self.report, window.doubt_of(index)
+        report, doubt, meant = self.report, window.doubt_of(index), window.meaning(seen)
         if doubt is not None and not doubt.tces:
             report.unchecked += 1
-            window.doubts[index] = Doubt(frozenset({seen}))
-            return True
+            window.doubts[index] = Doubt(frozenset({meant}))
+            return
         report.translations_checked += 1
         if doubt is None:
             if seen != ours:
                 self.mismatch(line, event, _show(ours), _show(seen))
-            return False
+            return
         report.inferred += 1
         if doubt.list_line is not None:
-            self._list_entry(line, event, doubt, index, seen)
-        elif seen in doubt.tces:
-            window.doubts[index] = Doubt(frozenset({seen}))
+            self._list_entry(line, event, doubt, index, meant)
+        elif meant in doubt.tces:
+            window.doubts[index] = Doubt(frozenset({meant}))
         else:
             self.mismatch(line, event, " or ".join(_show(tce) for tce in sorted(doubt.tces)), _show(seen))
-        return True
 
     def _list_entry(self, line: int, event: str, doubt: Doubt, index: int, seen: int) -> None:
         source = doubt.list_line

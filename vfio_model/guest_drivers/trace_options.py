@@ -27,6 +27,8 @@ from vfio_model.ranges import align_down
 ENOUGH_LINES = 2
 """Lines that must agree before a default gives way."""
 _WINDOW_ALIGN = 1 << 28
+_LARGEST_WINDOW = 1 << 40
+"""No default window is that large: addresses beyond it are errors, not evidence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +142,4 @@ def _default_window(evidence: _Evidence, options: DmaOptions) -> DmaOptions:
     lowest, highest = min(start for start, _ in evidence.spans), max(end for _, end in evidence.spans)
     address = align_down(lowest, _WINDOW_ALIGN) if lowest >= first_end else options.dma_win_addr
     size = max(1 << (highest - address - 1).bit_length(), options.dma_win_size)
-    return replace(options, dma_win_addr=address, dma_win_size=size)
+    return replace(options, dma_win_addr=address, dma_win_size=size) if size <= _LARGEST_WINDOW else options

@@ -249,14 +249,17 @@ class Replayer:
     def _doubt_tail(self, window: Window, event: StuffTce) -> None:
         """The call ran into the window's end after 0 to ``npages - 1`` entries; how many is not in the log."""
         for index in range(max(window.nb_table - event.npages + 1, 0), window.nb_table):
-            before = window.doubt_of(index)
-            if before is not None:
-                old = before.tces
-            else:
-                translated, perm, _ = self._cpu.translate(window.liobn, window.bus_offset + index * window.page_size)
-                old = frozenset({translated | perm})
-            new = event.value & -window.page_size | event.value & regs.TCE_PERM_MASK
-            window.doubt(index, Doubt(old | {new} if old else old))
+            self._maybe(window, index, event.value)
+
+    def _maybe(self, window: Window, index: int, tce: int) -> None:
+        """Entry ``index`` is what it was, or ``tce``."""
+        before = window.doubt_of(index)
+        if before is not None:
+            old = before.tces
+        else:
+            translated, perm, _ = self._cpu.translate(window.liobn, window.bus_offset + index * window.page_size)
+            old = frozenset({translated | perm})
+        window.doubt(index, Doubt(old | {window.meaning(tce)} if old else old))
 
     def _indirect(self, line: int, event: PutTceIndirect) -> None:
         window = self.windows[event.liobn]
@@ -264,30 +267,36 @@ class Replayer:
         room = max(window.nb_table - first, 0)
         if event.ret == _OK:
             npages = event.last_index + 1
-        elif max(room - 1, 0) == event.last_index:
+        elif max(room - 1, 0) == event.last_index and (event.last_tce or room != 1):
             npages = min(room + 1, regs.INDIRECT_MAX_TCES)  # the entry behind the window's last one failed
         else:
-            npages = 0
+            npages = 0  # an empty list
         tces = _linear(event.last_tce, npages, window.page_size)
-        data = b"".join(tce.to_bytes(8, "big") for tce in tces[: regs.INDIRECT_MAX_TCES])
-        if data:
-            self._cpu.write_memory(event.tce_list, data)
+        if npages <= regs.INDIRECT_MAX_TCES:
+            self._cpu.write_memory(event.tce_list, b"".join(tce.to_bytes(8, "big") for tce in tces))
         ret, _ = self._cpu.hcall(HCall.H_PUT_TCE_INDIRECT, event.liobn, event.ioba, event.tce_list, npages)
         self._compare.value(line, "indirect", "ret", ret, event.ret, "d")
-        source = ListLine(line)
-        window.wrote(first, npages)
-        linear = event.last_tce & -window.page_size >= (npages - 1) * window.page_size
+        if npages <= regs.INDIRECT_MAX_TCES:
+            self._doubt_list(window, first, tces, ListLine(line))
+        if not npages and room == 1:
+            self._maybe(window, first, 0)  # the line reads the same for two invalid TCEs, one beyond the window
+
+    @staticmethod
+    def _doubt_list(window: Window, first: int, tces: list[int], source: ListLine) -> None:
+        """All but the last of ``tces`` are inferred; where consecutive pages cannot be, nothing is known of them."""
+        window.wrote(first, len(tces))
         for i, tce in enumerate(tces[:-1]):
-            value = tce & -window.page_size | tce & regs.TCE_PERM_MASK
-            window.doubt(first + i, Doubt(frozenset({value}) if linear else frozenset(), source if linear else None))
+            if tce <= tces[-1]:
+                window.doubt(first + i, Doubt(frozenset({window.meaning(tce)}), source))
+            else:
+                window.doubt(first + i, Doubt(frozenset()))
 
     # -- translations ----------------------------------------------------------------------------------------------
 
     def _xlate(self, line: int, event: Xlate) -> None:
         window = self.windows[event.liobn]
         translated, perm, mask = self._cpu.translate(event.liobn, event.offset + window.bus_offset & U64_MAX)
-        index = event.offset >> window.page_shift
-        self._compare.entry(line, "xlate", window, index, translated | perm, event.translated | event.perm)
+        self._compare.translation(line, window, event.offset, (translated, perm), (event.translated, event.perm))
         self._compare.value(line, "xlate", "mask", mask & U32_MAX, event.mask & U32_MAX)
 
 

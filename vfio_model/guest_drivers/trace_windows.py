@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vfio_model.iommu.spapr.regs import TCE_PERM_MASK
 from vfio_model.ranges import U64_MAX, Range
 
 
@@ -60,6 +61,10 @@ class Window:
     def index(self, ioba: int) -> int:
         """Entry of bus address ``ioba``; huge when it lies below the window."""
         return ((ioba & -self.page_size) - self.bus_offset & U64_MAX) >> self.page_shift
+
+    def meaning(self, tce: int) -> int:
+        """What of ``tce`` a translation shows: page address and permission."""
+        return tce & -self.page_size | tce & TCE_PERM_MASK
 
     def wrote(self, first: int, count: int) -> None:
         """A line says what these entries are."""

@@ -131,3 +131,5 @@ def test_a_huge_window_costs_what_is_touched() -> None:
     assert rets[0] == 0
     assert machine.hcall(HCall.H_PUT_TCE, LIOBN64, (1 << 59) + (1 << 39) - 1, 0x1003)[0] == 0
     assert machine.translate(LIOBN64, (1 << 59) + (1 << 39) - 1) == (0x1000, 3, 0xFFF)
+    assert machine.hcall(HCall.H_STUFF_TCE, LIOBN64, 1 << 59, 0x5003, 600)[0] == 0
+    assert machine.translate(LIOBN64, (1 << 59) + 0x1000) == (0x5000, 3, 0xFFF)
