@@ -93,7 +93,14 @@ TRANSITIONS: dict[Role, dict[tuple[State, Step], State]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+_STEADY = (Step.SEND_COMMAND, Step.RECEIVE_COMMAND, Step.SEND_REPLY, Step.RECEIVE_REPLY)
+"""Steps that leave a ready connection as it is, in both tables: the common case, without a look-up."""
+assert all(table[State.READY, step] is State.READY for table in TRANSITIONS.values() for step in _STEADY)
+_REPLY, _NO_REPLY, _ERROR = int(HeaderFlags.REPLY), int(HeaderFlags.NO_REPLY), int(HeaderFlags.ERROR)
+_TYPE_MASK = int(HeaderFlags.TYPE_MASK)
+
+
+@dataclass(slots=True)
 class CommandReceived:
     """The peer's command, to be answered by :meth:`VfioUserState.reply` unless ``no_reply``.
 
@@ -108,7 +115,7 @@ class CommandReceived:
     fds: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReplyReceived:
     """The answer to our command ``id``; with ``errno`` not 0 it failed and ``payload`` is None."""
 
@@ -146,6 +153,8 @@ class VfioUserState:
         return HEADER_SIZE + 32 + max(self.capabilities.max_data_xfer_size, MAX_CAPS, 32 * MAX_TRANSLATIONS)
 
     def _step(self, step: Step, error: type[LocalProtocolError | RemoteProtocolError]) -> None:
+        if self.state is State.READY and step in _STEADY:
+            return
         after = TRANSITIONS[self.role].get((self.state, step))
         if after is None:
             raise error(f"{self.role.value} cannot {step.value} while {self.state.value}")
@@ -174,7 +183,7 @@ class VfioUserState:
         number = self._free_id()
         if not no_reply:
             self._outstanding[number] = (command, payload)
-        return number, _frame(number, command, HeaderFlags.NO_REPLY if no_reply else 0, 0, payload.pack())
+        return number, _frame(number, command, _NO_REPLY if no_reply else 0, 0, payload.pack())
 
     def _free_id(self) -> int:
         if len(self._outstanding) >= 1 << 16:
@@ -215,14 +224,14 @@ class VfioUserState:
         if event.payload is not None:
             _check_reply(event.payload, payload, LocalProtocolError)
         self._answered(event)
-        return _frame(event.id, event.command, HeaderFlags.REPLY, 0, payload.pack())
+        return _frame(event.id, event.command, _REPLY, 0, payload.pack())
 
     def reply_error(self, event: CommandReceived, number: int) -> bytes:
         """The bytes of a failure with errno ``number``; a refused VERSION ends the connection."""
         self._answered(event)
         if event.command == Command.VERSION:
             self.state = State.CLOSED
-        return _frame(event.id, event.command, HeaderFlags.REPLY | HeaderFlags.ERROR, number or errno.EIO, b"")
+        return _frame(event.id, event.command, _REPLY | _ERROR, number or errno.EIO, b"")
 
     def _answered(self, event: CommandReceived) -> None:
         if self._unanswered.get(event.serial) is not event:
@@ -247,8 +256,8 @@ class VfioUserState:
         header = Header.unpack(header_bytes)
         if header.size != HEADER_SIZE + len(body):
             raise RemoteProtocolError(f"a frame of {HEADER_SIZE + len(body)} bytes says {header.size}")
-        kind = header.flags & int(HeaderFlags.TYPE_MASK)
-        if kind == HeaderFlags.REPLY:
+        kind = header.flags & _TYPE_MASK
+        if kind == _REPLY:
             return self._receive_reply(header, body, fds)
         if kind != 0:
             raise RemoteProtocolError(f"message type {kind}")
@@ -257,7 +266,7 @@ class VfioUserState:
     def _receive_command(self, header: Header, body: bytes, fds: list[int]) -> CommandReceived:
         version = header.command == Command.VERSION
         self._step(Step.RECEIVE_VERSION if version else Step.RECEIVE_COMMAND, RemoteProtocolError)
-        no_reply = bool(header.flags & HeaderFlags.NO_REPLY)
+        no_reply = bool(header.flags & _NO_REPLY)
         spec = self._known(header.command)
         payload = None if spec is None else self._request(spec, header.command, body, len(fds))
         if version:
@@ -294,10 +303,8 @@ class VfioUserState:
 
     def _receive_reply(self, header: Header, body: bytes, fds: list[int]) -> ReplyReceived:
         version = header.command == Command.VERSION
-        if (
-            TRANSITIONS[self.role].get((self.state, Step.RECEIVE_VERSION_REPLY if version else Step.RECEIVE_REPLY))
-            is None
-        ):
+        step = Step.RECEIVE_VERSION_REPLY if version else Step.RECEIVE_REPLY
+        if (self.state is not State.READY or version) and (self.state, step) not in TRANSITIONS[self.role]:
             raise RemoteProtocolError(f"a reply to {command_name(header.command)} while {self.state.value}")
         asked = self._outstanding.get(header.id)
         if asked is None or asked[0] != header.command:
@@ -306,7 +313,7 @@ class VfioUserState:
         spec = COMMANDS[command]
         if len(fds) > min(spec.reply_fds, self.capabilities.max_msg_fds):
             raise RemoteProtocolError(f"a reply to {command_name(command)} with {len(fds)} descriptors")
-        failed = header.flags & HeaderFlags.ERROR
+        failed = header.flags & _ERROR
         payload = None if failed else _unpack_reply(spec.reply, body)
         if payload is not None:
             _check_reply(request, payload, RemoteProtocolError)

@@ -79,7 +79,7 @@ class World:
         self.now = 0
 
     def take(self, effects: Iterable[Effect]) -> list[Effect]:
-        rest = []
+        rest: list[Effect] = []
         for effect in effects:
             if isinstance(effect, Close):
                 for fd in effect.fds:
@@ -397,7 +397,8 @@ def test_whatever_happens_every_descriptor_is_given_back_once(data: st.DataObjec
         elif kind == 6:
             world.route(data.draw(st.sampled_from([b"x", b"y"])), data.draw(st.sampled_from(routed)))
         elif kind == 7:
-            world.event(data.draw(st.sampled_from([Disconnected(peer), Died(peer), Broken(peer, "x")])))
+            ends: list[Disconnected | Died | Broken] = [Disconnected(peer), Died(peer), Broken(peer, "x")]
+            world.event(data.draw(st.sampled_from(ends)))
         else:
             world.now += 7
             world.event(Tick())

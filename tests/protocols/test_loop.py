@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,6 +14,16 @@ from protocols.transport.loop import DEADLINE_SCALE_VARIABLE, Loop, deadline_sca
 from vfio_model.errors import ConfigError, DeadlineExceeded
 
 pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+def then(*calls: Callable[[], object]) -> Callable[[], None]:
+    """A callback that makes ``calls`` in order."""
+
+    def callback() -> None:
+        for call in calls:
+            call()
+
+    return callback
 
 
 @pytest.fixture
@@ -36,8 +46,8 @@ def test_a_wait_serves_what_is_served_and_leaves_the_rest_for_the_top_level(
 ) -> None:
     request, translation = bells
     log: list[str] = []
-    loop.register(request, lambda: (log.append("request"), request.drain())[0])
-    loop.register(translation, lambda: (log.append("translation"), translation.drain())[0], served=True)
+    loop.register(request, then(lambda: log.append("request"), request.drain))
+    loop.register(translation, then(lambda: log.append("translation"), translation.drain), served=True)
     loop.call_soon(lambda: log.append("soon"))
     loop.call_later(0, lambda: log.append("timer"))
     loop.call_later(0, lambda: log.append("served timer"), served=True)
@@ -63,7 +73,7 @@ def test_a_wait_inside_a_wait_serves_as_well(loop: Loop, bells: tuple[EventFd, E
         log.append(f"outer at depth {loop.depth}")
 
     loop.register(outer, on_outer, served=True)
-    loop.register(inner, lambda: (log.append("inner"), inner.drain())[0], served=True)
+    loop.register(inner, then(lambda: log.append("inner"), inner.drain), served=True)
     outer.ring()
     loop.serve_until(lambda: len(log) == 2, 10, "device", "region access")
     assert log == ["inner", "outer at depth 1"] and loop.depth == 0
@@ -153,7 +163,7 @@ def test_eof_calls_the_callback(loop: Loop) -> None:
 def test_a_signal_is_handled_at_the_top_level_and_the_old_handler_comes_back(loop: Loop) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     log: list[str] = []
-    loop.on_signal(signal.SIGUSR1, lambda: (log.append("signal"), loop.stop())[0])
+    loop.on_signal(signal.SIGUSR1, then(lambda: log.append("signal"), loop.stop))
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(DeadlineExceeded):
         loop.serve_until(lambda: bool(log), 0.001, "nobody", "nothing")

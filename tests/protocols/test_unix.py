@@ -209,7 +209,7 @@ def test_a_large_frame_is_sent_in_parts_and_arrives_whole() -> None:
     left.send(frame(b"after"))
     os.close(null)
     assert left.wants_write
-    frames = []
+    frames: list[unix.Frame] = []
     while len(frames) < 2:
         got = right.receive()
         if got is not None:
