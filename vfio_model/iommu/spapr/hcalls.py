@@ -98,7 +98,7 @@ class TceHcalls:
             return _PARAMETER, []
         index = table.index(ioba)
         count = max(min(npages, table.nb_table - index), 0)
-        ret = _put_run(table, index, memoryview(array("Q", (value,)) * count), npages)
+        ret = _ret_of(table.fill(index, value, count) if count else None, count, npages)
         if self._trace.enabled:
             after = _rounded(table, ioba) + (count << table.page_shift) & U64_MAX
             self._trace(_event(table, liobn, "stuff"), liobn=liobn, ioba=after, tcevalue=value, npages=npages, ret=ret)
@@ -113,7 +113,7 @@ class TceHcalls:
         tces = self._read_list(tce_list, npages)
         index = table.index(ioba)
         count = max(min(npages, table.nb_table - index), 0)
-        ret = _put_run(table, index, memoryview(tces)[:count], npages)
+        ret = _ret_of(table.put_run(index, memoryview(tces)[:count]) if count else None, count, npages)
         if self._trace.enabled:
             reached = count + 1 if count < npages else npages
             self._trace(
@@ -137,10 +137,9 @@ class TceHcalls:
         return tces
 
 
-def _put_run(table: SpaprTceTable, index: int, tces: memoryview, npages: int) -> int:
-    """Store the entries that lie in the table; H_PARAMETER when they are fewer than ``npages``, or none."""
-    error = table.put_run(index, tces) if len(tces) else None
-    if error is None and (not npages or len(tces) < npages):
+def _ret_of(error: OSError | None, done: int, npages: int) -> int:
+    """H_PARAMETER when the table ended after ``done`` entries, or there were none to do."""
+    if error is None and (not npages or done < npages):
         return _PARAMETER
     return hreturn_of(error)
 

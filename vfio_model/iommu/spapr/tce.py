@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from vfio_model.batch.tces import nonzero_perm_runs, split_tces, translate_tces, zeroed_words
@@ -80,7 +81,7 @@ class SpaprTceRegion(IOMMUMemoryRegion):
         first = notifier.start >> table.page_shift
         stop = min(notifier.last >> table.page_shift, table.nb_table - 1) + 1
         for start, end in nonzero_perm_runs(table.entries, first, stop) if first < stop else ():
-            notifier.deliver_run(table.run_of(start, end - start))
+            table.tell(notifier, start, end)
 
 
 class SpaprTceTable:
@@ -209,6 +210,13 @@ class SpaprTceTable:
         """Store ``tces`` (u64s) from ``index`` on and tell the followers with one run; an error of theirs undoes all
         of it.
         """
+        return self._store(index, tces, self._run_of_entries)
+
+    def fill(self, index: int, tce: int, count: int) -> OSError | None:
+        """Store ``tce`` in ``count`` entries from ``index`` on; as :meth:`put_run`, without looking at each."""
+        return self._store(index, memoryview(array("Q", (tce,)) * count), self._run_of_one)
+
+    def _store(self, index: int, tces: memoryview, run_of: Callable[[int, int], IOMMUTLBRun]) -> OSError | None:
         count = len(tces)
         region = self.iommu
         if region is None or not region.notifiers:
@@ -216,11 +224,20 @@ class SpaprTceTable:
             return None
         old = memoryview(bytearray(self.entries[index : index + count])).cast("Q")
         self.entries[index : index + count] = tces
-        region.notify_run(self.run_of(index, count))
+        region.notify_run(run_of(index, count))
         error = region.flush()
         if error is not None:
             self._undo_run(region, index, old)
         return error
+
+    def _run_of_one(self, index: int, count: int) -> IOMMUTLBRun:
+        """The run of ``count`` entries that all equal the one at ``index``."""
+        shift, tce = self.page_shift, self.entries[index]
+        perm = _PERMS[tce & TCE_PERM_MASK]
+        if not perm:
+            return IOMMUTLBRun(_UNMAP, self.system, index << shift, shift, count)
+        pages = memoryview(array("Q", (tce & -(1 << shift),)) * count)
+        return IOMMUTLBRun(_MAP, self.system, index << shift, shift, count, pages, perm)
 
     def _undo_run(self, region: SpaprTceRegion, index: int, old: memoryview) -> None:
         """Restore ``old``, and tell the followers of each stretch of entries that really changed."""
@@ -230,7 +247,7 @@ class SpaprTceTable:
         start = 0
         for place, i in enumerate(changed):
             if place + 1 == len(changed) or changed[place + 1] != i + 1:
-                region.notify_run(self.run_of(index + changed[start], i - changed[start] + 1))
+                region.notify_run(self._run_of_entries(index + changed[start], i - changed[start] + 1))
                 start = place + 1
         if changed:
             self._flush_undo(region)
@@ -240,7 +257,11 @@ class SpaprTceTable:
         if again is not None:  # the caller reports the first error; the host keeps what it could not take back
             self.trace("warning", reason=f"undo on {self.liobn:#x} was refused as well: {again}")
 
-    def run_of(self, index: int, count: int) -> IOMMUTLBRun:
+    def tell(self, notifier: IOMMUNotifier, start: int, end: int) -> None:
+        """Hand ``notifier`` the entries ``start``..``end`` (exclusive) as they are."""
+        notifier.deliver_run(self._run_of_entries(start, end - start))
+
+    def _run_of_entries(self, index: int, count: int) -> IOMMUTLBRun:
         """What ``count`` (at least 1) entries from ``index`` say at present, as one run."""
         shift = self.page_shift
         tces = self.entries[index : index + count]
