@@ -101,6 +101,7 @@ class HostLink:
         self.losses = 0
         """How often the host was lost."""
         self._probe: _Probe | None = None
+        self._opening = ""
         self._closed = False
 
     @property
@@ -118,7 +119,7 @@ class HostLink:
         if self.port is None:
             self._connect_port()
         assert self.port is not None, "connected above"
-        path = config.group_path
+        path, self._opening = config.group_path, config.id
         if self.container is None:
             guest, page = self._guest, self._options.host_page_size
             self.container = connect_container(
@@ -156,9 +157,10 @@ class HostLink:
             self.port.declare_memory(block)
 
     def _make_device(self, message: files.DeviceFd, stream: int, process: Pidfd) -> VfioUserDevice:
-        connection = StreamConnection(socket.socket(fileno=stream), message.name)
+        name = f"{self._opening} ({message.name})"
+        connection = StreamConnection(socket.socket(fileno=stream), name)
         endpoint = VfioUserEndpoint(connection, Role.CLIENT, capabilities(ats=False))
-        return VfioUserDevice(message.name, endpoint, self._loop, process=process, trace=self._trace)
+        return VfioUserDevice(name, endpoint, self._loop, process=process, trace=self._trace)
 
     # -- losing and coming back ----------------------------------------------------------------------------------
 

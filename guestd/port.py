@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from guestd.polling import poll_until
 from protocols.port import files, messages
 from protocols.transport.channel import DealerChannel, FdChannel
 from protocols.transport.kernel import Pidfd
@@ -29,7 +30,7 @@ from protocols.transport.zmq import DealerClient, Sent
 from vfio_model.errors import DeadlineExceeded, InternalGuestError, PeerLost, RemoteProtocolError
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import NULL_TRACE, Trace
-from vfio_model.uapi.vfio import ioctl_name
+from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl, ioctl_name
 from vfio_model.vfio.ioctl import BatchError
 from vfio_model.vfio.region import DeviceConnection
 
@@ -156,7 +157,7 @@ class WirePort:
         try:
             file.channel.send(request, fds)
         except PeerLost as error:
-            raise self._lose(str(error)) from error
+            raise self._lose(error.doing) from error
         self._wait(lambda: bool(file.inbox), name)
         answer, received = file.inbox.popleft()
         close_fds(received)
@@ -179,12 +180,12 @@ class WirePort:
         """EOF: dealt with by whoever waits, else at the top level; here nobody may wait."""
         self._loop.unregister(file.channel)
         if self._eof is None:
-            self._eof = PeerLost("hostd", str(error))
+            self._eof = PeerLost("hostd", error.doing if isinstance(error, PeerLost) else f"speaking: {error}")
             self._loop.call_soon(self._dismiss)
 
     def _dismiss(self) -> None:
         if self._eof is not None and self.lost is None:
-            self._lose(str(self._eof))
+            self._lose(self._eof.doing)
 
     # -- ioctls --------------------------------------------------------------------------------------------------
 
@@ -222,10 +223,10 @@ class WirePort:
         self._seq = seq = self._seq + 1
         trace = self._trace
         if trace.enabled:
-            trace("port_send", seq=seq, ioctl=ioctl_name(cmd), handle=handle, count=count)
+            trace("port_send", seq=seq, ioctl=ioctl_name(cmd), count=count, **_first(cmd, arg))
         message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
         if self._zmq.send(message) is not Sent.OK:
-            raise self._lose("it takes no more requests")
+            raise self._lose("sending: it takes no more requests")
         self._wait(self._answered, cmd)
         answer, self._answer = self._answer, None
         assert answer is not None, "the wait ends with an answer or an error"
@@ -247,14 +248,14 @@ class WirePort:
                 else:
                     raise RemoteProtocolError(f"hostd refused us: {message.reason}")
         except RemoteProtocolError as error:
-            self._eof = self._eof or PeerLost("hostd", str(error))
+            self._eof = self._eof or PeerLost("hostd", f"speaking: {error}")
             self._loop.call_soon(self._dismiss)
 
     # -- waiting, and the end ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         if self.lost is None and self._eof is not None:
-            self._lose(str(self._eof))
+            self._lose(self._eof.doing)
         if self.lost is not None:
             raise PeerLost("hostd", self.lost.doing)
 
@@ -268,11 +269,12 @@ class WirePort:
                 error = DeadlineExceeded("hostd", _named(request), late.seconds)
                 self._trace("port_late", reason=str(error))
                 if not self._lives():
-                    raise self._lose(str(error), hanging=True) from error
+                    raise self._lose(f"waiting: {error}", hanging=True) from error
         else:
-            raise self._lose(f"{_named(request)} is not answered, though it lives", hanging=True)
+            raise self._lose(f"waiting: {_named(request)} is not answered, though it lives", hanging=True)
         if not done():
-            raise self._lose(str(self._eof))
+            assert self._eof is not None, "a wait ends with what was awaited or with EOF"
+            raise self._lose(self._eof.doing)
 
     def _lives(self) -> bool:
         self._seq += 1
@@ -289,7 +291,7 @@ class WirePort:
         return True
 
     def _broken(self, what: str) -> PeerLost:
-        return self._lose(f"it broke the protocol: {what}", hanging=True)
+        return self._lose(f"speaking: it broke the protocol: {what}", hanging=True)
 
     def _lose(self, reason: str, *, hanging: bool = False) -> PeerLost:
         """The host is gone: once, end its devices, close everything, tell the owner."""
@@ -307,15 +309,16 @@ class WirePort:
         def dead() -> bool:
             return not any(process.alive() for process in self._pidfds)
 
-        for seconds in (0.0 if kill else FENCE_SECONDS, FENCE_SECONDS):
-            try:
-                self._loop.serve_until(dead, seconds, "device processes", "end")
-                return
-            except DeadlineExceeded:
-                for process in self._pidfds:
-                    process.send_signal(signal.SIGKILL)
-        left = [process.pid for process in self._pidfds if process.alive()]
-        raise InternalGuestError(f"device processes {left} of a host that is gone cannot be killed")
+        try:
+            poll_until(self._loop, dead, 0.0 if kill else FENCE_SECONDS, "device processes", "end")
+        except DeadlineExceeded:
+            for process in self._pidfds:
+                process.send_signal(signal.SIGKILL)
+        try:
+            poll_until(self._loop, dead, FENCE_SECONDS, "device processes", "end")
+        except DeadlineExceeded as error:
+            left = [process.pid for process in self._pidfds if process.alive()]
+            raise InternalGuestError(f"device processes {left} of a host that is gone cannot be killed") from error
 
     def close_all(self) -> None:
         """Close every descriptor: the host releases what this client had. Harmless twice."""
@@ -335,3 +338,17 @@ class WirePort:
 
 def _named(request: str | int) -> str:
     return ioctl_name(request) if isinstance(request, int) else request
+
+
+_MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
+
+
+def _first(cmd: int, arg: bytes | bytearray | memoryview) -> dict[str, object]:
+    """What the first structure is about, for the log."""
+    if cmd == _MAP and len(arg) >= DmaMap.SIZE:
+        _, _, vaddr, iova, size = DmaMap.FORMAT.unpack_from(arg)
+        return {"iova": iova, "size": size, "vaddr": vaddr}
+    if cmd == _UNMAP and len(arg) >= DmaUnmap.SIZE:
+        _, _, iova, size = DmaUnmap.FORMAT.unpack_from(arg)
+        return {"iova": iova, "size": size}
+    return {}

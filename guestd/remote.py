@@ -121,7 +121,7 @@ class VfioUserDevice:
         try:
             self._await(endpoint.version(), Command.VERSION)
         except (PeerLost, OSError) as error:
-            raise self._lose(f"no vfio-user handshake: {error}") from error
+            raise self._lose(f"shaking hands: {error}") from error
 
     @property
     def extensions(self) -> Extensions:
@@ -187,7 +187,7 @@ class VfioUserDevice:
     def close(self) -> None:
         """Close the stream, which ends what the device does for us. Harmless twice."""
         if self.lost is None:
-            self.lost = PeerLost(self.name, "it was closed here")
+            self.lost = PeerLost(self.name, "closing: it was closed here")
             self._release()
 
     def sync(self) -> None:
@@ -198,7 +198,7 @@ class VfioUserDevice:
 
     def give_up(self, reason: str) -> None:
         """Treat the device as gone."""
-        self._lose(reason)
+        self._lose(f"waiting: {reason}")
 
     # -- what only a device server of ours knows -----------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class VfioUserDevice:
                 wire.command_name(command),
             )
         except DeadlineExceeded as error:
-            raise self._lose(str(error)) from error
+            raise self._lose(f"waiting: {error}") from error
         finally:
             self._waiting.discard(number)
         if number not in replies:
@@ -265,7 +265,7 @@ class VfioUserDevice:
         except PeerLost as error:
             self._lose(error.doing)
         except ProtocolError as error:
-            self._lose(f"it broke the protocol: {error}")
+            self._lose(f"speaking: it broke the protocol: {error}")
 
     def _serve(self, event: CommandReceived) -> None:
         request, services = event.payload, self._services
@@ -287,7 +287,7 @@ class VfioUserDevice:
             self._endpoint.reply(event, answer)
 
     def _process_died(self) -> None:
-        self._lose("its process died")
+        self._lose("running: its process died")
 
     # -- the end -------------------------------------------------------------------------------------------------
 
