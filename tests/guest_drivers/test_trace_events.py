@@ -21,8 +21,8 @@ from vfio_model.guest_drivers.trace_events import (
 )
 
 LINES = {
-    "spapr_iommu_new_table liobn=0x80000000 table=0x0 fd=-1": NewTable(0x8000_0000),
-    "spapr_iommu_new_table liobn=0x80000000 table=0x7f00deadb000 fd=23": NewTable(0x8000_0000),
+    "spapr_iommu_new_table liobn=0x80000000 table=0x0 fd=-1": NewTable(0x8000_0000, -1),
+    "spapr_iommu_new_table liobn=0x80000000 table=0x7f00deadb000 fd=23": NewTable(0x8000_0000, 23),
     "spapr_iommu_pci_put liobn=0x80000000 ioba=0x1000 tce=0x3e373003 ret=0": PutTce(
         0x8000_0000, 0x1000, 0x3E37_3003, 0
     ),

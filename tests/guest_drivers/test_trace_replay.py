@@ -246,6 +246,15 @@ def test_tables_that_vfio_moves_keep_their_contents() -> None:
     assert wrong_lines(*lines, *moved) == []
 
 
+def test_a_table_in_the_kernel_changes_without_lines_so_nothing_of_it_is_checked() -> None:
+    in_kernel = new_table().replace("fd=-1", "fd=23")
+    report = replay([in_kernel, put(0, 0x5003), xlate(0, 0x9000), xlate(0, 0x5000)])
+    assert (report.mismatches, report.unchecked, report.translations_checked) == ([], 2, 0)
+    vfio_came = [new_table(0x8000_0001), CREATE, new_table(), new_table(0x8000_0001)]
+    report = replay([in_kernel, *vfio_came, xlate(0, 0x9000), put(0, 0x5003), xlate(0, 0x5000)])
+    assert (report.mismatches, report.unchecked, report.translations_checked) == ([], 1, 1)
+
+
 def test_translations_of_another_window_may_come_between_a_table_and_its_call() -> None:
     lines = (new_table(), put(0, 0x5003), new_table(0x8000_0001), xlate(0, 0x5000), CREATE, xlate(0, 0x5000))
     assert wrong_lines(*lines) == []

@@ -24,7 +24,10 @@ class TraceEvent:
 
 @dataclass(frozen=True, slots=True)
 class NewTable(TraceEvent):
-    """A table was allocated, all zero: a PHB was reset, a window is being created, or a VIO device appeared."""
+    """A table was allocated, all zero: a PHB was reset, a window is being created, or a VIO device appeared. ``fd``
+    other than -1: it lies in the kernel (KVM), which answers hypercalls without a line in the log."""
+
+    fd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ def _reset(buid: int, cfgaddr: int) -> TraceEvent:
 
 
 _FORMATS: dict[str, Row] = {
-    "spapr_iommu_new_table": (rf"{_LIOBN} table=\S+ fd=-?\d+", "x", NewTable),
+    "spapr_iommu_new_table": (rf"{_LIOBN} table=\S+ fd={_D}", "xd", NewTable),
     "spapr_iommu_pci_put": _PUT,
     "spapr_iommu_put": _PUT,
     "spapr_iommu_pci_get": _GET,

@@ -65,6 +65,8 @@ class Replayer:
         self._used: set[int] = set()
         """Those of them that saw more than new tables."""
         self._pending: dict[int, tuple[int, NewTable]] = {}
+        self._in_kernel: set[int] = set()
+        """LIOBNs whose last new table lies in the kernel."""
         self._handlers: Mapping[type[TraceEvent], Callable[[int, Any], None]] = {
             PutTce: self._put,
             GetTce: self._get,
@@ -88,6 +90,7 @@ class Replayer:
         """Replay ``event``, which is on line ``line`` (from 1)."""
         if isinstance(event, NewTable):
             self._pending[event.liobn] = line, event
+            (self._in_kernel.add if event.fd >= 0 else self._in_kernel.discard)(event.liobn)
             return
         self._settle(event)
         base = _base_of(event)
@@ -125,7 +128,7 @@ class Replayer:
         else:
             address, size = 0, regs.VIO_WINDOW_SIZE
         count = size >> regs.TCE_PAGE_SHIFT
-        self.windows[base] = Window(base, address, regs.TCE_PAGE_SHIFT, count, fresh)
+        self.windows[base] = Window(base, address, regs.TCE_PAGE_SHIFT, count, fresh, base in self._in_kernel)
 
     def _settle(self, event: TraceEvent | None) -> None:
         """Decide what the new tables before ``event`` were, as far as it tells."""
@@ -151,15 +154,17 @@ class Replayer:
     def _renew(self, liobn: int, *, moved: bool) -> None:
         """A table that no window call made: a reset. ``moved``: a dynamic window's table is new as well, which only
         VFIO's coming or going does; tables then keep their contents."""
-        base = _window0(liobn)
-        pci = regs.is_pci_liobn(liobn)
-        if base not in self._used or (pci and moved):
+        base, window = _window0(liobn), self.windows.get(liobn)
+        in_kernel = liobn in self._in_kernel
+        if base not in self._used:
             return
-        if pci:
+        if not regs.is_pci_liobn(liobn) and window is not None:
+            self._clear(window)
+            window.renew(fresh=True, in_kernel=in_kernel)
+        elif not moved:
             self._reset_phb(base)
-        else:
-            self._clear(self.windows[base])
-            self.windows[base].renew()
+        elif window is not None and window.in_kernel != in_kernel:
+            window.renew(fresh=False, in_kernel=in_kernel)
 
     def _reset_phb(self, base: int) -> None:
         """As a reset of the PHB does: its default window alone, empty."""
@@ -194,7 +199,8 @@ class Replayer:
         liobn, start = rets[1], rets[2] << 32 | rets[3]
         self._compare.value(line, "ddw_create", "liobn", liobn, event.liobn)
         self._compare.value(line, "ddw_create", "start addr", start, event.start)
-        self.windows[liobn] = Window(liobn, start, page_shift, 1 << window_shift - page_shift, fresh=True)
+        count = 1 << window_shift - page_shift
+        self.windows[liobn] = Window(liobn, start, page_shift, count, True, liobn in self._in_kernel)
 
     def _remove(self, line: int, event: DdwRemove) -> None:
         status = regs.rtas_status(self._cpu.rtas(RtasToken.IBM_REMOVE_PE_DMA_WINDOW, [event.liobn], 1))

@@ -44,6 +44,8 @@ class Window:
     page_shift: int
     nb_table: int
     fresh: bool
+    in_kernel: bool = False
+    """Whether its entries change without a line in the log."""
     doubts: dict[int, Doubt] = field(default_factory=dict)
     _written: set[int] = field(default_factory=set)
     """Entries written by a line, where that makes a difference (not fresh)."""
@@ -89,8 +91,8 @@ class Window:
             return doubt
         return Doubt(frozenset())
 
-    def renew(self) -> None:
-        """A line says that the table is all zero again."""
-        self.fresh = True
+    def renew(self, *, fresh: bool, in_kernel: bool) -> None:
+        """A line says that the table is another one: all zero (``fresh``), or with contents that the log may lack."""
+        self.fresh, self.in_kernel = fresh, in_kernel
         self.doubts.clear()
         self._written.clear()
