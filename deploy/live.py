@@ -29,24 +29,43 @@ from vfio_model.pci.address import PCIAddress
 
 A = TypeVar("A")
 _LOOK_SECONDS = 0.02
+_MAX_POSTED = 64
+_SMALL_STORE = 4096
+"""A larger store to memory is not posted: a message has a limit."""
 
 
 class ControlCpu:
     """A guest's CPU on guestd's control socket: every call is one command and its answer.
 
-    Numbers of the scenario's own types become plain ones here: the wire knows no others.
+    Stores are posted, as on PCI: they travel in one message with the next command that has an answer, in order, and
+    an error of theirs comes up there. Before something else than the guest is touched, :meth:`flush` carries them
+    out. Numbers of the scenario's own types become plain ones here: the wire knows no others.
     """
 
     big_endian = True
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._posted: list[control.Command] = []
 
     def _ask(self, command: control.Command, kind: type[A]) -> A:
-        answer = self._link.ask(command)
+        self._posted.append(command)
+        answer = self.flush()
         if not isinstance(answer, kind):
             raise RemoteProtocolError(f"guestd: {type(answer).__name__} in answer to {type(command).__name__}")
         return answer
+
+    def flush(self) -> control.Answer | None:
+        """Carry out the stores that are still posted; the answer to the last command of all."""
+        commands, self._posted = self._posted, []
+        if len(commands) > 1:
+            return self._link.ask_many(commands)[-1]
+        return self._link.ask(commands[0]) if commands else None
+
+    def _post(self, command: control.Command) -> None:
+        self._posted.append(command)
+        if len(self._posted) >= _MAX_POSTED:
+            self.flush()
 
     def hcall(self, nr: int, *args: int) -> tuple[int, list[int]]:
         """Hypercall ``nr``: the signed return code and the output registers."""
@@ -66,7 +85,9 @@ class ControlCpu:
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store ``data``."""
-        self._link.ask(control.WriteMemory(int(gpa), data))
+        self._post(control.WriteMemory(int(gpa), data))
+        if len(data) > _SMALL_STORE:
+            self.flush()
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """A load of 1, 2, 4 or 8 bytes."""
@@ -74,7 +95,7 @@ class ControlCpu:
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """A store of 1, 2, 4 or 8 bytes."""
-        self._link.ask(control.MmioWrite(gpa, size, value))
+        self._post(control.MmioWrite(gpa, size, value))
 
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """(page address, permission bits, address mask) of a bus address."""
@@ -133,10 +154,12 @@ class LiveSystem:
 
     def status(self, role: str) -> dict[str, object]:
         """What a daemon says of itself."""
+        self.cpu.flush()
         return self._link(role).status()
 
     def explain(self, device: str, iova: int) -> Explanation:
         """Both stages of a translation."""
+        self.cpu.flush()
         chosen = explain.choose_device(self.devices(), device)
         return explain.explain(self._link("guestd"), self._link("hostd"), chosen, iova)
 
@@ -144,6 +167,7 @@ class LiveSystem:
         """Send a signal to a daemon, or to the process of a device (which hostd knows, or which is a server of
         ours).
         """
+        self.cpu.flush()
         role = target.role or target.device or ""
         daemon = self._launcher.daemons.get(role)
         if daemon is not None:
@@ -186,6 +210,7 @@ class LiveSystem:
 
     def arm(self) -> None:
         """Give the interposer every rule of the scenario."""
+        self.cpu.flush()
         rules = assemble.rules(self._scenario, arm=True)
         self._link("interposer").ask(control.Interpose(msgspec.json.encode(rules)))
 

@@ -60,7 +60,7 @@ def show_size(size: int) -> str:
     """``size`` bytes as a person reads them: ``16 MiB``, ``1025.1 MiB``, ``12 B``."""
     for suffix in "EPTGMK":
         shift = _SUFFIXES[suffix]
-        if size >> shift and size % (1 << shift) == 0:
+        if 0 < size >> shift < 10_000 and size % (1 << shift) == 0:
             return f"{size >> shift} {suffix}iB"
     for suffix in "TGMK":
         if size >> _SUFFIXES[suffix] >= 10:

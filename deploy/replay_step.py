@@ -133,6 +133,8 @@ class ReplayStep:
         self.pages = MappedPages(self._window)
         self.report = ReplayReport()
         self._calls = self._windows = 0
+        self._probed: dict[tuple[str, int], tuple[int, int]] = {}
+        """Where each device has probed a page that is mapped, by device and the page's bus address."""
 
     def _window(self, liobn: int) -> tuple[int, int]:
         window = self._replayer.windows[liobn]
@@ -175,12 +177,11 @@ class ReplayStep:
         came, went = self._moves(event)
         for page in went:
             self._system.trace("unmap_pages", iova=page.iova, size=page.size, line=line)
-            if page.iova not in self.pages.pages:
-                self._each(self._probe_gone, page)
+            self._probe_gone(page)
         for page in came:
             fields = {"iova": page.iova, "gpa": page.gpa, "size": page.size, "perm": page.perm, "line": line}
             self._system.trace("map_pages", **fields)
-            self._each(self._probe_there, page)
+            self._probe_there(page)
 
     def _moves(self, event: traced.TraceEvent) -> tuple[list[Page], list[Page]]:
         """The pages that came and went by ``event``."""
@@ -206,14 +207,19 @@ class ReplayStep:
                 return [], [page for liobn in gone | {event.liobn} for page in self.pages.drop(liobn)]
         return [], []
 
-    def _each(self, probe: Callable[[Prober, Page], None], page: Page) -> None:
+    def _probe_there(self, page: Page) -> None:
+        """DMA through a page that has just come, as its permissions allow."""
         for wanted, prober in self._probes:
-            if _concerns(wanted, page) and prober.counts.pages < wanted.limit and page.gpa + page.size <= self._memory:
-                probe(prober, page)
+            if not _concerns(wanted, page) or prober.counts.pages >= wanted.limit:
+                continue
+            if page.gpa + page.size > self._memory:
+                continue
+            prober.counts.pages += 1
+            at = _within(page, prober.counts.pages)
+            self._probed[prober.device, page.iova] = at
+            self._probe_allowed(prober, page, *at)
 
-    def _probe_there(self, prober: Prober, page: Page) -> None:
-        prober.counts.pages += 1
-        iova, gpa = _within(page, prober.counts.pages)
+    def _probe_allowed(self, prober: Prober, page: Page, iova: int, gpa: int) -> None:
         if page.perm == regs.TcePerm.RW:
             prober.allowed(iova, gpa)
             return
@@ -225,12 +231,16 @@ class ReplayStep:
             prober.fill(*_within(stage, 0))
             prober.allowed_store(iova, gpa)
 
-    def _probe_gone(self, prober: Prober, page: Page) -> None:
-        iova, gpa = _within(page, prober.counts.pages)
-        prober.refused_store(iova, gpa)
+    def _probe_gone(self, page: Page) -> None:
+        """DMA at the same place of a page that was probed when it was mapped, and is not any more."""
         stage = self.pages.stage(page)
-        if stage is not None:
-            prober.refused_load(iova, gpa, *_within(stage, 0))
+        for _, prober in self._probes:
+            at = self._probed.pop((prober.device, page.iova), None)
+            if at is None or page.iova in self.pages.pages:
+                continue
+            prober.refused_store(*at)
+            if stage is not None:
+                prober.refused_load(*at, *_within(stage, 0))
 
     def text(self) -> str:
         """The outcome in one line."""
