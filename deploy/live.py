@@ -180,14 +180,9 @@ class LiveSystem:
 
     def _device_pid(self, device: str) -> int:
         names = {config.id: name for config, _, name in assemble.assigned(self._scenario)}
-        listed = self.status("hostd").get("devices")
-        try:
-            processes = msgspec.convert(listed, list[_DeviceProcess])
-        except msgspec.ValidationError as error:
-            raise RemoteProtocolError(f"hostd: status: devices: {error}") from error
-        for process in processes:
-            if process.name == names.get(device) and process.pid > 0:
-                return process.pid
+        for pid, name in device_pids(self._link("hostd")).items():
+            if name == names.get(device):
+                return pid
         raise ConfigError(f"{device} has no process of its own, or it has ended")
 
     def wait(self, wait: Wait) -> bool:
@@ -229,6 +224,18 @@ class LiveSystem:
 class _DeviceProcess(msgspec.Struct):
     name: str
     pid: int = 0
+
+
+def device_pids(hostd: Link) -> dict[int, str]:
+    """The device processes that hostd runs: the host's name of each device, by pid.
+
+    :raise RemoteProtocolError: when hostd's status does not say it.
+    """
+    try:
+        listed = msgspec.convert(hostd.status().get("devices"), list[_DeviceProcess])
+    except msgspec.ValidationError as error:
+        raise RemoteProtocolError(f"hostd: status: devices: {error}") from error
+    return {process.pid: process.name for process in listed if process.pid > 0}
 
 
 def connect(directory: Path, role: str) -> Link:

@@ -7,6 +7,7 @@ or ``no answer``. A device process has no control socket: it is ``running`` or `
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,8 +21,16 @@ from deploy.runtime_dir import ProcessEntry, RunFile
 
 PING_SECONDS = 1.0
 
-Ping = Callable[[Path, str, float], bool]
-"""Whether ``role`` of the run in a directory answers within the seconds given."""
+
+class Health(msgspec.Struct):
+    """What a daemon said. ``alive`` is None for one without a control socket; ``devices`` names its children by pid."""
+
+    alive: bool | None = False
+    devices: dict[int, str] = {}
+
+
+Ask = Callable[[Path, str, float], Health]
+"""Asks ``role`` of the run in a directory how it is, for at most the seconds given."""
 
 
 class ProcessRow(msgspec.Struct):
@@ -39,30 +48,31 @@ class ProcessRow(msgspec.Struct):
     uptime: float = 0.0
 
 
-def collect(ping: Ping, seconds: float = PING_SECONDS) -> list[ProcessRow]:
+def collect(ask: Ask, seconds: float = PING_SECONDS) -> list[ProcessRow]:
     """A row for every process of every run, daemons before their children."""
     rows: list[ProcessRow] = []
     for directory, run in runtime_dir.find_runs():
         for entry in run.processes:
-            rows += _rows_of(directory, run, entry, ping, seconds)
+            rows += _rows_of(directory, run, entry, ask, seconds)
     return rows
 
 
-def _rows_of(directory: Path, run: RunFile, entry: ProcessEntry, ping: Ping, seconds: float) -> Iterable[ProcessRow]:
+def _rows_of(directory: Path, run: RunFile, entry: ProcessEntry, ask: Ask, seconds: float) -> Iterable[ProcessRow]:
     if not runtime_dir.is_same(entry):
         return [ProcessRow(str(directory), run.scenario, entry.role, entry.pid, "gone")]
+    said = Health()
     if runtime_dir.state(entry.pid) in ("T", "t"):
         health = "stopped"
     else:
-        health = "ok" if ping(directory, entry.role, seconds) else "no answer"
+        said = ask(directory, entry.role, seconds)
+        health = {True: "ok", False: "no answer", None: "running"}[said.alive]
     try:
         process = psutil.Process(entry.pid)
         rows = [_measured(directory, run, entry.role, process, health)]
-        for child in process.children(recursive=True):
-            if is_helper(child):
-                continue
+        for child in children(process):
             health = "stopped" if child.status() == psutil.STATUS_STOPPED else "running"
-            rows.append(_measured(directory, run, f"{entry.role}/{device_name(child)}", child, health))
+            role = f"{entry.role}/{said.devices.get(child.pid, 'device')}"
+            rows.append(_measured(directory, run, role, child, health))
     except psutil.NoSuchProcess:
         return [ProcessRow(str(directory), run.scenario, entry.role, entry.pid, "gone")]
     return rows
@@ -87,16 +97,14 @@ def _measured(directory: Path, run: RunFile, role: str, process: psutil.Process,
         )
 
 
-def is_helper(process: psutil.Process) -> bool:
-    """multiprocess keeps a tracker process of its own beside the devices."""
-    return any("resource_tracker" in word for word in process.cmdline())
-
-
-def device_name(process: psutil.Process) -> str:
-    """The name that a device process gave itself (``device:NAME``), or ``device``."""
-    words = process.cmdline()
-    named = [word.removeprefix("device:") for word in words if word.startswith("device:")]
-    return named[0] if named else "device"
+def children(process: psutil.Process) -> list[psutil.Process]:
+    """The processes below ``process``, without the tracker that multiprocess keeps beside its own."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if not any("resource_tracker" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def table(rows: list[ProcessRow]) -> Table:

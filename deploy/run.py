@@ -13,8 +13,9 @@ import psutil
 from deploy import assemble, events, live, report
 from deploy.events import Log
 from deploy.launcher import Launcher, NotReady, ProcessEnded
+from deploy.link import Link
 from deploy.live import LiveSystem
-from deploy.ps import device_name, is_helper
+from deploy.ps import children
 from deploy.report import ProcessPart, Verdict
 from deploy.runner import Runner
 from deploy.scenario import Scenario
@@ -86,7 +87,7 @@ class _Run:
         for record in log.records:
             counts[record.role] = counts.get(record.role, 0) + 1
         for part in self.parts:
-            part.events = counts.get(part.role.rpartition("/")[2], 0)
+            part.events = counts.get(part.role.replace("hostd/", "device-"), 0)
             part.restarts = launcher.restarts.get(part.role, 0)
         verdict = Verdict(
             name=self.scenario.name,
@@ -163,18 +164,32 @@ def _wait_for_operator(launcher: Launcher, progress: Progress) -> None:
 def _measure(launcher: Launcher) -> list[ProcessPart]:
     """What each process has used so far, daemons before the devices that they run."""
     parts: list[ProcessPart] = []
+    names = _device_names(launcher)
     for role, daemon in launcher.daemons.items():
         parts.append(ProcessPart(role, daemon.pid))
         try:
             process = psutil.Process(daemon.pid)
             _fill(parts[-1], process)
-            for child in process.children(recursive=True):
-                if not is_helper(child):
-                    parts.append(ProcessPart(f"{role}/{device_name(child)}", child.pid))
-                    _fill(parts[-1], child)
+            for child in children(process):
+                parts.append(ProcessPart(f"{role}/{names.get(child.pid, 'device')}", child.pid))
+                _fill(parts[-1], child)
         except psutil.Error:
             continue  # it ended while we looked
     return parts
+
+
+def _device_names(launcher: Launcher) -> dict[int, str]:
+    """Which device a child of hostd is, by pid; nothing when hostd cannot say."""
+    daemon = launcher.daemons.get("hostd")
+    if daemon is None or daemon.ended or daemon.stopped:
+        return {}
+    link = Link(launcher.directory, "hostd", seconds=1)
+    try:
+        return live.device_pids(link)
+    except VfioModelError:
+        return {}
+    finally:
+        link.close()
 
 
 def _fill(part: ProcessPart, process: psutil.Process) -> None:

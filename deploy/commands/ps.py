@@ -7,16 +7,24 @@ from pathlib import Path
 import click
 import msgspec
 
-from deploy import ps
+from deploy import live, ps
 from deploy.console import output
 from deploy.link import Link
+from deploy.ps import Health
+from vfio_model.errors import VfioModelError
 
 
-def ping(directory: Path, role: str, seconds: float) -> bool:
-    """Whether the main loop of ``role`` answers within ``seconds``."""
-    link = Link(directory, role)
+def ask(directory: Path, role: str, seconds: float) -> Health:
+    """Ask ``role`` on its control socket; hostd also which devices its children are."""
+    if not (directory / f"{role}.ctl").exists():
+        return Health(alive=None)
+    link = Link(directory, role, seconds=seconds)
     try:
-        return link.ping(seconds)
+        if not link.ping(seconds):
+            return Health(alive=False)
+        return Health(True, live.device_pids(link) if role == "hostd" else {})
+    except VfioModelError:
+        return Health(alive=False)
     finally:
         link.close()
 
@@ -29,7 +37,7 @@ def command(as_json: bool) -> None:
     Health is "ok" when the process's main loop answers within a second, else "no answer", "stopped" or "gone". The
     processes of assigned devices appear below the hostd that started them.
     """
-    rows = ps.collect(ping)
+    rows = ps.collect(ask)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
     elif rows:
