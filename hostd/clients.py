@@ -54,10 +54,8 @@ class OpenFile:
     client: Client
     closing: bool = False
 
-    @property
-    def is_container(self) -> bool:
-        """Whether it is ``/dev/vfio/vfio``."""
-        return self.path == CONTAINER_PATH
+    def __post_init__(self) -> None:
+        self.is_container = self.path == CONTAINER_PATH
 
     @property
     def group(self) -> int:

@@ -10,7 +10,9 @@ sender the connection and nobody else anything.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import resource
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -51,11 +53,11 @@ from vfio_model.uapi.vfio import ioctl_name
 
 LOOK_NS = 75_000
 """Between two looks at lanes that are waited for."""
+MAX_DESCRIPTORS = 65536
 SPIN_NS = 20_000
 """How long a revoke may spin before it leaves the rest to the timer."""
-IOCTLS_PER_TURN = 64
-"""Messages taken off the port before the loop looks at everything else."""
 
+_name = functools.lru_cache(256)(ioctl_name)
 Channel = FdChannel[files.Request, files.Response]
 Port = RouterChannel[messages.Request, messages.Response]
 
@@ -88,14 +90,19 @@ class ContainerServer:
                 "this kernel has no membarrier(2) with global expedited barriers", hint="Linux 4.16 or newer has"
             )
         fence.register()
-        scale = deadline_scale()
+        scale, descriptors = deadline_scale(), raise_descriptor_limit()
         self._loop, self._trace, self._options = loop, trace, options
         self._areas = SharedAreas()
         self.service = ContainerService(
             topology,
             self._areas.buffers,
             fence,
-            ServiceOptions(deadline=options.deadline * scale, skip_wait=options.skip_revoke_wait),
+            ServiceOptions(
+                deadline=options.deadline * scale,
+                skip_wait=options.skip_revoke_wait,
+                max_connections=descriptors // 4,
+                max_segments=descriptors // 4,
+            ),
         )
         self._pes = [
             device.pe.words for group in self.service.state.host.groups.values() for device in group.devices.values()
@@ -129,8 +136,11 @@ class ContainerServer:
     def handle(self, event: Event) -> None:
         """Give ``event`` to the service and do what it wants. An event that comes out of an effect waits its turn."""
         self._events.append(event)
-        if self._busy:
-            return
+        if not self._busy:
+            self._drain()
+            self._after()
+
+    def _drain(self) -> None:
         self._busy = True
         try:
             while self._events:
@@ -138,7 +148,6 @@ class ContainerServer:
                     self._do(effect)
         finally:
             self._busy = False
-        self._after()
 
     def _do(self, effect: Effect) -> None:
         match effect:
@@ -179,8 +188,8 @@ class ContainerServer:
             self._after()
 
     def _tick(self) -> None:
-        for effect in self.service.handle(Tick(time.monotonic())):
-            self._do(effect)
+        self._events.append(Tick(time.monotonic()))
+        self._drain()
 
     def _sweep_domains(self) -> None:
         """Unmap the table memory of containers that are gone."""
@@ -191,18 +200,19 @@ class ContainerServer:
     # -- the port ----------------------------------------------------------------------------------------------------
 
     def _port_readable(self) -> None:
-        for _ in range(IOCTLS_PER_TURN):
-            received = self._port.receive()
-            if received is None:
-                return
-            peer, message = received
-            if isinstance(message, messages.Ping):
-                self._port.send(peer, messages.Pong(message.seq))
-                continue
-            self.counters["ioctls"] += 1
+        """One message: the loop asks the socket again before it waits."""
+        received = self._port.receive()
+        if received is None:
+            return
+        peer, message = received
+        if isinstance(message, messages.Ping):
+            self._port.send(peer, messages.Pong(message.seq))
+            return
+        self.counters["ioctls"] += 1
+        if self._trace.enabled:
             self._trace.cause = message.cause
-            self._trace("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
-            self.handle(PortMessage(peer, message))
+            self._trace("port_recv", seq=message.seq, ioctl=_name(message.cmd), count=message.count)
+        self.handle(PortMessage(peer, message))
 
     def _send_return(self, effect: SendReturn) -> None:
         """A peer that does not read its answers is refused; one that is gone misses them."""
@@ -292,6 +302,15 @@ class ContainerServer:
             source.close()
         self.control.close()
         self._areas.close()
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many descriptors as the system lets us have; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, MAX_DESCRIPTORS) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
 
 
 def _numbers(fds: tuple[Descriptor, ...]) -> list[int]:

@@ -190,13 +190,14 @@ class DeviceProcesses:
     # -- what is done to them ----------------------------------------------------------------------------------------
 
     def send(self, key: int, message: port.ToDevice, fds: tuple[Descriptor, ...]) -> None:
-        """Send a message; ``fds`` are closed. A process that is gone misses it."""
+        """Send a message; ``fds`` are closed. A process that is gone misses it; one that does not read is killed,
+        for it would go on with half of what it was told."""
         process = self._by_key.get(key)
         try:
             if process is not None:
                 process.channel.send(message, [fd.fd for fd in fds if isinstance(fd, OwnedFd)])
         except PeerLost:
-            pass  # its pidfd says so
+            self.kill(key)
         finally:
             for fd in fds:
                 fd.close()

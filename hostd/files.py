@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from errno import EBADF, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENOSPC
+from errno import EBADF, EBUSY, EEXIST, EINVAL, ENFILE, ENODEV, ENOENT, ENOSPC
 
 from hostd.clients import Client, Connection, OpenFile
 from hostd.device_table import DeviceState
@@ -20,21 +20,20 @@ from vfio_model.host.mm import Vma
 
 UNLIMITED = (1 << 64) - 1
 """OpenMm.memlock of a client with CAP_IPC_LOCK."""
-MAX_OPEN = 4096
-"""Connections at a time."""
 
 
 class FileService:
     """What happens on the connections of ``hostd.sock``."""
 
-    def __init__(self, state: ServiceState) -> None:
+    def __init__(self, state: ServiceState, max_connections: int, max_segments: int) -> None:
         self._state = state
+        self._max_connections, self._max_segments = max_connections, max_segments
         self._segments = itertools.count()
 
     def connected(self, connection: int, pid: int) -> None:
         """A new connection; it says what it is for with its first message."""
         state = self._state
-        if len(state.clients.connections) >= MAX_OPEN:
+        if len(state.clients.connections) >= self._max_connections:
             state.emit(Disconnect(connection, "too many connections"))
             return
         state.clients.connections[connection] = Connection(connection, pid)
@@ -165,6 +164,8 @@ class FileService:
     def _place(self, client: Client, message: files.DeclareMemory, size: int) -> Segment:
         if len(client.memory) >= MAX_SEGMENTS:
             raise OSError(ENOSPC, f"one mm has at most {MAX_SEGMENTS} segments")
+        if sum(len(other.memory) for other in self._state.clients.mms.values()) >= self._max_segments:
+            raise OSError(ENFILE, f"{self._max_segments} segments of all clients")
         number = next(self._segments)
         return self._state.host.place_segment(f"{message.segment[:200]}#{number}", size, message.page_size)
 

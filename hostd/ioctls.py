@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Generator, Hashable
 from errno import EBADF, EIO
@@ -9,17 +10,25 @@ from errno import EBADF, EIO
 from hostd.clients import OpenFile
 from hostd.device_table import DeviceState, OpenDevice
 from hostd.events import DomainsChanged, SendFile, SendReturn, StartDevice
-from hostd.jobs import Job, Steps, Until, Wait
+from hostd.jobs import Job, RevokeWait, Steps, Until, Wait
 from hostd.state import ServiceState
 from protocols.port.device import SegmentMap
 from protocols.port.files import DeviceFd
 from protocols.port.messages import Ioctl as IoctlMessage
 from protocols.port.messages import Return
 from vfio_model.host.hpa import Segment
-from vfio_model.host.pending import Batch
+from vfio_model.host.pending import Batch, Pending
 from vfio_model.uapi.vfio import Ioctl, ioctl_name
 
 _HANDLE = struct.Struct("=Q")
+_SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = (
+    int(Ioctl.VFIO_GROUP_SET_CONTAINER),
+    int(Ioctl.VFIO_GROUP_UNSET_CONTAINER),
+    int(Ioctl.VFIO_GROUP_GET_DEVICE_FD),
+)
+Begun = bytes | Batch | Pending[bytes] | Pending[Batch]
+"""What the host says when an ioctl begins."""
+_name = functools.lru_cache(256)(ioctl_name)
 
 
 def segment_map(segment: Segment) -> SegmentMap:
@@ -41,49 +50,101 @@ class IoctlService:
         """Begin ``message``; its Return comes as an effect, now or later."""
         state = self._state
         state.cause = message.cause
-        state.note("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
         file = state.clients.file_for(message.mm, message.handle)
         if file is None:
             state.emit(SendReturn(peer, Return(message.seq, EBADF, 0, b"")))
             return
-        job = Job(ioctl_name(message.cmd), self._steps(peer, message, file), file.client.pid)
-        state.jobs.submit(self._key(file, message), job)
+        key = self._key(file, message)
+        if file.is_container and state.jobs.idle(key):
+            self._at_once(key, peer, message, file)
+            return
+        state.jobs.submit(key, Job(_name(message.cmd), self._steps(peer, message, file), file.client.pid))
 
     def _key(self, file: OpenFile, message: IoctlMessage) -> Hashable:
         """The container that the ioctl concerns, else the group by itself."""
-        if message.cmd == Ioctl.VFIO_GROUP_SET_CONTAINER and len(message.arg) >= _HANDLE.size:
+        if message.cmd == _SET_CONTAINER and len(message.arg) >= _HANDLE.size:
             container = self._state.clients.file_for(message.mm, _HANDLE.unpack_from(message.arg)[0])
             if container is not None:
                 return container.handle
         return queue_key(self._state, file)
 
+    def _at_once(self, key: Hashable, peer: bytes, message: IoctlMessage, file: OpenFile) -> None:
+        """An ioctl that nobody is in front of: most are over here, and only the others become a job."""
+        state = self._state
+        try:
+            result = self._begin(message, file)
+            if isinstance(result, Pending):
+                revoke = state.begin_revoke(result.lane_devices)
+                if not revoke.start():
+                    steps = self._revoked_steps(peer, message, RevokeWait(revoke), result)
+                    state.jobs.submit(key, Job(_name(message.cmd), steps, file.client.pid))
+                    return
+                result = result.finish()
+        except OSError as error:
+            self._failed(peer, message, error)
+            return
+        self._answer(peer, message, result)
+
+    def _revoked_steps(
+        self, peer: bytes, message: IoctlMessage, wait: RevokeWait, pending: Pending[bytes] | Pending[Batch]
+    ) -> Steps:
+        yield wait
+        try:
+            result = pending.finish()
+        except OSError as error:
+            self._failed(peer, message, error)
+            return
+        self._answer(peer, message, result)
+
     def _steps(self, peer: bytes, message: IoctlMessage, file: OpenFile) -> Steps:
         state = self._state
         state.cause = message.cause
         try:
-            batch, arg = yield from self._run(message, file)
+            if file.closing:
+                raise OSError(EBADF, "the file was closed while the ioctl waited")
+            if message.cmd == _GET_DEVICE_FD and message.count == 1 and not file.is_container:
+                result: bytes | Batch = yield from self._open_device(message, file)
+            else:
+                result = yield from self._settled(self._begin(message, file))
         except OSError as error:
-            batch, arg = Batch(0, error.errno or EIO, error.strerror or ""), b""
-        if batch.errno:
-            state.note("vfio_ioctl_failed", cmd=ioctl_name(message.cmd), errno=batch.errno, reason=batch.reason)
-        state.emit(SendReturn(peer, Return(message.seq, batch.errno, batch.done, arg)))
-
-    def _run(self, message: IoctlMessage, file: OpenFile) -> Generator[Wait, None, tuple[Batch, bytes]]:
-        state = self._state
-        if file.closing:
-            raise OSError(EBADF, "the file was closed while the ioctl waited")
-        mm = state.clients.mms[message.mm].mm
-        if message.count > 1:
-            many = state.host.ioctl_many(mm, file.handle, message.cmd, message.arg, message.count)
-            return (yield from state.settle(many)), b""
-        if message.cmd == Ioctl.VFIO_GROUP_GET_DEVICE_FD:
-            return Batch(1), (yield from self._open_device(message, file))
-        if message.cmd == Ioctl.VFIO_GROUP_SET_CONTAINER:
-            self._check_container(message)
-        result = yield from state.settle(state.host.ioctl(mm, file.handle, message.cmd, message.arg))
-        if message.cmd == Ioctl.VFIO_GROUP_UNSET_CONTAINER:
+            self._failed(peer, message, error)
+            return
+        if message.cmd == _UNSET_CONTAINER:
             state.emit(DomainsChanged())
-        return Batch(1), result
+        self._answer(peer, message, result)
+
+    def _settled(self, result: Begun) -> Generator[Wait, None, bytes | Batch]:
+        if isinstance(result, Pending):
+            yield from self._state.wait_for(result.lane_devices)
+            return result.finish()
+        return result
+
+    def _begin(self, message: IoctlMessage, file: OpenFile) -> Begun:
+        """:raise OSError: with the errno of the uapi."""
+        host, mm = self._state.host, self._state.clients.mms[message.mm].mm
+        if message.count > 1:
+            return host.ioctl_many(mm, file.handle, message.cmd, message.arg, message.count)
+        if message.cmd == _SET_CONTAINER:
+            self._check_container(message)
+        return host.ioctl(mm, file.handle, message.cmd, message.arg)
+
+    def _answer(self, peer: bytes, message: IoctlMessage, result: bytes | Batch) -> None:
+        if isinstance(result, Batch):
+            if result.errno:
+                self._note_failure(message, result.errno, result.reason)
+            answer = Return(message.seq, result.errno, result.done, b"")
+        else:
+            answer = Return(message.seq, 0, 1, result)
+        self._state.emit(SendReturn(peer, answer))
+
+    def _failed(self, peer: bytes, message: IoctlMessage, error: OSError) -> None:
+        number = error.errno or EIO
+        self._note_failure(message, number, error.strerror or "")
+        self._state.emit(SendReturn(peer, Return(message.seq, number, 0, b"")))
+
+    def _note_failure(self, message: IoctlMessage, number: int, reason: str) -> None:
+        self._state.cause = message.cause
+        self._state.note("vfio_ioctl_failed", ioctl=_name(message.cmd), errno=number, reason=reason)
 
     def _check_container(self, message: IoctlMessage) -> None:
         """The handle in the argument is one of this client's too."""

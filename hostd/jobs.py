@@ -90,6 +90,10 @@ class JobQueue:
         if len(queue) == 1:
             self._drain(key)
 
+    def idle(self, key: Hashable) -> bool:
+        """Whether nothing is pending for ``key``."""
+        return key not in self._queues
+
     def poll(self) -> None:
         """Resume everything that can go on."""
         for key in list(self._queues):

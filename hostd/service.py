@@ -63,6 +63,9 @@ class ServiceOptions:
 
     deadline: float = DEADLINE_SECONDS
     skip_wait: bool = False
+    max_connections: int = 1024
+    max_segments: int = 1024
+    """Of all clients together: each costs descriptors."""
     new_handle: Callable[[], int] = random_handle
 
 
@@ -81,7 +84,7 @@ class ContainerService:
             handles=_handles(clients),
         )
         self.state = ServiceState(host, fence, clients, options.skip_wait)
-        self._files = FileService(self.state)
+        self._files = FileService(self.state, options.max_connections, options.max_segments)
         self._ioctls = IoctlService(self.state)
 
     def handle(self, event: Event) -> list[Effect]:

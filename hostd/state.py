@@ -65,8 +65,16 @@ class ServiceState:
         """
         if not isinstance(result, Pending):
             return result
-        self.revokes += 1
-        revoke = Revoke(self.fence, self.devices.lanes(result.lane_devices), skip_wait=self.skip_wait)
+        yield from self.wait_for(result.lane_devices)
+        return cast(Pending[T], result).finish()
+
+    def wait_for(self, lane_devices: tuple[str, ...]) -> Generator[Wait, None, None]:
+        """Until no DMA section of these devices that began before now is still open."""
+        revoke = self.begin_revoke(lane_devices)
         if not revoke.start():
             yield RevokeWait(revoke)
-        return cast(Pending[T], result).finish()
+
+    def begin_revoke(self, lane_devices: tuple[str, ...]) -> Revoke:
+        """A revocation over the lanes of these devices, not started yet."""
+        self.revokes += 1
+        return Revoke(self.fence, self.devices.lanes(lane_devices), skip_wait=self.skip_wait)
