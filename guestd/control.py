@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from guestd.config import DeviceConfig
 from guestd.explain import explain
 from guestd.guest import Guest
 from protocols.control import messages as control
@@ -65,6 +66,8 @@ class GuestControl:
             control.Translate: self._translate,
             control.Explain: lambda command: _document(explain(guest, command.address, command.iova)),
             control.DeviceList: lambda _: _document({"devices": [guest.device_status(name) for name in guest.devices]}),
+            control.DeviceAdd: self._device_add,
+            control.DeviceDel: self._device_del,
             control.Reset: self._reset,
         }
         loop.register(self._channel, self._readable)
@@ -177,6 +180,18 @@ class GuestControl:
     def _translate(self, command: control.Translate) -> control.Answer:
         translated, perm, mask = self._machine.translate(command.liobn, command.ioba)
         return control.Translation(translated, mask, perm)
+
+    def _device_add(self, command: control.DeviceAdd) -> control.Answer:
+        try:
+            config = msgspec.json.decode(command.config, type=DeviceConfig)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ConfigError(str(error), where="device-add") from error
+        self._guest.add_device(config)
+        return control.Ok()
+
+    def _device_del(self, command: control.DeviceDel) -> control.Answer:
+        self._guest.remove_device(command.id)
+        return control.Ok()
 
     def _reset(self, _: control.Reset) -> control.Answer:
         self._guest.reset()

@@ -136,6 +136,18 @@ class DeviceList(Message, tag="device-list", frozen=True):
     """The guest's devices, as JSON."""
 
 
+class DeviceAdd(Message, tag="device-add", frozen=True):
+    """Plug a device; ``config`` is JSON, of the shape that the guest's configuration has."""
+
+    config: Json
+
+
+class DeviceDel(Message, tag="device-del", frozen=True):
+    """Unplug the device with that id."""
+
+    id: Name
+
+
 class Reset(Message, tag="reset", frozen=True):
     """Reset the machine (enter, hold, exit)."""
 
@@ -158,6 +170,8 @@ Command = (
     | Translate
     | Explain
     | DeviceList
+    | DeviceAdd
+    | DeviceDel
     | Reset
 )
 
