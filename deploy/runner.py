@@ -28,6 +28,7 @@ from vfio_model.pci.address import PCIAddress
 
 LIST_GPA = 0x10000
 """Where guest drivers put their TCE lists."""
+_LOOK_SECONDS = 0.02
 STAGE_IOVA = regs.DEFAULT_WINDOW_SIZE - 4096
 """The default window's last page: ``dma`` steps map it to look into a device's buffer."""
 
@@ -223,16 +224,22 @@ class Runner:
         return Outcome(f"{number.name} sent to {self._system.signal(at, number)}")
 
     def _expect(self, wanted: schema.Expect) -> Outcome:
+        deadline = time.monotonic() + wanted.within
+        while True:
+            value = self._reported(wanted)
+            late = time.monotonic() >= deadline
+            if _holds(wanted, value) or late:
+                break
+            self._progress("expect", 0, 0)
+            time.sleep(_LOOK_SECONDS)
+        where = f"{wanted.role}: {wanted.key} is {value!r}"
+        return Outcome(where, "" if _holds(wanted, value) else f"{where}, expected {_bounds(wanted)}")
+
+    def _reported(self, wanted: schema.Expect) -> object:
         value: object = self._system.status(wanted.role)
         for word in wanted.key.split("."):
             value = value.get(word) if isinstance(value, dict) else None
-        where = f"{wanted.role}: {wanted.key} is {value!r}"
-        bad = (
-            (wanted.equals is not None and value != wanted.equals)
-            or (wanted.at_least is not None and not (isinstance(value, int) and value >= wanted.at_least))
-            or (wanted.at_most is not None and not (isinstance(value, int) and value <= wanted.at_most))
-        )
-        return Outcome(where, f"{where}, expected {_bounds(wanted)}" if bad else "")
+        return value
 
     def _wait(self, wait: schema.Wait) -> Outcome:
         came = self._system.wait(wait)
@@ -277,6 +284,14 @@ def _number(names: Any, name: str, what: str) -> int:
         return int(names[name])
     except KeyError:
         raise ConfigError(f"no {what} is called {name}", hint="known: " + ", ".join(names.__members__)) from None
+
+
+def _holds(wanted: schema.Expect, value: object) -> bool:
+    if wanted.equals is not None and value != wanted.equals:
+        return False
+    if wanted.at_least is not None and not (isinstance(value, int) and value >= wanted.at_least):
+        return False
+    return wanted.at_most is None or (isinstance(value, int) and value <= wanted.at_most)
 
 
 def _bounds(wanted: schema.Expect) -> str:

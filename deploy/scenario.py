@@ -194,6 +194,8 @@ class Expect(Struct, forbid_unknown_fields=True, kw_only=True):
     equals: Prop | None = None
     at_least: int | None = None
     at_most: int | None = None
+    within: Seconds = Seconds(0)
+    """Look again until it is so, for at most this long."""
 
 
 class Wait(Struct, forbid_unknown_fields=True, kw_only=True):
