@@ -76,7 +76,12 @@ def explain(guest: Link, host: Link, device: DeviceInfo, iova: int) -> Explanati
     """Ask both daemons. :raise CommandFailed: when one cannot answer."""
     stage1 = _stage(guest, device.address, iova)
     stage2 = _stage(host, device.host, iova) if device.attach == "assigned" else None
-    found = Explanation(device.id, iova, stage1, stage2)
+    return compare(Explanation(device.id, iova, stage1, stage2))
+
+
+def compare(found: Explanation) -> Explanation:
+    """Fill in what follows from both stages: which one fails where, and whether they disagree."""
+    stage1, stage2 = found.guest, found.host
     for name, stage in (("stage-1", stage1), ("stage-2", stage2)):
         if stage is not None and stage.failing is not None and found.fails == "none":
             found.fails, found.entry = name, _words(stage.failing)

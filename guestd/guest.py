@@ -37,6 +37,7 @@ from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.trace import Trace
 from vfio_model.vfio.pci import VFIOPCIDevice
+from vfio_model.vfio.region import DeviceConnection
 
 RAM_HVA: Final = Hva(0x7F00_0000_0000)
 """Where this client declares its RAM: a property of the model, not of this process."""
@@ -135,7 +136,7 @@ class Guest:
         self.host.follow(config, device)
         return device
 
-    def _plug(self, config: DeviceConfig, devfn: int, connection: VfioUserDevice) -> VFIOPCIDevice:
+    def _plug(self, config: DeviceConfig, devfn: int, connection: DeviceConnection) -> VFIOPCIDevice:
         bus = self.phb.bus
         try:
             device = VFIOPCIDevice(bus.host_for(devfn), connection, name=config.id)

@@ -19,7 +19,7 @@ import errno
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from guestd.polling import poll_until
 from protocols.notifier import messages as wire
@@ -264,12 +264,22 @@ class Publisher:
         self._forget(lambda _: True)
 
 
+class Invalidations(Protocol):
+    """Where invalidations go: a :class:`Publisher`, or a ring whose readers are in this process."""
+
+    def append(self, as_id: int, iova: int, last: int) -> None:
+        """Queue the invalidation of ``iova``..``last`` (inclusive) of ``as_id``."""
+
+    def flush(self) -> OSError | None:
+        """Return when nobody uses what is queued any more; the error when that cannot be had."""
+
+
 class SpaceFollower(MemoryListener):
     """Follows every IOMMU section of one address space for ``publisher``."""
 
     priority = 20
 
-    def __init__(self, publisher: Publisher, as_id: int) -> None:
+    def __init__(self, publisher: Invalidations, as_id: int) -> None:
         self._publisher, self._as_id = publisher, as_id
         self._notifiers: dict[tuple[int, int], IOMMUNotifier] = {}
 

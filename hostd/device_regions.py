@@ -8,9 +8,9 @@ Accesses of other sizes than a register has are split into aligned ones. Source:
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from hostd.device_surroundings import ProcessSurroundings
+from hostd.device_surroundings import Bell, ProcessSurroundings
 from protocols.transport.kernel import EventFd
 from protocols.transport.unix import close_fds
 from protocols.vfio_user import messages as wire
@@ -149,7 +149,7 @@ class DeviceRegions:
     def _trigger(self, request: wire.SetIrqs, flags: IrqSetFlags, fds: list[int]) -> None:
         around = self._around
         if flags & IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD:
-            self._set_events(request, [EventFd(fd) for fd in fds])
+            self.set_events(request.index, request.start, [EventFd(fd) for fd in fds], request.count)
         elif request.count == 0:
             around.intx.set_event(None) if request.index == _INTX else around.vectors.clear_all()
         else:
@@ -161,15 +161,18 @@ class DeviceRegions:
                     around.intx.trigger() if request.index == _INTX else around.vectors.trigger(number)
         self.device.irq_by_msi = len(around.vectors) > 0
 
-    def _set_events(self, request: wire.SetIrqs, events: list[EventFd]) -> None:
-        """Without a descriptor (a client that wants none) the vectors are switched off."""
-        if request.index == _INTX:
+    def set_events(self, index: int, start: int, events: Sequence[Bell], count: int = 0) -> None:
+        """Let the vectors from ``start`` ring ``events``, taken over; without any the ``count`` vectors are switched
+        off.
+        """
+        if index == _INTX:
             self._around.intx.set_event(events[0] if events else None)
         elif events:
-            self._around.vectors.set_events(request.start, events)
+            self._around.vectors.set_events(start, events)
         else:
-            for number in range(request.start, request.start + request.count):
+            for number in range(start, start + count):
                 self._around.vectors.clear(number)
+        self.device.irq_by_msi = len(self._around.vectors) > 0
 
 
 def _pieces(offset: int, count: int, smallest: int, largest: int, end: int) -> Iterator[tuple[int, int]]:

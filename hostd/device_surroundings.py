@@ -9,6 +9,7 @@ interrupt is visible to who reads the eventfd.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from protocols.transport.kernel import EventFd
 from protocols.transport.shm import MappedMemory
@@ -17,15 +18,25 @@ from vfio_model.memory.clock_area import read_time, write_time
 from vfio_model.trace import Trace
 
 
+class Bell(Protocol):
+    """What an interrupt rings: the client's eventfd, or a handler where the client is in this process."""
+
+    def ring(self) -> object:
+        """The interrupt is signalled."""
+
+    def close(self) -> None:
+        """It is not rung any more."""
+
+
 class IntxLine:
-    """The pin and its eventfd."""
+    """The pin and its bell."""
 
     def __init__(self) -> None:
         self.level = False
         self.masked = False
-        self._event: EventFd | None = None
+        self._event: Bell | None = None
 
-    def set_event(self, event: EventFd | None) -> None:
+    def set_event(self, event: Bell | None) -> None:
         """Signal on ``event`` (taken over) from now on; None disables."""
         if self._event is not None:
             self._event.close()
@@ -59,15 +70,15 @@ class IntxLine:
 
 
 class Vectors:
-    """The eventfds of the messages; a vector without one is lost, as a message to nowhere is."""
+    """The bells of the messages; a vector without one is lost, as a message to nowhere is."""
 
     def __init__(self) -> None:
-        self._events: dict[int, EventFd] = {}
+        self._events: dict[int, Bell] = {}
 
     def __len__(self) -> int:
         return len(self._events)
 
-    def set_events(self, start: int, events: Sequence[EventFd]) -> None:
+    def set_events(self, start: int, events: Sequence[Bell]) -> None:
         """Vectors from ``start`` on signal on ``events`` (taken over)."""
         for number, event in enumerate(events, start):
             self.clear(number)
