@@ -19,6 +19,8 @@
 #define MAY_WRITE 2u
 /* Batches beyond this many addresses release the interpreter lock. */
 #define LONG_BATCH 65536
+/* A table is larger than the nearest cache: its entries are fetched so many addresses ahead. */
+#define AHEAD 32
 
 /* A single-level table over the window that begins at `start`; `low` masks the offset in a page. */
 typedef struct {
@@ -47,7 +49,7 @@ static int take(PyObject *object, Py_buffer *view, int flags, const char *name)
     return -1;
 }
 
-/* A contiguous buffer of native u64. */
+/* A contiguous buffer of native u64, at any address: see word() and put(). */
 static int take_words(PyObject *object, Py_buffer *view, int flags, const char *name)
 {
     const char *format;
@@ -57,10 +59,23 @@ static int take_words(PyObject *object, Py_buffer *view, int flags, const char *
     format = view->format ? view->format : "B";
     if (*format == '@' || *format == '=')
         format++;
-    if (view->itemsize == 8 && (!strcmp(format, "Q") || !strcmp(format, "L")) && !((uintptr_t)view->buf & 7))
+    if (view->itemsize == 8 && (!strcmp(format, "Q") || !strcmp(format, "L")))
         return 0;
     PyBuffer_Release(view);
-    return refuse(name, "aligned unsigned words of 8 bytes are needed");
+    return refuse(name, "unsigned words of 8 bytes are needed");
+}
+
+static inline uint64_t word(const void *words, uint64_t index)
+{
+    uint64_t value;
+
+    memcpy(&value, (const char *)words + index * 8, 8);
+    return value;
+}
+
+static inline void put(void *words, uint64_t index, uint64_t value)
+{
+    memcpy((char *)words + index * 8, &value, 8);
 }
 
 static int take_u64(PyObject *object, uint64_t *value)
@@ -82,12 +97,16 @@ static int take_table(PyObject *const *args, Table *table)
     table->low = (UINT64_C(1) << shift) - 1;
     if (take_words(args[0], &table->buffer, 0, "table"))
         return -1;
+    if ((uintptr_t)table->buffer.buf & 7) {
+        PyBuffer_Release(&table->buffer);
+        return refuse("table", "its words are not aligned");
+    }
     table->entries = table->buffer.buf;
     table->count = (uint64_t)table->buffer.len / 8;
     return 0;
 }
 
-/* The entry of `iova` as it is now; 0 outside the window. */
+/* The entry of `iova` as it is now. Returns 0 outside the window. */
 static inline int load(const Table *table, uint64_t iova, uint64_t *entry)
 {
     uint64_t index = (iova - table->start) >> table->shift;
@@ -98,18 +117,26 @@ static inline int load(const Table *table, uint64_t iova, uint64_t *entry)
     return 1;
 }
 
+/* Outside the window it fetches nothing useful, and is harmless. */
+static inline void fetch(const Table *table, uint64_t iova)
+{
+    __builtin_prefetch((const void *)((uintptr_t)table->entries + ((iova - table->start) >> table->shift) * 8));
+}
+
 /* The AND of all permissions, or -1 when an address lies outside. */
-static int translate_all(const Table *table, const uint64_t *iovas, uint64_t *out, size_t count)
+static int translate_all(const Table *table, const void *iovas, void *out, size_t count)
 {
     const Table t = *table;
     uint64_t entry, perms = PERM_MASK;
 
     for (size_t i = 0; i < count; i++) {
-        uint64_t iova = iovas[i];
+        uint64_t iova = word(iovas, i);
+        if (i + AHEAD < count)
+            fetch(&t, word(iovas, i + AHEAD));
         if (!load(&t, iova, &entry))
             return -1;
         perms &= entry;
-        out[i] = (entry & ~t.low) | (iova & t.low);
+        put(out, i, (entry & ~t.low) | (iova & t.low));
     }
     return (int)perms;
 }
@@ -171,14 +198,12 @@ static PyObject *translate_each(PyObject *module, PyObject *const *args, Py_ssiz
     if (out.len != iovas.len || perms.len != iovas.len / 8) {
         refuse("out and perms", "as many words and bytes as iovas are needed");
     } else {
-        const uint64_t *from = iovas.buf;
-        uint64_t *to = out.buf;
         uint8_t *each = perms.buf;
-        for (Py_ssize_t i = 0; i < iovas.len / 8; i++) {
-            uint64_t iova = from[i], entry = 0;
+        for (size_t i = 0; i < (size_t)iovas.len / 8; i++) {
+            uint64_t iova = word(iovas.buf, i), entry = 0;
             int inside = load(&table, iova, &entry);
             each[i] = (uint8_t)(entry & PERM_MASK);
-            to[i] = inside ? (entry & ~table.low) | (iova & table.low) : 0;
+            put(out.buf, i, inside ? (entry & ~table.low) | (iova & table.low) : 0);
         }
         result = Py_BuildValue("");
     }
@@ -203,14 +228,13 @@ typedef struct {
 static uint64_t move_pieces(const Move *move, int to_ram)
 {
     const Table table = move->table;
-    const uint64_t *iovas = move->iovas.buf;
     const uint64_t size = move->size, need = to_ram ? MAY_WRITE : MAY_READ, room = (uint64_t)move->ram.len;
     uint8_t *ram = move->ram.buf, *pieces = move->pieces.buf;
     uint64_t entry;
 
     for (uint64_t i = move->first; i < move->stop; i++) {
-        uint64_t within = iovas[i] & table.low, at;
-        if (size > table.low + 1 - within || !load(&table, iovas[i], &entry) || !(entry & need))
+        uint64_t iova = word(move->iovas.buf, i), within = iova & table.low, at;
+        if (size > table.low + 1 - within || !load(&table, iova, &entry) || !(entry & need))
             return i - move->first;
         at = (entry & ~table.low) - move->base + within;
         if (at >= room || size > room - at)

@@ -1,17 +1,21 @@
-"""Many equal pieces of DMA at once: the vectorised half of the assigned path.
+"""Many equal pieces of DMA at once: the batched half of the assigned path.
 
-The addresses become table indices once, before any section: that is arithmetic on the device's own numbers and on a
-window record, which never changes. Each section then does for its pieces, at most 256 KiB of them, what a single access
-does: load state and root, load the TCEs, check, copy. A section in which anything is unusual moves nothing; from there
-on the pieces go one by one, so that the first failing piece is found exactly.
+Each section does for its pieces, at most 256 KiB of them, what a single access does: load state and root, load the
+TCEs, check, copy. With the compiled variant of :mod:`vfio_model.batch.variant` that is one call. With numpy it is
+vectors: the addresses become table indices once, before any section, which is arithmetic on the device's own numbers
+and on a window record, which never changes; a section in which anything is unusual moves nothing.
+
+A piece at which a batch stops goes by itself, so that faults are found exactly and another window or segment is learnt.
 """
 
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from vfio_model.batch import variant
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import PE_BUS_MASTER, PE_STATE, TCE_PERM
 from vfio_model.memory.lane import SECTION_BYTES, Lane
@@ -22,7 +26,8 @@ Many = Callable[[Iovas, int, Any], MemTxResult]
 
 _U64_MASK = (1 << 64) - 1
 _LEAST = 16
-"""Fewer pieces are faster one by one."""
+"""Fewer pieces are faster one by one than with numpy."""
+_LEAST_COMPILED = 3
 
 
 class NearView(Protocol):
@@ -56,37 +61,42 @@ def make_many(
     lane: Lane,
 ) -> tuple[Callable[[Iovas, int, WriteBuffer], MemTxResult], Callable[[Iovas, int, ReadBuffer], MemTxResult]]:
     """``read_many`` and ``write_many`` over the single forms; without ``near`` all pieces go one by one."""
-    batch = None if near is None else _Batch(near, pe, domain, lane)
+    batch = None if near is None else _batch(near, pe, domain, lane)
 
     def read_many(iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
-        view = _pieces(iovas, size, out)
-        done = _warm(lambda: read(int(iovas[0]), view[:size])) if batch and len(iovas) >= _LEAST else 0
-        if batch and done:
-            done += batch.run(iovas, size, view, False)
-        for index in range(done, len(iovas)):
-            result = read(int(iovas[index]), view[index * size : (index + 1) * size])
+        view, total, done = _pieces(iovas, size, out), len(iovas), 0
+        places = batch.places(iovas) if batch else None
+        while done < total:
+            at = done * size
+            result = read(int(iovas[done]), view[at : at + size])
+            done += 1
             if result:
-                view[(index + 1) * size :] = bytes(len(view) - (index + 1) * size)
+                view[at + size :] = bytes(len(view) - at - size)
                 return result
+            if batch and places is not None:
+                done += batch.run(places, size, view, done, False)
         return MemTxResult.OK
 
     def write_many(iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
-        view = _pieces(iovas, size, data)
-        done = _warm(lambda: write(int(iovas[0]), view[:size])) if batch and len(iovas) >= _LEAST else 0
-        if batch and done:
-            done += batch.run(iovas, size, view, True)
-        for index in range(done, len(iovas)):
-            result = write(int(iovas[index]), view[index * size : (index + 1) * size])
+        view, total, done = _pieces(iovas, size, data), len(iovas), 0
+        places = batch.places(iovas) if batch else None
+        while done < total:
+            result = write(int(iovas[done]), view[done * size : (done + 1) * size])
+            done += 1
             if result:
                 return result
+            if batch and places is not None:
+                done += batch.run(places, size, view, done, True)
         return MemTxResult.OK
 
     return read_many, write_many
 
 
-def _warm(first: Callable[[], MemTxResult]) -> int:
-    """The first piece goes alone, so that window and segment are known; 1 when it went well."""
-    return 0 if first() else 1
+def _batch(near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane) -> _Batch | None:
+    if variant.chosen == "reference":
+        return None
+    kernel = variant.kernel()
+    return _CompiledBatch(kernel, near, pe, domain, lane) if kernel else _Batch(near, pe, domain, lane)
 
 
 def _pieces(iovas: Iovas, size: int, buffer: ReadBuffer) -> memoryview:
@@ -97,19 +107,32 @@ def _pieces(iovas: Iovas, size: int, buffer: ReadBuffer) -> memoryview:
 
 
 class _Batch:
-    """Array views of the shared areas, made once; RAM once for each piece size."""
+    """By numpy. Array views of the shared areas, made once; RAM once for each piece size."""
 
     def __init__(self, near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane) -> None:
         self.near, self.pe, self.domain, self.lane = near, pe, domain, lane
         self._tces: tuple[memoryview | None, Any] = (None, None)
         self._rows: tuple[memoryview | None, int, Any] = (None, 0, None)
 
-    def run(self, iovas: Iovas, size: int, view: memoryview, to_ram: bool) -> int:
-        """Move the pieces after the first; returns how many went before anything unusual came."""
-        np, near = _numpy(), self.near()
-        if near.record == -1 or size > near.low + 1 or size & (size - 1) or near.base & near.low:
+    def places(self, iovas: Iovas) -> Any:
+        """``iovas`` as :meth:`run` wants them; None when they go one by one."""
+        return iovas if len(iovas) >= _LEAST else None
+
+    def run(self, iovas: Any, size: int, view: memoryview, first: int, to_ram: bool) -> int:
+        """Move the pieces from ``first`` on; returns how many went before anything unusual came.
+
+        Only the first run of a call is tried: to set another one up costs more than a few pieces.
+        """
+        near = self.near()
+        if first != 1 or near.record == -1 or size > min(near.low + 1, SECTION_BYTES):
             return 0
-        addresses = np.asarray(iovas, dtype="u8")[1:]
+        if size & (size - 1) or near.base & near.low:
+            return 0
+        np = _numpy()
+        try:
+            addresses = np.asarray(iovas, dtype="u8")[1:]
+        except OverflowError:  # no bus address; found when its turn comes
+            return 0
         within = addresses & near.low
         where = addresses >> near.shift ^ near.first
         if where.max() >= len(near.tces) or (within & size - 1).any():
@@ -173,3 +196,51 @@ class _Batch:
             relative = near.place.to_offset_many(tces & (_U64_MASK ^ near.low))
             at = (relative if within is None else relative + within) >> (size.bit_length() - 1)
         return None if at.max() >= rows else at.view("i8")
+
+
+class _CompiledBatch(_Batch):
+    """By the compiled library, where the segment's memory is one run."""
+
+    def __init__(
+        self, kernel: Any, near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane
+    ) -> None:
+        super().__init__(near, pe, domain, lane)
+        self._gather, self._scatter = kernel.gather, kernel.scatter
+
+    def places(self, iovas: Iovas) -> Any:
+        """``iovas`` as contiguous u64 words; None when they go one by one."""
+        if len(iovas) < _LEAST_COMPILED:
+            return None
+        try:
+            words = memoryview(iovas)  # type: ignore[arg-type]  # whatever has a buffer
+            if words.format in ("Q", "L") and words.itemsize == 8 and words.c_contiguous:
+                return words
+        except TypeError:  # a list
+            pass
+        try:
+            return array("Q", iovas)
+        except OverflowError:  # no bus address; found when its turn comes
+            return None
+
+    def run(self, iovas: Any, size: int, view: memoryview, first: int, to_ram: bool) -> int:
+        """Move the pieces from ``first`` on; returns how many went before anything unusual came."""
+        near, lane, slot = self.near(), self.lane.words, self.lane.slot
+        if not near.fast:
+            return super().run(iovas, size, view, first, to_ram)
+        if size > SECTION_BYTES:
+            return 0
+        move, pe = self._scatter if to_ram else self._gather, self.pe
+        window = (near.tces, near.first << near.shift, near.shift, near.base, near.ram)
+        root_word, record, per, total, done = near.root_word, near.record, SECTION_BYTES // size, len(iovas), first
+        while done < total:
+            end, moved = min(total, done + per), 0
+            lane[slot] += 1
+            try:
+                if pe[root_word] == record and not pe[PE_STATE] and pe[PE_BUS_MASTER]:
+                    moved = move(*window, iovas, size, view, done, end)
+            finally:
+                lane[slot] += 1
+            done += moved
+            if done < end:
+                break
+        return done - first
