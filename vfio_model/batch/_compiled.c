@@ -97,7 +97,7 @@ static int take_table(PyObject *const *args, Table *table)
     table->low = (UINT64_C(1) << shift) - 1;
     if (take_words(args[0], &table->buffer, 0, "table"))
         return -1;
-    if ((uintptr_t)table->buffer.buf & 7) {
+    if (table->buffer.len && (uintptr_t)table->buffer.buf & 7) {
         PyBuffer_Release(&table->buffer);
         return refuse("table", "its words are not aligned");
     }
