@@ -136,6 +136,7 @@ def _puts(bench: Bench) -> Iterator[Row]:
 def _indirect(bench: Bench) -> Iterator[Row]:
     page_list = b"".join(struct.pack(">Q", (0x400_0000 + i * PAGE * 3) | 3) for i in range(512))
     bench.cpu.write_memory(LIST_GPA, page_list)
+    bench.cpu.flush()
     call = control.Hcall(regs.HCall.H_PUT_TCE_INDIRECT, [LIOBN, 0x100_0000, LIST_GPA, 512])
     clear = control.Hcall(regs.HCall.H_STUFF_TCE, [LIOBN, 0x100_0000, 0, 512])
     lists, puts = [], []
@@ -160,6 +161,7 @@ def _revokes(bench: Bench) -> Iterator[Row]:
     yield _row("unmap with revoke, device idle", [s for batch in times for s in batch[1::2]], bare, aim=2.0)
     command = burst.COMMAND_WRITE | burst.COMMAND_BACKGROUND | burst.COMMAND_FOREVER
     bench.device.start(0, 4096, 1 << 20, command=command)
+    bench.cpu.flush()  # stores are posted, and what follows goes past this CPU
     times, bare = _interleaved(bench, [pairs] * 8)
     done = bench.device.stop()
     if done.failed or not done.completed:
