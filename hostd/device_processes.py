@@ -150,7 +150,7 @@ class DeviceProcesses:
                 self._message(process, received[0])
         except PeerLost:
             self._loop.unregister(process.channel)
-            self.kill(process.key)
+            self._end_soon(process)
         except RemoteProtocolError as error:
             self._loop.unregister(process.channel)
             self._failed(process, str(error))
@@ -208,8 +208,12 @@ class DeviceProcesses:
         if process is None:
             return
         self.send(key, port.Quit(), ())
+        self._end_soon(process)
+
+    def _end_soon(self, process: DeviceProcess) -> None:
+        """It is about to end by itself; if it does not, it is killed."""
         self._cancel_timer(process)
-        process.timer = self._loop.call_later(int(QUIT_SECONDS * self._scale * 1e9), lambda: self.kill(key))
+        process.timer = self._loop.call_later(int(QUIT_SECONDS * self._scale * 1e9), lambda: self.kill(process.key))
 
     def kill(self, key: int) -> None:
         """Kill the process."""

@@ -24,6 +24,7 @@ import multiprocess
 
 from hostd.assigned_device import AssignedDevice, Gate
 from hostd.device_surroundings import ProcessSurroundings
+from hostd.spawn import SpawnProcess
 from protocols.transport.eventfile import EventFile
 from protocols.transport.kernel import Pidfd, die_with_parent
 from protocols.transport.unix import SeqpacketConnection
@@ -49,7 +50,7 @@ class SpawnedDevice:
     """A device server that was started. ``control`` is our end of its control socket."""
 
     control: socket.socket
-    process: multiprocess.process.BaseProcess
+    process: SpawnProcess
     pidfd: Pidfd
 
     def close(self) -> None:
@@ -86,11 +87,10 @@ def spawn_device(model: Model, options: SpawnOptions = SpawnOptions()) -> Spawne
 
 def _spawn(
     main: Callable[..., None], theirs: socket.socket, model: Model, options: SpawnOptions
-) -> tuple[multiprocess.process.BaseProcess, Pidfd]:
+) -> tuple[SpawnProcess, Pidfd]:
     """A started child that has ``theirs``, which is closed here, and the gate's eventfds."""
-    context = multiprocess.get_context("spawn")
     gate = None if options.gate is None else tuple(_Inherited(fd) for fd in options.gate)
-    process = context.Process(
+    process = SpawnProcess(
         target=main,
         args=(os.getpid(), theirs, model, options.name, options.directory, gate),
         name=f"device-{options.name or model}",

@@ -1,7 +1,7 @@
 """A minimal client of hostd: sockets and messages, none of guestd's code.
 
-:class:`RawPort` has the shape of ``vfio_model.vfio.ioctl.VfioPort`` where that is enough for the typed functions over it;
-:class:`RawDevice` speaks vfio-user on a stream that hostd handed out. Both block, with a deadline.
+:class:`RawPort` has the shape of ``vfio_model.vfio.ioctl.VfioPort`` where that is enough for the typed functions
+over it; :class:`RawDevice` speaks vfio-user on a stream that hostd handed out. Both block, with a deadline.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from protocols.transport.zmq import DealerClient
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Capabilities, Command, Extensions, Role
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from vfio_model.memory import clock_area
 from vfio_model.uapi.vfio import IommuType, PciIrq, PciRegion
 from vfio_model.vfio.ioctl import SpaprContainer, VfioGroup
 
@@ -182,7 +183,9 @@ class RawDevice:
         stream = StreamConnection(socket.socket(fileno=fds[0]), message.name)
         self.pidfd = Pidfd(fds[1], message.pid)
         self.pid = message.pid
-        self._init(VfioUserEndpoint(stream, Role.CLIENT, Capabilities(max_msg_fds=16, extensions=Extensions(clock=True))))
+        self._init(
+            VfioUserEndpoint(stream, Role.CLIENT, Capabilities(max_msg_fds=16, extensions=Extensions(clock=True)))
+        )
 
     def _init(self, endpoint: VfioUserEndpoint) -> None:
         self.endpoint = endpoint
@@ -245,11 +248,48 @@ class RawDevice:
         self.call(Command.DEVICE_SET_IRQS, request, wire.Empty, (event.fd,))
         return event
 
+    def unmask(self) -> None:
+        """The pin may signal again."""
+        request = wire.SetIrqs(20, 0x11, int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX), 0, 1)
+        self.call(Command.DEVICE_SET_IRQS, request, wire.Empty)
+
     def close(self) -> None:
         """EOF of the device file."""
         if not self.endpoint.stream.closed:
             self.endpoint.close()
         self.pidfd.close()
+
+
+class Clock:
+    """The guest's clock, as guestd shares it with a device."""
+
+    def __init__(self, device: RawDevice) -> None:
+        self._clock, self._ticks = (
+            create_memory("clock", clock_area.AREA_SIZE),
+            create_memory("ticks", clock_area.AREA_SIZE),
+        )
+        clock_area.init_clock(self._clock.words, 0)
+        clock_area.init_ticks(self._ticks.words, 0)
+        self._step, self._done = EventFd(), EventFd()
+        fds = (self._clock.fd, self._ticks.fd, self._step.fd, self._done.fd)
+        device.call(Command.X_CLOCK, wire.ClockSetup(0), wire.Empty, fds)
+        self._done.drain()
+
+    def step(self, ns: int) -> None:
+        """Advance, and wait until the device has taken it."""
+        now = clock_area.read_time(self._clock.words) + ns
+        clock_area.write_time(self._clock.words, now)
+        self._step.ring()
+        while clock_area.read_time(self._ticks.words) < now:
+            wait_readable(self._done)
+            self._done.drain()
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for owner in (self._clock, self._ticks, self._step, self._done):
+            owner.close()
 
 
 def control_call(directory: Path, role: str, command: control.Command) -> control.Answer | control.BatchDone:

@@ -1,0 +1,163 @@
+"""Each process is killed at random points of running traffic: what dies, what goes on, what comes back, what is left."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.processes.disturbance import ROUNDS, seeds, strike, told
+from tests.processes.rig import CARD, NIC, Live, Target, target, until
+from tests.processes.traffic import Traffic
+
+
+def kill(victim: Target) -> None:
+    """SIGKILL."""
+    victim.signal(signal.SIGKILL)
+
+
+def lost(live: Live, name: str, *words: str) -> None:
+    """The guest has lost the device, and says which and why."""
+    device = until(f"{name} is lost to the guest", lambda: (found := live.device(name))["state"] == "lost" and found)
+    assert any(word in device["reason"] for word in words), f"what happened to {name} is not named: {device['reason']!r}"
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_an_assigned_device_dies_alone_and_comes_back_under_the_same_mappings(number: int) -> None:
+    with Live() as live:
+        census = live.census()
+        for seed in seeds(1000, number):
+            with told(seed):
+                traffic = Traffic(live, seed, background=seed % 2 == 0)
+                with target(live.pid(NIC)) as victim:
+                    strike(traffic, seed, lambda: kill(victim))  # noqa: B023
+                    victim.gone()
+                lost(live, NIC, "0000:01:00.0 is gone (while its process died)", "0000:01:00.0 is gone (while receiving)")
+                traffic.works[NIC] = False
+                traffic.adopt()
+                traffic.run(10)
+                traffic.progress()
+                until("the host has buried it", lambda: not live.status("hostd")["devices"])
+                assert live.locked_vm() == census["locked_vm"]
+                live.unplug(NIC)
+                live.plug(NIC)
+                traffic.works[NIC] = True
+                if traffic.background:
+                    traffic.hammer()
+                traffic.everywhere()
+                traffic.run(10)
+                traffic.progress()
+                traffic.finish()
+                live.settles(census)
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_a_remote_device_dies_alone_and_comes_back(number: int) -> None:
+    with Live() as live:
+        census = live.census()
+        for seed in seeds(2000, number):
+            with told(seed):
+                traffic = Traffic(live, seed, background=seed % 2 == 0)
+                with target(live.pid(CARD)) as victim:
+                    strike(traffic, seed, lambda: kill(victim))  # noqa: B023
+                    victim.gone()
+                lost(live, CARD, "card is gone (while its process died)", "card is gone (while receiving)")
+                traffic.works[CARD] = False
+                traffic.adopt()
+                traffic.run(10)
+                traffic.progress()
+                live.revive(CARD)
+                live.unplug(CARD)
+                live.plug(CARD)
+                traffic.works[CARD] = True
+                traffic.run(10)
+                traffic.progress()
+                traffic.finish()
+                live.settles(census)
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_the_notifier_dies_and_those_with_a_ring_go_on(number: int) -> None:
+    with Live() as live:
+        census = live.census()
+        for seed in seeds(3000, number):
+            with told(seed):
+                traffic = Traffic(live, seed, background=seed % 2 == 0)
+                with target(live.pid("notifier")) as victim:
+                    strike(traffic, seed, lambda: kill(victim))  # noqa: B023
+                    victim.gone()
+                traffic.adopt()
+                traffic.run(30)
+                traffic.progress()
+                assert live.device(CARD)["state"] == "running"
+                until("guestd has noticed", lambda: not live.status("guestd")["notifier"]["connected"])
+                live.revive("notifier")
+                until("guestd has a notifier again", lambda: live.status("guestd")["notifier"]["connected"])
+                traffic.run(10)
+                live.unplug(CARD)
+                live.plug(CARD)
+                traffic.run(20)
+                traffic.progress()
+                traffic.finish()
+                live.settles(census)
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_the_host_dies_with_its_devices_and_its_mappings_are_rebuilt(number: int) -> None:
+    with Live() as live:
+        census = live.census()
+        for seed in seeds(4000, number):
+            with told(seed):
+                traffic = Traffic(live, seed, background=seed % 2 == 0)
+                with target(live.pid("hostd")) as victim, target(live.pid(NIC)) as device:
+                    strike(traffic, seed, lambda: kill(victim))  # noqa: B023
+                    victim.gone()
+                    device.gone()
+                lost(live, NIC, "hostd is gone", "0000:01:00.0 is gone")
+                traffic.works[NIC] = False
+                traffic.adopt()
+                traffic.run(10)
+                traffic.progress()
+                assert until("the guest knows", lambda: live.status("guestd")["host"]["lost"])
+                live.revive("hostd")
+                until("the device is back", lambda: live.device(NIC)["state"] == "running")
+                traffic.works[NIC] = True
+                if traffic.background:
+                    traffic.hammer()
+                traffic.everywhere()
+                assert live.locked_vm() == census["locked_vm"]
+                traffic.run(10)
+                traffic.progress()
+                traffic.finish()
+                live.settles(census)
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_a_guest_dies_and_the_host_takes_back_what_it_had(number: int) -> None:
+    with Live() as live:
+        census, without_guest = live.census(), {}
+        for seed in seeds(5000, number):
+            with told(seed):
+                traffic = Traffic(live, seed, background=seed % 2 == 0)
+                with target(live.pid("guestd")) as victim, target(live.pid(NIC)) as device:
+                    strike(traffic, seed, lambda: kill(victim))  # noqa: B023
+                    victim.gone()
+                    device.gone()
+                until("the host has released everything", lambda: not live.status("hostd")["mms"])
+                status = live.status("hostd")
+                assert (status["locked_vm"], status["files"], status["devices"]) == (live.before_guest, [], [])
+                until("the notifier has forgotten it", lambda: not any(live.status("notifier").values()))
+                until("the card has let go", lambda: live.fds(CARD) < census["fds"][CARD])
+                without_guest = without_guest or live.census()
+                live.settles(without_guest)
+                abandoned = {at: traffic.ram.read(at, 1 << 20) for at in range(0, len(traffic.ram.map), 1 << 20)}
+                live.revive("guestd")
+                new = Traffic(live, seed, background=seed % 2 == 0)
+                new.everywhere()
+                new.run(20)
+                new.progress()
+                new.finish()
+                for at, before in abandoned.items():
+                    assert traffic.ram.read(at, 1 << 20) == before, "somebody writes to the memory of a guest that is dead"
+                traffic.close()
+                live.settles(census)
