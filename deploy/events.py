@@ -35,6 +35,9 @@ class Record(msgspec.Struct):
         return value if isinstance(value, int) else None
 
 
+_DECODER = msgspec.json.Decoder(Record)
+
+
 class Log(msgspec.Struct):
     """Merged records; ``torn`` lines could not be read."""
 
@@ -54,16 +57,30 @@ def read(directory: Path) -> Log:
     """Every log in ``directory``, merged."""
     records: list[Record] = []
     torn = 0
-    decoder = msgspec.json.Decoder(Record)
     for path in sorted(directory.glob("*" + SUFFIX)):
-        for line in path.read_bytes().splitlines():
-            try:
-                record = decoder.decode(line)
-            except msgspec.MsgspecError:
-                torn += 1
-                continue
-            record.role = path.name.removesuffix(SUFFIX)
-            records.append(record)
+        some, bad = parse(path.read_bytes(), path.name.removesuffix(SUFFIX))
+        records += some
+        torn += bad
+    return merge(records, torn)
+
+
+def parse(data: bytes, role: str) -> tuple[list[Record], int]:
+    """The records in the log of ``role``, and how many lines could not be read."""
+    records: list[Record] = []
+    torn = 0
+    for line in data.splitlines():
+        try:
+            record = _DECODER.decode(line)
+        except msgspec.MsgspecError:
+            torn += 1
+            continue
+        record.role = role
+        records.append(record)
+    return records, torn
+
+
+def merge(records: Iterable[Record], torn: int = 0) -> Log:
+    """The records of all logs, in order."""
     return Log(sorted(records, key=lambda record: (record.ns, record.pid, record.seq)), torn)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from deploy import assemble, events, live, report
 from deploy.events import Log
+from deploy.inline.system import InlineSystem, StartRefused, check
 from deploy.launcher import Launcher, NotReady, ProcessEnded
 from deploy.link import Link
 from deploy.live import LiveSystem
@@ -19,9 +22,20 @@ from deploy.ps import children
 from deploy.report import ProcessPart, Verdict
 from deploy.runner import Runner
 from deploy.scenario import Scenario
+from deploy.system import System
 from vfio_model.errors import ConfigError, DeadlineExceeded, VfioModelError
 
 Progress = Callable[[str, int, int], None]
+
+
+class StartedSystem(System, Protocol):
+    """A system that is brought up by firmware and closed at the end."""
+
+    def bring_up(self) -> None:
+        """What firmware does."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass
@@ -51,11 +65,15 @@ class _Run:
             raise DeadlineExceeded(f"scenario {self.scenario.name}", "its steps", self.scenario.timeout)
 
     def start(self, launcher: Launcher) -> bool:
-        """Start every process; whether the steps can begin. A refusal that the scenario expects is a success."""
+        """Start every process; whether the steps can begin."""
+        return self.started(lambda: launcher.start(assemble.daemons(self.scenario, launcher.directory)))
+
+    def started(self, start: Callable[[], None]) -> bool:
+        """``start()``; whether the steps can begin. A refusal that the scenario expects is a success."""
         wanted = self.scenario.start_fails
         try:
-            launcher.start(assemble.daemons(self.scenario, launcher.directory))
-        except (ProcessEnded, NotReady) as error:
+            start()
+        except (ProcessEnded, NotReady, StartRefused) as error:
             self.reason = str(error)
             if wanted is not None and error.role == wanted.role and wanted.message in str(error):
                 self.reason = ""
@@ -67,9 +85,8 @@ class _Run:
             return False
         return True
 
-    def steps(self, launcher: Launcher) -> None:
-        """Run the steps; sets :attr:`reason` when one fails."""
-        system = LiveSystem(self.scenario, launcher, self.check_time)
+    def steps(self, system: StartedSystem) -> None:
+        """Run the steps, then close ``system``; sets :attr:`reason` when one fails."""
         try:
             self.runner = Runner(self.scenario, system, self.beside, self.checked_progress)
             system.bring_up()
@@ -81,14 +98,16 @@ class _Run:
         finally:
             system.close()
 
-    def verdict(self, log: Log, launcher: Launcher) -> Verdict:
-        """The outcome, once every process has ended."""
+    def count_events(self, log: Log) -> None:
+        """Note in each process's part how many events it has written."""
         counts: dict[str, int] = {}
         for record in log.records:
             counts[record.role] = counts.get(record.role, 0) + 1
         for part in self.parts:
             part.events = counts.get(part.role.replace("hostd/", "device-"), 0)
-            part.restarts = launcher.restarts.get(part.role, 0)
+
+    def verdict(self, log: Log) -> Verdict:
+        """The outcome, once every process has ended."""
         verdict = Verdict(
             name=self.scenario.name,
             description=self.scenario.description,
@@ -97,7 +116,6 @@ class _Run:
             seconds=round(self._seconds(), 3),
             start_seconds=round(self.start_seconds, 3),
             processes=self.parts,
-            leftovers=launcher.leftovers,
             torn_log_lines=log.torn,
         )
         if self.runner is not None:
@@ -123,30 +141,60 @@ def run(
 
     :raise ConfigError: when the scenario asks for what does not exist.
     """
-    if inline:
-        raise ConfigError("--inline is not available in this version", hint="run it without --inline")
     state = _Run(scenario, beside, progress)
+    if inline:
+        return _run_inline(state, folder, keep=keep)
     restart = scenario.restart == "on-failure"
     with Launcher(scenario.name, live.connect, restart=restart) as launcher:
         progress("start", 0, 0)
         if state.start(launcher):
-            state.steps(launcher)
+            state.steps(LiveSystem(scenario, launcher, state.check_time))
         if keep:
             _wait_for_operator(launcher, progress)
         state.parts = _measure(launcher)
         ends = launcher.end()
         for part in state.parts:
             part.ended = ends.get(part.role, part.ended)
+            part.restarts = launcher.restarts.get(part.role, 0)
         log = events.read(launcher.directory)
-        verdict = state.verdict(log, launcher)
+        state.count_events(log)
+        verdict = state.verdict(log)
+        verdict.leftovers = launcher.leftovers
         if folder is not None:
-            _write_report(folder, verdict, log, launcher.directory)
+            _write_report(folder, verdict, log, sorted(launcher.directory.glob("*.log")))
     return verdict
 
 
-def _write_report(folder: Path, verdict: Verdict, log: Log, directory: Path) -> None:
+def _run_inline(state: _Run, folder: Path | None, *, keep: bool) -> Verdict:
+    """All roles in this process, which is the one that the verdict lists."""
+    check(state.scenario)
+    if keep:
+        raise ConfigError("--keep and --inline exclude each other: nothing would be left running to look at")
+    state.progress("start", 0, 0)
+    system: InlineSystem | None = None
+
+    def start() -> None:
+        nonlocal system
+        system = InlineSystem(state.scenario, state.check_time)
+
+    log = Log([])
+    if state.started(start) and system is not None:
+        state.steps(system)
+    if system is not None:
+        system.close()
+        log = system.log()
+    part = ProcessPart("inline", os.getpid(), events=len(log.records), ended="")
+    _fill(part, psutil.Process())
+    state.parts = [part]
+    verdict = state.verdict(log)
+    if folder is not None:
+        _write_report(folder, verdict, log, [])
+    return verdict
+
+
+def _write_report(folder: Path, verdict: Verdict, log: Log, logs: list[Path]) -> None:
     try:
-        report.write(folder, verdict, log, sorted(directory.glob("*.log")))
+        report.write(folder, verdict, log, logs)
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error.strerror}", where=str(folder)) from error
 
