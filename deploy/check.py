@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.trace_file import Unreadable, trace_lines
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.cpu import DirectCpu
 from vfio_model.guest_drivers.trace_compare import ReplayReport
@@ -31,10 +30,7 @@ from vfio_model.ranges import Hva, align_up
 DEFAULT_RAM = 1 << 30
 RAM_STEP = 1 << 28
 RAM_LIMIT = 1 << 42
-MAX_LINE = 1 << 16
 MAX_VIO_DEVICES = 256
-_CHUNK = 1 << 16
-_GZIP_MAGIC = b"\x1f\x8b"
 _HVA = Hva(0x7F00_0000_0000)
 
 
@@ -58,7 +54,9 @@ class CheckReport:
     read_lines: int = 0
     """Lines that could be read."""
     events: int = 0
-    """Lines replayed and compared."""
+    """Well-formed event lines, of whatever event."""
+    replayed: int = 0
+    """Those of them that were replayed and compared."""
     passed_over: int = 0
     """Lines of other events, or of windows that are not in the log."""
     translations_checked: int = 0
@@ -91,10 +89,6 @@ class CheckReport:
         return {**asdict(self), "exit_code": self.exit_code}
 
 
-class _Unreadable(Exception):
-    """Reading stopped here; the text says why, for a person."""
-
-
 def check_trace(path: str | os.PathLike[str], options: CheckOptions | None = None) -> CheckReport:
     """Check the recording at ``path``. Never raises for what is in the file, or for a file that is not there."""
     chosen = options or CheckOptions()
@@ -108,36 +102,23 @@ def check_trace(path: str | os.PathLike[str], options: CheckOptions | None = Non
     return report
 
 
-def recorded_events(path: Path) -> list[TraceEvent]:
-    """The sPAPR IOMMU events of a good recording, in order.
-
-    :raise ConfigError: when the file cannot be read whole.
-    """
-    report = CheckReport(str(path))
-    events = [event for _, event in _read_events(path, report)]
-    if report.errors:
-        raise ConfigError(report.errors[0])
-    return events
-
-
-# -- reading -----------------------------------------------------------------------------------------------------
-
-
 def _read_events(path: Path, report: CheckReport) -> list[tuple[int, TraceEvent]]:
     events: list[tuple[int, TraceEvent]] = []
     try:
-        for number, text in enumerate(_lines(path), 1):
+        for number, text in enumerate(trace_lines(path), 1):
             report.read_lines = number
             parsed = parse_line(text)
-            if isinstance(parsed, PassedOver):
-                report.passed_over += 1
-            elif isinstance(parsed, Malformed):
+            if isinstance(parsed, Malformed):
                 report.malformed.append({"line": number, "reason": parsed.reason})
             elif parsed is not None:
+                report.events += 1
+            if isinstance(parsed, PassedOver):
+                report.passed_over += 1
+            elif isinstance(parsed, TraceEvent):
                 events.append((number, parsed))
     except OSError as error:
         report.errors.append(f"{report.path}: {error.strerror or error}")
-    except _Unreadable as error:
+    except Unreadable as error:
         report.errors.append(f"{report.path}: {error} (after line {report.read_lines})")
     if report.malformed:
         first = report.malformed[0]
@@ -145,65 +126,6 @@ def _read_events(path: Path, report: CheckReport) -> list[tuple[int, TraceEvent]
             f"{report.path}: {len(report.malformed)} malformed lines, first line {first['line']}: {first['reason']}"
         )
     return events
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The complete lines of the file.
-
-    :raise _Unreadable: where the text ends before the file does.
-    """
-    rest = b""
-    for data in _bytes(path):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield _text(line)
-        if len(rest) > MAX_LINE:
-            raise _Unreadable("no line end in sight: this is not a text file")
-    if rest:
-        yield _text(rest)
-
-
-def _text(line: bytes) -> str:
-    if b"\0" in line:
-        raise _Unreadable("this is not a text file")
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        raise _Unreadable("this is not a text file") from None
-
-
-def _bytes(path: Path) -> Iterator[bytes]:
-    """The contents, unpacked if gzip.
-
-    :raise _Unreadable: when the compressed data is damaged; what came before was yielded.
-    """
-    with path.open("rb") as file:
-        head = file.read(_CHUNK)
-        if not head:
-            raise _Unreadable("the file is empty")
-        if not head.startswith(_GZIP_MAGIC):
-            yield head
-            while data := file.read(_CHUNK):
-                yield data
-            return
-        unpack = zlib.decompressobj(wbits=31)
-        while head:
-            try:
-                data = unpack.decompress(head)
-            except zlib.error as error:
-                raise _Unreadable(f"the gzip data is damaged: {error}") from None
-            if data:
-                yield data
-            if unpack.eof and (unpack.unused_data or file.peek(1)):
-                head, unpack = unpack.unused_data, zlib.decompressobj(wbits=31)
-                head = head or file.read(_CHUNK)
-            else:
-                head = file.read(_CHUNK)
-        if not unpack.eof:
-            raise _Unreadable("the gzip data is cut off")
-
-
-# -- replaying ---------------------------------------------------------------------------------------------------
 
 
 def _replay(events: list[tuple[int, TraceEvent]], options: CheckOptions, report: CheckReport) -> None:
@@ -261,7 +183,7 @@ def _provide(machine: PseriesMachine, liobn: int) -> bool:
 
 
 def _take_over(replayed: ReplayReport, report: CheckReport) -> None:
-    report.events = replayed.events
+    report.replayed = replayed.events
     report.passed_over += replayed.passed_over
     report.translations_checked = replayed.translations_checked
     report.inferred, report.unchecked = replayed.inferred, replayed.unchecked

@@ -8,9 +8,7 @@ no store. A device's buffer is looked into through any page that is still mapped
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -21,7 +19,7 @@ from deploy.quantity import show_size
 from deploy.report import Totals
 from deploy.scenario import At, Machine, Probe, Replay
 from deploy.system import System
-from vfio_model.errors import ConfigError
+from deploy.trace_file import recorded_events
 from vfio_model.guest_drivers import trace_events as traced
 from vfio_model.guest_drivers.trace_compare import ReplayReport
 from vfio_model.guest_drivers.trace_replay import Replayer
@@ -145,15 +143,11 @@ class ReplayStep:
 
         :raise ConfigError: when the recording cannot be read.
         """
-        lines = list(read_lines(self._path))
-        for number, text in enumerate(lines, 1):
-            event = traced.parse_line(text)
-            if isinstance(event, traced.Malformed):
-                raise ConfigError(event.reason, where=f"{self._path}:{number}")
-            if isinstance(event, traced.TraceEvent):
-                self._replayer.feed(number, event)
-            if number % _PROGRESS_EVERY == 0 or number == len(lines):
-                self._progress("replay", number, len(lines))
+        events = recorded_events(self._path)
+        for done, (line, event) in enumerate(events, 1):
+            self._replayer.feed(line, event)
+            if done % _PROGRESS_EVERY == 0 or done == len(events):
+                self._progress("replay", done, len(events))
         self.report = self._replayer.finish()
         return self._wrong()
 
@@ -285,16 +279,3 @@ def _within(page: Page, number: int) -> tuple[int, int]:
     """A 64-byte-aligned place in ``page``, a different one for each ``number``: its bus and its physical address."""
     offset = number * _PROBE_STRIDE % (page.size - 64) & ~63
     return page.iova + offset, page.gpa + offset
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a log, gzipped or not.
-
-    :raise ConfigError: when it cannot be read to its end.
-    """
-    try:
-        opener = gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            yield from file
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error

@@ -17,12 +17,12 @@ from pathlib import Path
 from deploy import assemble, live, shipped
 from deploy.bench.echo import RoundTrips, echo
 from deploy.bench.measure import Row, percentile
-from deploy.check import recorded_events
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
 from deploy.scenario import Device, Machine, Scenario
+from deploy.trace_file import recorded_events
 from protocols.control import messages as control
 from vfio_model.devices.dma_burst import regs as burst
 from vfio_model.errors import VfioModelError
@@ -172,7 +172,7 @@ def _revokes(bench: Bench) -> Iterator[Row]:
 def _recorded_boot(bench: Bench) -> Iterator[Row]:
     calls: list[control.Command] = []
     cleared = 0
-    for event in recorded_events(shipped.recording(RECORDING, Path())):
+    for _, event in recorded_events(shipped.recording(RECORDING, Path())):
         if isinstance(event, StuffTce):
             start = event.ioba_after - event.npages * PAGE  # the log names the address behind the last entry
             calls.append(control.Hcall(regs.HCall.H_STUFF_TCE, [event.liobn, start, event.value, event.npages]))

@@ -95,8 +95,8 @@ def _print(report: CheckReport) -> None:
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo(
-        f"{report.read_lines} lines: {report.events} events replayed, {report.passed_over} passed over, "
-        f"{len(report.malformed)} not understood"
+        f"{report.read_lines} lines: {report.events} events, {report.replayed} of them replayed, "
+        f"{report.passed_over} passed over; {len(report.malformed)} lines not understood"
     )
     click.echo(
         f"{report.translations_checked} translations checked ({report.inferred} inferred), "
