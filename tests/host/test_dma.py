@@ -238,3 +238,20 @@ def test_map_is_a_bounce_buffer(rig: Rig) -> None:
     dma.unmap(mapping, 8)
     assert rig.ram[100:116] == b"01234567" + bytes(8)
     assert dma.map(4096, 4, DMADirection.TO_DEVICE) is None
+
+
+def sections(rig: Rig, action: object) -> int:
+    before = rig.lane.words[rig.lane.slot]
+    assert action() == OK  # type: ignore[operator]
+    return (rig.lane.words[rig.lane.slot] - before) // 2
+
+
+def test_a_fault_does_not_take_the_fast_path_away() -> None:
+    rig = Rig()
+    dma = path(rig, False)
+    rig.map(0, 0)
+    assert dma.write(0, b"1") == OK
+    assert sections(rig, lambda: dma.write(0, b"2")) == 1
+    for wild in (4096, 64 * MIB, 1 << 59):
+        assert dma.write(wild, b"3") == DECODE_ERROR
+        assert sections(rig, lambda: dma.write(0, b"4")) == 1

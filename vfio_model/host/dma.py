@@ -29,7 +29,7 @@ __all__ = ["AssignedImpl", "Segments"]
 
 _OK, _DECODE_ERROR = MemTxResult.OK, MemTxResult.DECODE_ERROR
 _MOVED, _FAULT, _UNKNOWN = range(3)
-assert (PE_STATE, PE_BUS_MASTER) == (8, 9), "the fast path has these two as literals"
+assert (PE_STATE, PE_BUS_MASTER, SECTION_BYTES) == (8, 9, 262144), "the fast path has these as literals"
 _NO_PLACE, _NO_RAM = HpaMap(0, 12, 0, 0), memoryview(b"")
 Find = Callable[[int], tuple[Any, memoryview, int] | None]
 Read = Callable[[int, WriteBuffer], MemTxResult]
@@ -231,7 +231,8 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
     """``read`` and ``write`` whose fast half runs on cells that the slow half sets, and a look at those cells.
 
     The two fast halves are alike on purpose: a call or a test that they shared would cost more than they do. So are the
-    literal 8 and 9 (PE_STATE, PE_BUS_MASTER): a global's name is looked up at every access.
+    literal 8 and 9 (PE_STATE, PE_BUS_MASTER) and 262144 (SECTION_BYTES): a global's name is looked up at every access.
+    Nothing is learnt from an access that failed.
     """
     slow_read, slow_write = _make_slow(walker)
     pe, lane, slot = walker.pe, walker.lane.words, walker.lane.slot
@@ -260,7 +261,7 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
                 tce = tces[iova >> shift ^ first]
                 at = (tce & mask) - base + within
                 end = at + size
-                if tce & 1 and within + size <= page and at >= 0 and end <= limit:
+                if tce & 1 and within + size <= page and at >= 0 and end <= limit and size <= 262144:
                     out[:] = ram[at:end]
                     return _OK
         except IndexError:  # not in this window
@@ -268,7 +269,7 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
         finally:
             lane[slot] = count + 2
         result = slow_read(iova, out)
-        if within + size <= page and walker.record not in dull:
+        if not result and within + size <= page and walker.record not in dull:
             know(_look(walker, segments, iova))
         return result
 
@@ -281,7 +282,7 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
                 tce = tces[iova >> shift ^ first]
                 at = (tce & mask) - base + within
                 end = at + size
-                if tce & 2 and within + size <= page and at >= 0 and end <= limit:
+                if tce & 2 and within + size <= page and at >= 0 and end <= limit and size <= 262144:
                     ram[at:end] = data
                     return _OK
         except IndexError:  # not in this window
@@ -289,7 +290,7 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
         finally:
             lane[slot] = count + 2
         result = slow_write(iova, data)
-        if within + size <= page and walker.record not in dull:
+        if not result and within + size <= page and walker.record not in dull:
             know(_look(walker, segments, iova))
         return result
 
