@@ -115,6 +115,8 @@ class SharedClock:
         self.step.drain()
         now = read_time(self._clock.words)
         virtual.advance_to(now)
+        if self.step.fd < 0:
+            return  # a timer did DMA by message, and found its client gone: this clock is closed
         write_time(self._ticks.words, now)
         self._done.ring()
 

@@ -150,7 +150,12 @@ class FileService:
             raise OSError(EEXIST, f"{message.segment} is another memfd")
         else:
             segment = known
-        client.mm.declare(Vma(message.hva, message.length, segment, message.offset, message.page_size))
+        try:
+            client.mm.declare(Vma(message.hva, message.length, segment, message.offset, message.page_size))
+        except OSError:
+            if known is None:
+                self._state.host.forget_segment(segment.id)
+            raise
         client.vmas[message.hva] = segment
         if known is not None:
             fd.close()
