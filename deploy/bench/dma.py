@@ -102,8 +102,16 @@ def small(size: int) -> Iterator[Row]:
         unlaned(hot, data)
 
     label = f"{size} B" if size < 1024 else f"{size >> 10} KiB"
-    yield against(f"checked DMA {label}, with lane", checked, "bare slice copy", bare, number=4000)
-    yield against(f"checked DMA {label}, without lane", checked_without_lane, "bare slice copy", bare, number=4000)
+    kind = "compiled" if variant.chosen == "compiled" else "Python"
+    yield against(f"checked DMA {label}, with lane", checked, "bare slice copy", bare, number=4000, note=kind)
+    yield against(
+        f"checked DMA {label}, without lane",
+        checked_without_lane,
+        "bare slice copy",
+        bare,
+        number=4000,
+        note="Python, whatever the path is",
+    )
     root = MemoryRegion("system", 1 << 64)
     with transaction():
         root.add_subregion(0, RAMRegion("ram", RAMBlock("ram", ram, page_size=PAGE, hva=HVA)))

@@ -6,8 +6,9 @@ be kept between sections is the decoded window record, under the value of its ro
 translated address may not.
 
 :meth:`AssignedImpl.read` and ``write`` are closures over everything that they need. Their first half serves an access
-inside one page of the window and segment used last; all else goes to :class:`_Walker`, piece by piece. Source for the
-checks: LoPAPR, "Translation Control Entry (TCE)".
+inside one page of the window and segment used last; all else goes to :class:`_Walker`, piece by piece. Where
+``_path.c`` was built the first half is compiled (:mod:`vfio_model.batch.variant`). Source for the checks: LoPAPR,
+"Translation Control Entry (TCE)".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vfio_model.batch import variant
 from vfio_model.host.dma_many import make_many
 from vfio_model.host.explain import Step, explain
 from vfio_model.host.hpa import HpaMap
@@ -24,6 +26,11 @@ from vfio_model.host.walk import Window, find_window, load_tce
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.mapping import BounceBudget, DMAMapping
 from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, WriteBuffer
+
+try:
+    from vfio_model.host._path import Path
+except ImportError:  # not built
+    Path = None  # type: ignore[assignment,misc]
 
 __all__ = ["AssignedImpl", "Segments"]
 
@@ -155,7 +162,8 @@ class AssignedImpl:
         find = segments.find if gate is None else _gated(segments.find, gate)
         self._walker = _Walker(pe_words, domain_words, find, lane, on_unknown_hpa)
         if gate is None:
-            self.read, self.write, self._near = _make_fast(self._walker, segments)
+            make = _make_compiled if Path is not None and variant.chosen == "compiled" else _make_fast
+            self.read, self.write, self._near = make(self._walker, segments)
             self.read_many, self.write_many = make_many(self.read, self.write, self._near, pe_words, domain_words, lane)
         else:
             self.read, self.write = _make_slow(self._walker)
@@ -301,6 +309,48 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
 
     segments.on_change(forget)
     return read, write, lambda: near
+
+
+def _make_compiled(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callable[[], _Near]]:
+    """:func:`_make_fast` with its fast halves in C (``_path.c``)."""
+    slow_read, slow_write = _make_slow(walker)
+    nowhere = near = _Near(None, walker.domain)
+    dull: set[int] = set()
+
+    def learn(iova: int, size: int) -> None:
+        nonlocal near
+        if (iova & near.low) + size > near.low + 1 or walker.record in dull:
+            return
+        near = _look(walker, segments, iova)
+        if near.fast and not near.ram.readonly:
+            start = near.first << near.shift
+            path.know(near.root_word, near.record, start, near.shift, near.base, near.tces, near.ram)
+        else:
+            path.forget()
+            dull.add(walker.record)
+
+    def read(iova: int, out: WriteBuffer) -> MemTxResult:
+        result = slow_read(iova, out)
+        if not result:
+            learn(iova, len(out))
+        return result
+
+    def write(iova: int, data: ReadBuffer) -> MemTxResult:
+        result = slow_write(iova, data)
+        if not result:
+            learn(iova, len(data))
+        return result
+
+    def forget() -> None:
+        nonlocal near
+        near = nowhere
+        path.forget()
+        dull.clear()
+
+    # Views of our own, so that whoever mapped the areas can release his.
+    path = Path(memoryview(walker.pe), memoryview(walker.lane.words), walker.lane.slot, read, write, _OK)
+    segments.on_change(forget)
+    return path.read, path.write, lambda: near
 
 
 def _look(walker: _Walker, segments: Segments, iova: int) -> _Near:
