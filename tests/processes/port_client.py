@@ -25,6 +25,7 @@ from protocols.transport.zmq import DealerClient
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Capabilities, Command, Extensions, Role
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from vfio_model.errors import RemoteProtocolError
 from vfio_model.memory import clock_area
 from vfio_model.uapi.vfio import IommuType, PciIrq, PciRegion
 from vfio_model.vfio.ioctl import SpaprContainer, VfioGroup
@@ -191,13 +192,16 @@ class RawDevice:
         self.endpoint = endpoint
         self.on_command: Callable[[CommandReceived], None] = lambda event: endpoint.reply_error(event, 5)
         endpoint.version()
-        self.wait_reply()
+        try:
+            self.wait_reply()
+        except RemoteProtocolError:
+            endpoint.close()
+            raise
 
     @classmethod
     def connected(cls, path: Path, extensions: Extensions = Extensions(clock=True)) -> RawDevice:
         """A client of a server that listens at ``path``."""
         device = cls.__new__(cls)
-        device.pidfd, device.pid = Pidfd(-1), 0
         stream = StreamConnection.connect(path, "server")
         device._init(VfioUserEndpoint(stream, Role.CLIENT, Capabilities(max_msg_fds=16, extensions=extensions)))
         return device
@@ -253,10 +257,14 @@ class RawDevice:
         request = wire.SetIrqs(20, 0x11, int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX), 0, 1)
         self.call(Command.DEVICE_SET_IRQS, request, wire.Empty)
 
-    def close(self) -> None:
+    def close_stream(self) -> None:
         """EOF of the device file."""
         if not self.endpoint.stream.closed:
             self.endpoint.close()
+
+    def close(self) -> None:
+        """The same, and the pidfd."""
+        self.close_stream()
         self.pidfd.close()
 
 
