@@ -22,7 +22,7 @@ from typing import Final
 
 from guestd.polling import poll_until
 from protocols.port import files, messages
-from protocols.transport.channel import DealerChannel, FdChannel
+from protocols.transport.channel import FdChannel
 from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import Loop
 from protocols.transport.unix import SeqpacketConnection, close_fds
@@ -36,6 +36,8 @@ from vfio_model.vfio.region import DeviceConnection
 
 IOCTL_SECONDS: Final = 5.0
 """After this long a host is asked whether it lives."""
+SHORT_WAIT_MS: Final = 1
+"""An answer that takes longer is waited for in the loop."""
 PATIENCE: Final = 4
 """A host that lives gets its deadline this often."""
 FENCE_SECONDS: Final = 2.0
@@ -87,10 +89,7 @@ class WirePort:
         self._answer: messages.Return | None = None
         self._pong = 0
         self._client = DealerClient(port_path or directory / "hostd.zmq")
-        self._zmq: DealerChannel[messages.Response, messages.Request] = DealerChannel(
-            self._client, messages.RESPONSES, messages.REQUESTS
-        )
-        loop.register(self._zmq, self._zmq_readable, served=True)
+        loop.register(self._client, self._zmq_readable, served=True)
         try:
             self._mm = self._open_file(files.OpenMm(memlock, name))
         except (PeerLost, OSError):
@@ -225,31 +224,45 @@ class WirePort:
         if trace.enabled:
             trace("port_send", seq=seq, ioctl=ioctl_name(cmd), count=count, **_first(cmd, arg))
         message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
-        if self._zmq.send(message) is not Sent.OK:
+        if self._client.send(messages.REQUESTS.encode(message)) is not Sent.OK:
             raise self._lose("sending: it takes no more requests")
-        self._wait(self._answered, cmd)
+        self._short_wait()
+        if self._answer is None:
+            self._wait(self._answered, cmd)
         answer, self._answer = self._answer, None
         assert answer is not None, "the wait ends with an answer or an error"
         if trace.enabled:
             trace("port_return", seq=seq, errno=answer.errno, done=answer.done)
         return answer
 
+    def _short_wait(self) -> None:
+        """The usual case, without a turn of the loop: the answer is the next thing that happens."""
+        self._loop.before_waiting()
+        data = self._client.wait(self._loop.served_fd, SHORT_WAIT_MS)
+        if data is not None:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = messages.RESPONSES.decode(data)
+            if isinstance(message, messages.Return):
+                if message.seq == self._seq:  # an earlier one is a duplicate, or came after its deadline
+                    self._answer = message
+            elif isinstance(message, messages.Pong):
+                self._pong = message.seq
+            else:
+                raise RemoteProtocolError(f"hostd refused us: {message.reason}")
+        except RemoteProtocolError as error:
+            self._eof = self._eof or PeerLost("hostd", f"speaking: {error}")
+            self._loop.call_soon(self._dismiss)
+
     def _answered(self) -> bool:
         return self._answer is not None
 
     def _zmq_readable(self) -> None:
-        try:
-            while (message := self._zmq.receive()) is not None:
-                if isinstance(message, messages.Return):
-                    if message.seq == self._seq:  # an earlier one is a duplicate, or came after its deadline
-                        self._answer = message
-                elif isinstance(message, messages.Pong):
-                    self._pong = message.seq
-                else:
-                    raise RemoteProtocolError(f"hostd refused us: {message.reason}")
-        except RemoteProtocolError as error:
-            self._eof = self._eof or PeerLost("hostd", f"speaking: {error}")
-            self._loop.call_soon(self._dismiss)
+        data = self._client.receive()  # one: the loop asks again whether there is more
+        if data is not None:
+            self._take(data)
 
     # -- waiting, and the end ------------------------------------------------------------------------------------
 
@@ -280,7 +293,7 @@ class WirePort:
         self._seq += 1
         wanted = self._seq
         self._seq -= 1
-        if self._zmq.send(messages.Ping(wanted)) is not Sent.OK:
+        if self._client.send(messages.REQUESTS.encode(messages.Ping(wanted))) is not Sent.OK:
             return False
         try:
             self._loop.serve_until(
@@ -332,8 +345,8 @@ class WirePort:
             process.close()
         self._pidfds.clear()
         if not self._client.closed:
-            self._loop.unregister(self._zmq)
-            self._zmq.close()
+            self._loop.unregister(self._client)
+            self._client.close()
 
 
 def _named(request: str | int) -> str:

@@ -1,9 +1,11 @@
 """Trace records as JSON lines, one file for each process (``<role>.events``), and reading them back as one log.
 
 A line is ``{"ns":…,"pid":…,"seq":…,"cause":…,"event":…,"fields":{…}}``: CLOCK_MONOTONIC, which all processes of a
-machine share, so that files merge by ``ns``; ``seq`` orders what one process emitted in the same nanosecond. The writer
-buffers and is flushed when the process's loop is idle and at exit: a SIGKILL loses little. The file itself is opened by
-:mod:`protocols.transport.eventfile`; here are only records, bytes and callables.
+machine share, so that files merge by ``ns``; ``seq`` orders what one process emitted in the same nanosecond.
+
+A record is kept as it came and becomes a line only at the flush, so that the operation that it tells of does not wait
+for its log: a field must not change afterwards. When to flush is :mod:`protocols.transport.eventfile`'s business, as is
+the file; here are only records, bytes and callables.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from enum import Enum
 import msgspec
 from msgspec import Struct
 
-FLUSH_BYTES = 64 << 10
-"""Buffered bytes at which the log is written without waiting for the loop to be idle."""
+FLUSH_RECORDS = 256
+"""Records at which the log is written without waiting for the loop to be idle."""
+
+
+_Kept = tuple[int, int, str, dict[str, object]]
+"""Time, cause, event and fields."""
 
 
 class Record(Struct, frozen=True):
@@ -51,30 +57,37 @@ class TraceLog:
         self.enabled = sink is not None
         self.cause = 0
         self._sink, self._pid, self._now_ns = sink, pid, now_ns
-        self._seq = 0
-        self._buffer = bytearray()
+        self._written = 0
+        self._kept: list[_Kept] = []
         self._encoder = msgspec.json.Encoder(enc_hook=_plain)
 
     def __call__(self, event: str, **fields: object) -> None:
         """Keep one record."""
-        if not self.enabled:
-            return
-        self._seq += 1
-        record = Record(self._now_ns(), self._pid, self._seq, self.cause, event, fields)
-        try:
-            line = self._encoder.encode(record)
-        except (OverflowError, TypeError, ValueError):
-            line = self._encoder.encode(msgspec.structs.replace(record, fields=_as_text(fields)))
-        self._buffer += line
-        self._buffer += b"\n"
-        if len(self._buffer) >= FLUSH_BYTES:
-            self.flush()
+        if self.enabled:
+            kept = self._kept
+            kept.append((self._now_ns(), self.cause, event, fields))
+            if len(kept) >= FLUSH_RECORDS:
+                self.flush()
+
+    @property
+    def oldest_ns(self) -> int | None:
+        """When the first record that is not written was made; None when all are."""
+        return self._kept[0][0] if self._kept else None
 
     def flush(self) -> None:
-        """Hand what is buffered to the sink; cheap when there is nothing."""
-        if self._buffer and self._sink is not None:
-            self._sink(bytes(self._buffer))
-            self._buffer.clear()
+        """Hand what is kept to the sink; cheap when there is nothing."""
+        if self._kept and self._sink is not None:
+            kept, self._kept = self._kept, []
+            lines = [self._line(self._written + place, *record) for place, record in enumerate(kept, 1)]
+            self._written += len(kept)
+            self._sink(b"".join(lines))
+
+    def _line(self, seq: int, ns: int, cause: int, event: str, fields: dict[str, object]) -> bytes:
+        record = Record(ns, self._pid, seq, cause, event, fields)
+        try:
+            return self._encoder.encode(record) + b"\n"
+        except (OverflowError, TypeError, ValueError):
+            return self._encoder.encode(msgspec.structs.replace(record, fields=_as_text(fields))) + b"\n"
 
     def close(self) -> None:
         """Flush, and drop what comes afterwards."""

@@ -206,6 +206,18 @@ class Loop:
         """One turn at top level: what is due and ready. Waits for it at most ``timeout`` seconds (None: for ever)."""
         self._turn(None if timeout is None else int(timeout * 1e9), nested=False)
 
+    @property
+    def served_fd(self) -> int:
+        """Readable when something served is to be done: for a wait that is over without the loop when it is short.
+        What is served by ZeroMQ alone is a hint here too.
+        """
+        return self._served.fileno()
+
+    def before_waiting(self) -> None:
+        """Do what :meth:`on_idle` asked for; for a wait outside the loop."""
+        for callback in self._idle:
+            callback()
+
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.
 

@@ -27,6 +27,8 @@ MAX_MESSAGE = (1 << 20) + 65536
 MAX_IGNORED = 4096
 """Refused peers remembered at a time."""
 DEFAULT_HWM = 1000
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
 
 
 class Sent(Enum):
@@ -69,7 +71,7 @@ class _Socket:
 
     def readable(self) -> bool:
         """Whether a receive would give a message now."""
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     @property
     def closed(self) -> bool:
@@ -105,7 +107,7 @@ class RouterServer(_Socket):
         """The next (peer, message), or None. Peers that were refused are skipped; so is what is not one frame."""
         while True:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 return None
             if frames[0] in self._ignored:
@@ -117,7 +119,7 @@ class RouterServer(_Socket):
     def send(self, peer: bytes, data: bytes) -> Sent:
         """Queue ``data`` for ``peer``; never blocks, never drops silently."""
         try:
-            self._socket.send_multipart((peer, data), zmq.NOBLOCK)
+            self._socket.send_multipart((peer, data), _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         except zmq.ZMQError as error:
@@ -158,16 +160,25 @@ class DealerClient(_Socket):
     def send(self, data: bytes) -> Sent:
         """Queue one message; :data:`Sent.AGAIN` when too many wait."""
         try:
-            self._socket.send(data, zmq.NOBLOCK)
+            self._socket.send(data, _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         return Sent.OK
+
+    def wait(self, other: int, timeout_ms: int) -> bytes | None:
+        """The next message, when one comes before descriptor ``other`` is readable and ``timeout_ms`` are over;
+        else None.
+
+        One system call where nothing else is to be done: the short way for a peer that answers at once.
+        """
+        ready = zmq.zmq_poll([(self._socket, _POLLIN), (other, _POLLIN)], timeout_ms)
+        return self.receive() if ready and self.readable() else None
 
     def receive(self) -> bytes | None:
         """The next message, or None. What is not one frame is skipped: a ROUTER of ours never sends it."""
         while True:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 return None
             if len(frames) == 1:
