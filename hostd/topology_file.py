@@ -23,7 +23,11 @@ def read_topology(path: Path | None, hpa: Placement | None = None) -> HostTopolo
     topology = DEFAULT_TOPOLOGY if path is None else _read(path)
     if hpa is not None:
         topology = replace(topology, hpa=hpa)
-    return topology.validate()
+    try:
+        return topology.validate()
+    except ConfigError as error:
+        where = error.where if path is None else f"{path}: {error.where}"
+        raise ConfigError(error.what, where=where, hint=error.hint) from error
 
 
 def _read(path: Path) -> HostTopology:

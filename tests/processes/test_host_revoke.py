@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -268,3 +270,42 @@ def test_traces_name_who_was_late(
     late = [record["fields"] for record in records if record["event"] == "vfio_revoke_late"]
     assert [fields["name"] for fields in late] == [NAME]
     assert late[0]["request"] == "VFIO_IOMMU_UNMAP_DMA"
+
+
+GUEST = """
+import sys
+from pathlib import Path
+from protocols.transport.loop import deadline_scale
+from tests.processes.port_client import Opened, RawPort
+from tests.processes.test_host_dma import program
+from vfio_model.devices.dma_burst import regs
+opened = Opened(RawPort(Path(sys.argv[1])), group=28)
+opened.container.map_dma(0x1000, opened.hva, 4096)
+device = opened.device(sys.argv[2])
+device.bus_master()
+program(device, 0x1000, 8, 1, pattern=7)
+device.post(0, regs.COMMAND, 8, regs.COMMAND_START | regs.COMMAND_WRITE)
+sys.stdin.readline()
+opened.container.unmap_dma(0x1000, 4096)
+print(opened.ram.words[0], flush=True)
+"""
+
+
+def test_with_stop_guest_the_client_is_stopped_and_goes_on_when_it_is_continued(
+    start_host: Callable[..., HostProcess], gated: Callable[[], Gated], runtime_dir: Path
+) -> None:
+    host = start_host("--deadline", SHORT, "--on-stuck", "stop-guest")
+    gate = gated()
+    guest = subprocess.Popen(
+        [sys.executable, "-c", GUEST, str(runtime_dir), NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    gate.wait_inside()
+    assert guest.stdin is not None
+    guest.stdin.write("unmap\n")
+    guest.stdin.flush()
+    assert os.waitid(os.P_PID, guest.pid, os.WSTOPPED | os.WNOWAIT) is not None
+    assert "stop-guest" in host.text()
+    gate.let_go()
+    os.kill(guest.pid, signal.SIGCONT)
+    output, _ = guest.communicate(timeout=60)
+    assert output == "7\n"
