@@ -159,6 +159,8 @@ class Launcher:
                 self.wait_ready(spec.role)
 
     def _spawn(self, spec: DaemonSpec) -> None:
+        if spec.ready_file:
+            (self.directory / spec.ready_file).unlink(missing_ok=True)  # a killed one has left it behind
         daemon = Daemon(spec.role, spec.argv, self.directory, self.env)
         self.daemons[spec.role] = daemon
         if self._watcher is not None and self._watcher.stdin is not None:

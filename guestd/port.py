@@ -146,7 +146,9 @@ class WirePort:
             raise self._broken(f"no device descriptors for token {token:#x}")
         message, (stream, pidfd) = self._devices.pop(token)
         process = Pidfd(pidfd, message.pid)
-        self._pidfds = [known for known in self._pidfds if known.alive()]
+        for dead in [known for known in self._pidfds if not known.alive()]:
+            self._pidfds.remove(dead)
+            dead.close()
         self._pidfds.append(Pidfd(os.dup(pidfd), message.pid))
         return self._make_device(message, stream, process)
 

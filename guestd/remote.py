@@ -263,7 +263,7 @@ class VfioUserDevice:
                 elif event.id in self._waiting:
                     self._replies[event.id] = event
         except PeerLost as error:
-            self._lose(error.doing)
+            self._lose(f"{error.doing}: it ended the connection")
         except ProtocolError as error:
             self._lose(f"speaking: it broke the protocol: {error}")
 

@@ -195,6 +195,7 @@ class Live:
         if role in self._links:
             self._links[role].reconnect()
         if role == "guestd":
+            self.cpu = ControlCpu(self.link("guestd"))
             self._window = MmioWindow.pseries()
             self.bring_up(NIC)
             self.bring_up(CARD)

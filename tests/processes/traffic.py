@@ -160,6 +160,7 @@ class Traffic:
     def hammer(self) -> None:
         """Let the assigned device write every page of the pool for ever."""
         self.nic.start(IOVA, SIZE, PAGES, stride=PAGE, pattern=PATTERN, command=FOREVER)
+        self.live.cpu.flush()
 
     def assigned_write(self) -> None:
         """One access of the assigned device somewhere in the pool; in the background kind, a look at its counter."""
