@@ -140,7 +140,8 @@ class AssignedImpl:
     ``pe_words`` and ``domain_words`` are the shared areas as format ``Q``, read-only where hostd gave them. ``gate`` is
     for tests: it is called inside the section between translation and copy, and takes the fast path away.
     ``on_unknown_hpa()`` is called outside any section when a TCE points at memory that ``segments`` does not hold; it
-    may add some, and the access is tried once more.
+    may add some, and the access is tried once more. ``compiled`` False keeps to Python even where the compiled half was
+    built.
     """
 
     read: Read
@@ -156,13 +157,15 @@ class AssignedImpl:
         *,
         on_unknown_hpa: Callable[[], None] = lambda: None,
         budget: BounceBudget | None = None,
+        compiled: bool = True,
     ) -> None:
         self.pe, self.domain, self.segments, self.lane = pe_words, domain_words, segments, lane
         self.budget = budget or BounceBudget()
         find = segments.find if gate is None else _gated(segments.find, gate)
         self._walker = _Walker(pe_words, domain_words, find, lane, on_unknown_hpa)
         if gate is None:
-            make = _make_compiled if Path is not None and variant.chosen == "compiled" else _make_fast
+            use_path = compiled and Path is not None and variant.chosen == "compiled"
+            make = _make_compiled if use_path else _make_fast
             self.read, self.write, self._near = make(self._walker, segments)
             self.read_many, self.write_many = make_many(self.read, self.write, self._near, pe_words, domain_words, lane)
         else:
