@@ -1,7 +1,8 @@
 """What every test shares: a runtime directory per worker, and a look for orphans at the end.
 
-Every process that a test starts inherits one environment variable; when the session is over nothing that bears it may be
-alive, and the workers' runtime directories must be empty. Either fails the session.
+Every process that a test starts inherits one environment variable; when the session is over nothing that bears it may
+be alive, and the workers' runtime directories must be empty. Either fails the session; so does a skipped test where CI
+is set.
 """
 
 from __future__ import annotations
@@ -65,8 +66,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.1)
     litter = _litter(base)
     shutil.rmtree(base, ignore_errors=True)
-    session.config.stash[LEFT] = [f"orphan process: {name}" for name in orphans] + [f"left behind: {path}" for path in litter]
-    if orphans or litter:
+    left = [f"orphan process: {name}" for name in orphans] + [f"left behind: {path}" for path in litter]
+    session.config.stash[LEFT] = left
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", [])) if reporter is not None else 0
+    if left or (skipped and os.environ.get("CI")):
         session.exitstatus = 4
 
 
@@ -75,6 +79,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line("orphan check: " + ("nothing left behind" if not left else f"{len(left)} left behind"))
     for line in left:
         terminalreporter.write_line(f"  {line}", red=True)
+    if terminalreporter.stats.get("skipped") and os.environ.get("CI"):
+        terminalreporter.write_line("a skipped test hides a gap: it is a failure here", red=True)
 
 
 @pytest.fixture
