@@ -34,7 +34,7 @@ def serve(directory: Path, config: GuestConfig, *, realtime: bool = False) -> No
     try:
         loop.on_signal(signal.SIGTERM, loop.stop)
         loop.on_signal(signal.SIGINT, loop.stop)
-        loop.on_idle(events.flush)
+        events.follow(loop)
         guest = Guest(config, directory, loop, events.trace, realtime=realtime)
         try:
             guest.start()

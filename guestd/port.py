@@ -239,7 +239,6 @@ class WirePort:
 
     def _short_wait(self) -> None:
         """The usual case, without a turn of the loop: the answer is the next thing that happens."""
-        self._loop.before_waiting()
         data = self._client.wait(self._loop.served_fd, SHORT_WAIT_MS)
         if data is not None:
             self._take(data)

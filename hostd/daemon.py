@@ -46,7 +46,7 @@ def daemon(directory: Path, role: str) -> Iterator[DaemonContext]:
         stack.callback(events.close)
         loop = Loop()
         stack.callback(loop.close)
-        loop.on_idle(events.flush)
+        events.follow(loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
         events.trace("daemon_start", role=role, pid=os.getpid())

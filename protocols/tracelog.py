@@ -17,9 +17,8 @@ from enum import Enum
 import msgspec
 from msgspec import Struct
 
-FLUSH_RECORDS = 256
-"""Records at which the log is written without waiting for the loop to be idle."""
-
+FLUSH_RECORDS = 2048
+"""Kept records at which the log is written without waiting for the process to be idle."""
 
 _Kept = tuple[int, int, str, dict[str, object]]
 """Time, cause, event and fields."""

@@ -213,11 +213,6 @@ class Loop:
         """
         return self._served.fileno()
 
-    def before_waiting(self) -> None:
-        """Do what :meth:`on_idle` asked for; for a wait outside the loop."""
-        for callback in self._idle:
-            callback()
-
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.
 
