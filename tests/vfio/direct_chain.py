@@ -1,4 +1,4 @@
-"""The whole chain in one process: a pseries machine, a container over the direct port, a host. For the tests beside it."""
+"""The whole chain in one process: a pseries machine, a container over the direct port, a host."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Chain:
         return sorted((table.start, table.last, table.page_shift) for table in tables)
 
     def host_view(self, unit: int = 12) -> dict[int, tuple[int, int]]:
-        """Bus address → (guest-physical address, permission) for each ``1 << unit`` bytes that the host's tables map."""
+        """Bus address → (guest-physical address, permission) for each ``1 << unit`` bytes that the host maps."""
         seen: dict[int, tuple[int, int]] = {}
         for table in self.driver.tables:
             for index, tce in table.mapped() if table is not None else ():

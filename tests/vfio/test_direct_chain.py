@@ -170,7 +170,7 @@ def test_a_host_that_is_lost_while_a_window_is_created_leaves_the_guest_its_wind
 
 def test_connecting_without_enough_memlock_fails_and_leaves_nothing_open() -> None:
     chain = Chain(memlock=16 * MIB, connect=False)
-    with pytest.raises(OSError, match="memlock|limit") as caught:
+    with pytest.raises(OSError, match=r"memlock|limit") as caught:
         chain.connect()
     assert caught.value.errno == errno.ENOMEM
     assert chain.mm == 0

@@ -1,0 +1,241 @@
+"""A function of the guest's bus whose behaviour is elsewhere: what is emulated, what is written through, its end."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import pytest
+
+from vfio_model.clock import VirtualClock
+from vfio_model.errors import PeerLost
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bar import BarSpec, BarType
+from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_LINE, STATUS
+from vfio_model.pci.device import PCIDevice
+from vfio_model.trace import ListTrace
+from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, PciIrq, PciRegion, RegionInfo
+from vfio_model.vfio.pci import VFIOPCIDevice
+from vfio_model.vfio.region import IrqHandler
+
+CONFIG = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
+INTX, MSI = int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX), int(PciIrq.VFIO_PCI_MSI_IRQ_INDEX)
+MSI_CONTROL = 0x42
+
+
+class Host:
+    """Counts pins and messages."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        self.trace = ListTrace()
+        self.level = False
+        self.messages: list[int] = []
+
+    def set_intx(self, level: bool) -> None:
+        self.level = level
+
+    def msi(self, vector: int) -> None:
+        self.messages.append(vector)
+
+
+class Model(PCIDevice):
+    """What is at the other end."""
+
+    VENDOR_ID, DEVICE_ID, REVISION, CLASS_ID = 0x1234, 0x0B11, 0x10, 0x0200
+    INTERRUPT_PIN = 1
+    BARS = (BarSpec(0, 4096, BarType.MEM64, prefetch=True), BarSpec(2, 256))
+    MSI_VECTORS = 4
+
+
+class Connection:
+    """``Model`` as a device file, with a BAR that is memory."""
+
+    def __init__(self) -> None:
+        self.model = Model(Host())
+        self.bars = {0: bytearray(4096), 2: bytearray(256)}
+        self.irqs: dict[int, Sequence[IrqHandler]] = {}
+        self.unmasked = self.resets = 0
+        self.gone = self.closed = False
+        self.error = 0
+
+    def _check(self) -> None:
+        if self.gone:
+            raise PeerLost("model")
+        if self.error:
+            raise OSError(self.error, "as told")
+
+    def get_info(self) -> DeviceInfo:
+        return DeviceInfo(num_regions=9, num_irqs=5)
+
+    def get_region_info(self, index: int) -> RegionInfo:
+        return RegionInfo(index=index, size=len(self.bars.get(index, b"")))
+
+    def get_irq_info(self, index: int) -> IrqInfo:
+        return IrqInfo(index=index, count=1)
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        self._check()
+        source = bytes(self.model.config) if index == CONFIG else bytes(self.bars[index])
+        return source[offset : offset + size]
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        self._check()
+        if index == CONFIG:
+            self.model.config_write(offset, len(data), int.from_bytes(data, "little"))
+        else:
+            self.bars[index][offset : offset + len(data)] = data
+
+    def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
+        self._check()
+        self.irqs[index] = handlers
+
+    def unmask_irq(self, index: int) -> None:
+        self._check()
+        self.unmasked += 1
+
+    def reset(self) -> None:
+        self._check()
+        self.resets += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def plugged() -> tuple[VFIOPCIDevice, Connection, Host]:
+    connection, host = Connection(), Host()
+    device = VFIOPCIDevice(host, connection, name="nic")
+    device.realize()
+    return device, connection, host
+
+
+def test_identity_bars_and_messages_are_the_devices_own() -> None:
+    device, _, _ = plugged()
+    assert (device.VENDOR_ID, device.DEVICE_ID, device.REVISION, device.CLASS_ID) == (0x1234, 0x0B11, 0x10, 0x0200)
+    assert device.BARS == Model.BARS
+    assert device.MSI_VECTORS == 4
+    assert bytes(device.config) == bytes(Model(Host()).config)
+
+
+def test_bar_addresses_and_the_interrupt_line_stay_with_the_guest() -> None:
+    device, connection, _ = plugged()
+    device.config_write(0x10, 4, 0xE000_0000)
+    device.config_write(INTERRUPT_LINE, 1, 9)
+    assert device.config.get("bar0") & ~0xF == 0xE000_0000
+    assert connection.model.config.get("bar0") & ~0xF == 0
+    assert connection.model.config.get("interrupt_line") == 0
+
+
+def test_bus_mastering_is_written_through() -> None:
+    device, connection, _ = plugged()
+    device.config_write(COMMAND, 2, COMMAND_MASTER | COMMAND_MEMORY)
+    assert connection.model.bus_master and device.bus_master
+    device.config_write(COMMAND, 4, 0)
+    assert not connection.model.bus_master
+
+
+def test_bars_are_little_endian() -> None:
+    device, connection, _ = plugged()
+    assert device.bar_write(2, 4, 4, 0x01020304) == MemTxResult.OK
+    assert connection.bars[2][4:8] == b"\x04\x03\x02\x01"
+    assert device.bar_read(2, 4, 2) == 0x0304
+
+
+def test_the_pin_goes_up_until_the_guest_looks() -> None:
+    device, connection, host = plugged()
+    (signal,) = connection.irqs[INTX]
+    signal()
+    assert host.level and device.config.read(STATUS, 2) & 8 and device.irqs == 1
+    device.bar_read(0, 0, 4)
+    assert not host.level and connection.unmasked == 1
+    device.bar_read(0, 0, 4)
+    assert connection.unmasked == 1
+
+
+def test_enabling_messages_moves_the_interrupts_over() -> None:
+    device, connection, host = plugged()
+    assert device.msi is not None and device.msi.offset + 2 == MSI_CONTROL
+    device.config_write(MSI_CONTROL, 2, 1 | 1 << 4)  # two of four
+    assert connection.irqs[INTX] == () and len(connection.irqs[MSI]) == 2
+    connection.irqs[MSI][1]()
+    assert host.messages == [1] and not host.level
+    device.config_write(MSI_CONTROL, 2, 0)
+    assert connection.irqs[MSI] == () and len(connection.irqs[INTX]) == 1
+
+
+def test_a_device_that_is_gone_reads_as_all_ones_and_swallows_writes() -> None:
+    device, connection, host = plugged()
+    connection.irqs[INTX][0]()
+    connection.gone = True
+    assert device.bar_read(0, 0, 4) == 0xFFFF_FFFF
+    assert device.bar_write(0, 0, 4, 1) == MemTxResult.OK
+    assert device.config_read(0, 4) == 0xFFFF_FFFF
+    device.config_write(COMMAND, 2, COMMAND_MASTER)
+    assert not device.bus_master
+    assert not host.level, "its interrupt goes with it"
+    assert len(host.trace.named("vfio_device_lost")) == 1
+
+
+def test_an_error_of_the_device_is_a_bus_error_and_not_its_end() -> None:
+    device, connection, _ = plugged()
+    connection.error = errno.EINVAL
+    assert device.bar_read(0, 0, 4) is None
+    assert device.bar_write(0, 0, 4, 1) == MemTxResult.ERROR
+    connection.error = 0
+    assert device.bar_read(0, 0, 4) == 0
+
+
+def test_a_new_connection_takes_over_the_configuration() -> None:
+    device, old, host = plugged()
+    device.config_write(0x10, 4, 0xE000_0000)
+    device.config_write(COMMAND, 2, COMMAND_MASTER | COMMAND_MEMORY)
+    device.config_write(MSI_CONTROL, 2, 1)
+    old.gone = True
+    device.bar_read(0, 0, 4)
+    fresh = Connection()
+    device.reconnect(fresh)
+    assert device.dead is None
+    assert device.config_read(0, 2) == 0x1234 and device.config.get("bar0") & ~0xF == 0xE000_0000
+    assert fresh.model.bus_master and len(fresh.irqs[MSI]) == 1
+    fresh.irqs[MSI][0]()
+    assert host.messages == [0]
+
+
+def test_a_new_connection_that_dies_at_once() -> None:
+    device, old, _ = plugged()
+    old.gone = True
+    device.bar_read(0, 0, 4)
+    fresh = Connection()
+    fresh.gone = True
+    with pytest.raises(PeerLost):
+        device.reconnect(fresh)
+    assert device.dead is not None
+
+
+def test_a_reset_reaches_the_device() -> None:
+    device, connection, _ = plugged()
+    device.config_write(COMMAND, 2, COMMAND_MASTER)
+    device.reset()
+    assert connection.resets == 1
+    assert not device.bus_master and not connection.model.bus_master
+    assert len(connection.irqs[INTX]) == 1
+
+
+def test_unplugging_closes_the_file() -> None:
+    device, connection, _ = plugged()
+    device.unrealize()
+    assert connection.closed
+
+
+def test_a_capability_list_that_is_a_ring_ends() -> None:
+    connection = Connection()
+    connection.model.config._bytes[0x40:0x42] = b"\x09\x40"  # something else, pointing at itself
+    device = VFIOPCIDevice(Host(), connection, name="nic")
+    assert device.MSI_VECTORS == 0
+
+
+def test_a_bar_that_is_no_power_of_two_is_refused() -> None:
+    connection = Connection()
+    connection.bars[2] = bytearray(300)
+    with pytest.raises(OSError, match="BAR 2"):
+        VFIOPCIDevice(Host(), connection, name="nic")
