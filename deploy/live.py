@@ -21,7 +21,7 @@ from deploy.link import Link
 from deploy.scenario import At, Scenario, Wait
 from deploy.system import DmaDriver
 from protocols.control import messages as control
-from protocols.transport.eventfile import EventFile
+from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
 from vfio_model.iommu.spapr import regs
@@ -210,8 +210,9 @@ class LiveSystem:
         self._link("interposer").ask(control.Interpose(msgspec.json.encode(rules)))
 
     def log(self) -> Log:
-        """Every process's events so far, merged."""
+        """Every process's events so far, merged. A process may keep its last ones for :data:`LATEST_NS`."""
         self._events.flush()
+        time.sleep(4 * LATEST_NS / 1e9)
         return events.read(self._launcher.directory)
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ the guest believed it gone.
 
 from __future__ import annotations
 
+from math import inf
+
 import msgspec
 
 from deploy.events import Log, Record
@@ -49,18 +51,36 @@ def find_lost(log: Log) -> list[Lost]:
     """Every message of the port that was lost, in the order of sending.
 
     A message still under way when its receiver (or its sender) ended is not lost: only those followed by a later
-    message of the same sender that did arrive, or that were answered although nobody received them, are.
+    message of the same sender that did arrive, or that were answered although nobody received them, are. Of the last
+    moments before hostd was killed its log may say nothing: what was sent then is not judged.
     """
+    blind = _blind(log)
     seen = {event: {_key(record) for record in log.named(event)} for _, event in HOPS}
     answered = {_key(record) for record in log.named("port_return")}
     last_arrival = max((record.ns for record in log.named("port_recv")), default=0)
     found = []
     for record in log.named("port_send"):
         key = _key(record)
-        if key in seen["port_recv"]:
+        if key in seen["port_recv"] or any(first <= record.ns < last for first, last in blind):
             continue
         if key in answered or record.ns < last_arrival:
             found.append(_describe(record, _hop(key, seen, bool(log.named("port_forward", "port_take"))), log))
+    return found
+
+
+def _blind(log: Log) -> list[tuple[int, float]]:
+    """From the last record of each hostd that did not end in order to the first of the next one."""
+    lives: dict[int, list[Record]] = {}
+    for record in log.records:
+        if record.role == "hostd":
+            lives.setdefault(record.pid, []).append(record)
+    gone = [record.ns for record in log.named("port_lost")]
+    gone += [records[0].ns for records in lives.values()]
+    found = []
+    for records in lives.values():
+        last = records[-1]
+        if last.event != "daemon_end" and any(ns > last.ns for ns in gone):
+            found.append((last.ns, min((life[0].ns for life in lives.values() if life[0].ns > last.ns), default=inf)))
     return found
 
 

@@ -14,8 +14,8 @@ from deploy.events import Log, Record
 from deploy.lost import find_lost
 from deploy.report import ProcessPart, StepResult, Verdict
 
-GUEST, BETWEEN, HOST, OPERATOR = 10, 11, 12, 1
-ROLES = {GUEST: "guestd", BETWEEN: "interposer", HOST: "hostd", OPERATOR: "operator"}
+GUEST, BETWEEN, HOST, OTHER_HOST, OPERATOR = 10, 11, 12, 13, 1
+ROLES = {GUEST: "guestd", BETWEEN: "interposer", HOST: "hostd", OTHER_HOST: "hostd", OPERATOR: "operator"}
 
 
 def log(*rows: tuple[int, int, str, dict[str, object]]) -> Log:
@@ -78,6 +78,16 @@ def test_dma_after_the_guest_mapped_the_page_anew_is_not_stale() -> None:
     anew = (OPERATOR, 0, "map_pages", {"iova": 0x3000, "gpa": 0, "size": 4096})
     (lost,) = find_lost(log(*ARRIVES, *LOST, anew, (OPERATOR, 0, "dma", DMA)))
     assert lost.stale_dma == []
+
+
+def test_what_was_sent_just_before_hostd_was_killed_is_not_judged() -> None:
+    last = [(GUEST, 6, "port_send", message(2)), (GUEST, 6, "port_return", message(2))]
+    assert len(find_lost(log(*ARRIVES, *last))) == 1
+    assert find_lost(log(*ARRIVES, *last, (GUEST, 0, "port_lost", {}))) == []
+    again = [(OTHER_HOST, 0, "daemon_start", {}), (OTHER_HOST, 7, "port_recv", message(3))]
+    assert find_lost(log(*ARRIVES, *last, *again)) == []
+    in_order = (HOST, 0, "daemon_end", {})
+    assert len(find_lost(log(*ARRIVES, in_order, *last, (GUEST, 0, "port_lost", {})))) == 1
 
 
 def test_a_message_that_was_passed_on_and_never_came_was_lost_behind_the_interposer() -> None:
