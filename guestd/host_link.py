@@ -100,6 +100,8 @@ class HostLink:
         self.devices: dict[str, tuple[DeviceConfig, VFIOPCIDevice | None]] = {}
         self.losses = 0
         """How often the host was lost."""
+        self.reason = ""
+        """Why it was lost the last time."""
         self._probe: _Probe | None = None
         self._opening = ""
         self._closed = False
@@ -169,6 +171,7 @@ class HostLink:
             return
         self.losses += 1
         error = self.port.lost
+        self.reason = str(error)
         self._drop()
         for _, device in self.devices.values():
             if device is not None:
@@ -225,6 +228,7 @@ class HostLink:
         return {
             "lost": self.lost,
             "losses": self.losses,
+            "reason": self.reason,
             "connected": self.container is not None and not self.container.lost,
             "windows": [{"start": window.min_iova, "last": window.max_iova} for window in windows],
         }

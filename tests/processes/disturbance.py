@@ -33,9 +33,9 @@ def seeds(base: int, number: int, points: int = POINTS) -> list[int]:
 
 
 def strike(traffic: Traffic, seed: int, fire: Callable[[], None]) -> None:
-    """Run traffic, and ``fire()`` from the side at a point that ``seed`` chooses, in the middle of a step or between two.
+    """Run traffic, and ``fire()`` from the side at a point that ``seed`` chooses.
 
-    The traffic is left *disturbed*.
+    That is in the middle of a step or between two. The traffic is left *disturbed*.
     """
     rng = random.Random(seed)
     traffic.run(rng.randrange(2, LONGEST_STEPS))

@@ -35,6 +35,7 @@ from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, probe, set_command
 from vfio_model.iommu.spapr import regs
+from vfio_model.memory.lane import LANES_SIZE, lanes_snapshot
 from vfio_model.pci.address import PCIAddress
 
 SCALE = 0.4
@@ -327,9 +328,19 @@ class GuestRam:
         os.close(self._fd)
 
 
+def in_section(pid: int) -> bool:
+    """Whether the device process ``pid``, which is stopped, is inside a DMA section."""
+    fd = os.open(_memfd(pid, "lanes."), os.O_RDONLY)
+    try:
+        with mmap.mmap(fd, LANES_SIZE, prot=mmap.PROT_READ) as area:
+            return any(counter % 2 for counter in lanes_snapshot(memoryview(area[:]).cast("Q")))
+    finally:
+        os.close(fd)
+
+
 def _memfd(pid: int, name: str) -> str:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if os.readlink(entry) == f"/memfd:{name} (deleted)":
+            if os.readlink(entry).startswith(f"/memfd:{name}"):
                 return str(entry)
     raise AssertionError(f"process {pid} has no memfd {name}")

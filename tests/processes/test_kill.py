@@ -1,4 +1,4 @@
-"""Each process is killed at random points of running traffic: what dies, what goes on, what comes back, what is left."""
+"""Each process is killed at random points of running traffic: what dies, goes on, comes back, and what is left."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_an_assigned_device_dies_alone_and_comes_back_under_the_same_mappings(nu
                 assert live.locked_vm() == census["locked_vm"]
                 live.unplug(NIC)
                 live.plug(NIC)
-                traffic.works[NIC] = True
-                if traffic.background:
-                    traffic.hammer()
+                traffic.renewed(NIC)
                 traffic.everywhere()
                 traffic.run(10)
                 traffic.progress()
@@ -74,7 +72,7 @@ def test_a_remote_device_dies_alone_and_comes_back(number: int) -> None:
                 live.revive(CARD)
                 live.unplug(CARD)
                 live.plug(CARD)
-                traffic.works[CARD] = True
+                traffic.renewed(CARD)
                 traffic.run(10)
                 traffic.progress()
                 traffic.finish()
@@ -126,9 +124,7 @@ def test_the_host_dies_with_its_devices_and_its_mappings_are_rebuilt(number: int
                 assert until("the guest knows", lambda: live.status("guestd")["host"]["lost"])
                 live.revive("hostd")
                 until("the device is back", lambda: live.device(NIC)["state"] == "running")
-                traffic.works[NIC] = True
-                if traffic.background:
-                    traffic.hammer()
+                traffic.renewed(NIC)
                 traffic.everywhere()
                 assert live.locked_vm() == census["locked_vm"]
                 traffic.run(10)

@@ -47,6 +47,10 @@ class Traffic:
         self.allowed: dict[tuple[int, str], set[bytes]] = {}
         self.works = {NIC: True, CARD: True}
         self.disturbed = False
+        self.late: dict[str, set[bytes]] = {NIC: set(), CARD: set()}
+        """What a device was told to write while the system was disturbed: one that was stopped may do it any time
+        later, wherever it is mapped by then.
+        """
         self.steps = 0
         self.buffered = bytes(SIZE)
         """What the remote device was last told to read."""
@@ -87,9 +91,16 @@ class Traffic:
     def take(self, perm: int) -> int:
         """A free page for a mapping with ``perm``."""
         page = self.free.pop(self.rng.randrange(len(self.free)))
-        if self.background and perm & WRITE:
-            self.allowed[page, NIC] |= {HAMMERED}
+        self._allow(page, perm)
         return page
+
+    def _allow(self, page: int, perm: int) -> None:
+        """What devices may write to a page that is mapped with ``perm``, without being told."""
+        if perm & WRITE:
+            for who in AT:
+                self.allowed[page, who] |= self.late[who]
+            if self.background:
+                self.allowed[page, NIC] |= {HAMMERED}
 
     def put(self) -> None:
         """H_PUT_TCE of one entry that is free, or of 0 to one that is not."""
@@ -171,6 +182,8 @@ class Traffic:
         page, perm = self.mapped.get(index, (0, 0))
         data = pattern.to_bytes(8, "little") * (SIZE // 8)
         may = bool(perm & WRITE) and (self.works[NIC] or self.disturbed)
+        if self.disturbed:
+            self.late[NIC].add(data)
         if may:
             self.allowed[page, NIC] |= {data}
         self.nic.store(IOVA + index * PAGE, SIZE, pattern=pattern)
@@ -200,8 +213,10 @@ class Traffic:
         self.ram.write(GPA + self.mapped[source][0] * PAGE + SOURCE, data)
         page, perm = self.mapped.get(target, (0, 0))
         may = bool(perm & WRITE) and (self.works[CARD] or self.disturbed)
+        if self.disturbed:
+            self.late[CARD] |= {data, bytes(SIZE), self.buffered}
         if may:
-            self.allowed[page, CARD] |= {data, bytes(SIZE), self.buffered} if self.disturbed else {data}
+            self.allowed[page, CARD] |= {data, *self.late[CARD]}
         ended = self.card.load(IOVA + source * PAGE + SOURCE, SIZE)
         ended = self.card.store(IOVA + target * PAGE + AT[CARD], SIZE) and ended
         self.buffered = data
@@ -238,6 +253,7 @@ class Traffic:
 
     def adopt(self) -> None:
         """The disturbance is over: what is mapped is what the guest says, what is in memory is what was done."""
+        self.live.cpu.clock_step(200_000_000)  # ends a transfer that was under way
         self.disturbed = False
         self.check()
         entries = {}
@@ -253,9 +269,15 @@ class Traffic:
         for page, _ in entries.values():
             for who in AT:
                 self.allowed[page, who] = {self.ram.read(GPA + page * PAGE + AT[who], SIZE)}
-        if self.background:
-            for page, perm in entries.values():
-                self.allowed[page, NIC] |= {HAMMERED} if perm & WRITE else set()
+        for page, perm in entries.values():
+            self._allow(page, perm)
+
+    def renewed(self, who: str) -> None:
+        """``who`` is a new process now: its predecessor writes nothing any more."""
+        self.works[who] = True
+        self.late[who].clear()
+        if who == NIC and self.background:
+            self.hammer()
 
     def everywhere(self) -> None:
         """The assigned device reaches every mapped page, as far as its permission goes, and no other."""
