@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.memory.fakes import PAGE, DictIOMMU, system_memory
-from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBEvent, IOMMUTLBRun
+from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBEvent, IOMMUTLBRun, iommu_behind
 from vfio_model.memory.region import AliasRegion, MemoryRegion
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX
@@ -103,15 +103,15 @@ def test_a_notifier_must_want_something_of_a_range_and_index_that_exist(iommu: D
 def test_an_alias_forwards_to_its_target(iommu: DictIOMMU) -> None:
     alias = AliasRegion("outer", AliasRegion("inner", iommu, 0, 1 << 20), 0, 1 << 20)
     notifier = Follower().notifier()
-    alias.register_notifier(notifier)
+    iommu_behind(alias).register_notifier(notifier)
     assert iommu.notifiers == [notifier]
-    alias.unregister_notifier(notifier)
+    iommu_behind(alias).unregister_notifier(notifier)
     assert iommu.notifiers == []
 
 
 def test_other_regions_have_no_notifiers() -> None:
     with pytest.raises(AssertionError):
-        MemoryRegion("plain", 16).register_notifier(Follower().notifier())
+        iommu_behind(MemoryRegion("plain", 16))
 
 
 # -- delivery

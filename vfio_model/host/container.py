@@ -21,7 +21,7 @@ from collections.abc import Callable
 from errno import EFAULT, EINVAL, ENODEV, ENOTTY
 from typing import Protocol, TypeVar
 
-from vfio_model.host.group import Group
+from vfio_model.host.group import Domain, Group
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Revocation
 from vfio_model.uapi.vfio import VFIO_API_VERSION, Ioctl, IommuType, Struct
@@ -34,13 +34,8 @@ KNOWN = frozenset({IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, I
 """Types that exist and that this host does not serve."""
 
 
-class IommuDriver(Protocol):
+class IommuDriver(Domain, Protocol):
     """What a container's type does. Operations that take a right away put their end on the revocation."""
-
-    domain_words: memoryview
-    """The memory that holds its tables."""
-    mm: Mm | None
-    """The process that it is bound to, once it has pinned or counted anything."""
 
     def attach(self, group: Group) -> None:
         """Take ``group`` in and give it the windows there are. :raise OSError: when it does not fit."""

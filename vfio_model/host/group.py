@@ -9,14 +9,40 @@ Source: the kernel's ``Documentation/driver-api/vfio.rst`` ("Groups, Devices, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from vfio_model.host.mm import Mm
 from vfio_model.host.pe import PeBlock
+from vfio_model.host.pending import Revocation
 from vfio_model.host.platform import PlatformName
 from vfio_model.host.topology import DeviceSpec, GroupSpec
 
-if TYPE_CHECKING:
-    from vfio_model.host.container import VfioContainer
+
+class Domain(Protocol):
+    """What stands behind the groups of a container with a type."""
+
+    @property
+    def domain_words(self) -> memoryview:
+        """The memory that holds its tables."""
+
+    @property
+    def mm(self) -> Mm | None:
+        """The process that it is bound to, once it has pinned or counted anything."""
+
+
+class GroupContainer(Protocol):
+    """The container of a group, as who holds the group sees it."""
+
+    @property
+    def handle(self) -> int:
+        """The number of its file."""
+
+    @property
+    def driver(self) -> Domain | None:
+        """None before it has a type."""
+
+    def detach(self, group: Group, revocation: Revocation) -> None:
+        """``VFIO_GROUP_UNSET_CONTAINER``."""
 
 
 class HostDevice:
@@ -48,7 +74,7 @@ class Group:
         self.spec = spec
         self.iommu = spec.iommu or platform
         self.devices = {device.name: HostDevice(device, self, make_pe(device.name)) for device in spec.devices}
-        self.container: VfioContainer | None = None
+        self.container: GroupContainer | None = None
         self.handle: int | None = None
 
     @property

@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vfio_model.memory.iotlb import IOMMUTLBEntry, IOMMUTLBEvent, IOMMUTLBRun
 from vfio_model.memory.notifier import IOMMUNotifier
-from vfio_model.memory.region import MemoryRegion
+from vfio_model.memory.region import AliasRegion, MemoryRegion
+from vfio_model.memory.space import Space
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag, MemTxAttrs
 
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
+__all__ = [
+    "IOMMUMemoryRegion",
+    "IOMMUNotifier",
+    "IOMMUTLBEntry",
+    "IOMMUTLBEvent",
+    "IOMMUTLBRun",
+    "TranslatedPieces",
+    "iommu_behind",
+]
 
-__all__ = ["IOMMUMemoryRegion", "IOMMUNotifier", "IOMMUTLBEntry", "IOMMUTLBEvent", "IOMMUTLBRun", "TranslatedPieces"]
-
-TranslatedPieces = tuple["AddressSpace", Any, Any]
+TranslatedPieces = tuple[Space, Any, Any]
 """What ``translate_many`` returns: target space, addresses (numpy uint64), and permissions (0: no translation): an
 integer array, or one number for all."""
 
@@ -161,3 +167,13 @@ class IOMMUMemoryRegion(MemoryRegion):
             if first is None:
                 first = error
         return first
+
+
+def iommu_behind(region: MemoryRegion) -> IOMMUMemoryRegion:
+    """The IOMMU that ``region`` is or shows through aliases: notifiers of an alias are its target's, and their ranges
+    stay relative to the target. No other region has notifiers.
+    """
+    while isinstance(region, AliasRegion):
+        region = region.target
+    assert isinstance(region, IOMMUMemoryRegion), f"region {region.name} is not an IOMMU: it has no notifiers"
+    return region

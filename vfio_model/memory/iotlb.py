@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vfio_model.memory.space import Space
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, IOMMUNotifierFlag
-
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
 
 U64Array = Any
 """A sequence of u64: ``memoryview`` of format ``Q``, numpy uint64 array, or a list of ints."""
@@ -30,7 +28,7 @@ class IOMMUTLBEntry:
     minus one.
     """
 
-    target_as: AddressSpace | None
+    target_as: Space | None
     iova: int
     translated_addr: int
     addr_mask: int
@@ -70,7 +68,7 @@ class IOMMUTLBRun:
     """
 
     type: IOMMUNotifierFlag
-    target_as: AddressSpace | None
+    target_as: Space | None
     iova: int
     page_shift: int
     count: int

@@ -8,20 +8,17 @@ replays the existing sections as adds; unregistering takes them away as dels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vfio_model.memory.region import MemoryRegion
+from vfio_model.memory.space import Space
 from vfio_model.ranges import Range
-
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegionSection:
     """``size`` bytes (up to 2**64) of a terminating region, as one address space shows them."""
 
-    address_space: AddressSpace
+    address_space: Space
     mr: MemoryRegion
     offset_within_region: int
     offset_within_address_space: int

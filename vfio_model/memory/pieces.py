@@ -10,20 +10,18 @@ accesses; so does everything behind a piece that is unusual yet good.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vfio_model.memory.access import zero
 from vfio_model.memory.dma import Iovas
+from vfio_model.memory.space import Space
 from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
-
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
 
 VECTOR_MIN = 64
 """Pieces from which arrays pay."""
 
 
-def read_many(space: AddressSpace, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
+def read_many(space: Space, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
     """See :meth:`AddressSpace.read_many`."""
     count = len(iovas)
     assert len(out) == count * size, "the buffer holds exactly the pieces"
@@ -44,7 +42,7 @@ def read_many(space: AddressSpace, iovas: Iovas, size: int, out: WriteBuffer) ->
     return MemTxResult.OK
 
 
-def write_many(space: AddressSpace, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
+def write_many(space: Space, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
     """See :meth:`AddressSpace.write_many`."""
     count = len(iovas)
     assert len(data) == count * size, "the buffer holds exactly the pieces"

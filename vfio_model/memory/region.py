@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 from weakref import WeakSet
 
-from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.topology import TopologyView, mark_dirty, transaction
 from vfio_model.memory.types import MemTxResult
@@ -104,14 +103,6 @@ class MemoryRegion:
                 self.size = size
                 mark_dirty(self.watchers)
 
-    def register_notifier(self, notifier: IOMMUNotifier) -> None:
-        """Only an IOMMU region, or an alias of one, has notifiers."""
-        raise AssertionError(f"region {self.name} is not an IOMMU: it has no notifiers")
-
-    def unregister_notifier(self, notifier: IOMMUNotifier) -> None:
-        """See :meth:`register_notifier`."""
-        raise AssertionError(f"region {self.name} is not an IOMMU: it has no notifiers")
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, size={self.size:#x})"
 
@@ -158,11 +149,3 @@ class AliasRegion(MemoryRegion):
             with transaction():
                 self.target_offset = offset
                 mark_dirty(self.watchers)
-
-    def register_notifier(self, notifier: IOMMUNotifier) -> None:
-        """Forwarded to the target; ranges stay relative to the target."""
-        self.target.register_notifier(notifier)
-
-    def unregister_notifier(self, notifier: IOMMUNotifier) -> None:
-        """Forwarded to the target."""
-        self.target.unregister_notifier(notifier)

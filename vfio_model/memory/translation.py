@@ -7,16 +7,13 @@ address that nothing decodes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.region import MemoryRegion, RAMRegion
+from vfio_model.memory.space import Space
 from vfio_model.memory.types import MEMTXATTRS_UNSPECIFIED, IOMMUAccessFlags
 from vfio_model.ranges import U64_MAX
-
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Step:
     the end.
     """
 
-    space: AddressSpace
+    space: Space
     address: int
     iommu: IOMMUMemoryRegion | None = None
     iommu_address: int = 0
@@ -46,7 +43,7 @@ class Translation:
     """Every level, the device's own space first."""
 
     @property
-    def space(self) -> AddressSpace:
+    def space(self) -> Space:
         """The space where the walk ended."""
         return self.steps[-1].space
 
@@ -61,7 +58,7 @@ class Translation:
         return isinstance(self.region, RAMRegion) and not self.region.ram_device
 
 
-def translate(space: AddressSpace, addr: int, is_write: bool, length: int) -> Translation | None:
+def translate(space: Space, addr: int, is_write: bool, length: int) -> Translation | None:
     """Follow ``addr`` for an access of ``length`` bytes (at least 1); None when nothing decodes or a permission is
     missing.
     """

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vfio_model.batch import pages
 from vfio_model.memory.access import dominant_ram, ram_view
+from vfio_model.memory.dma import Iovas
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
+from vfio_model.memory.space import Space
 from vfio_model.memory.types import MEMTXATTRS_UNSPECIFIED, IOMMUAccessFlags, ReadBuffer, WriteBuffer
-
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
-    from vfio_model.memory.dma import Iovas
 
 U64 = npt.NDArray[np.uint64]
 
 
-def gather(space: AddressSpace, iovas: Iovas, size: int, out: WriteBuffer) -> int:
+def gather(space: Space, iovas: Iovas, size: int, out: WriteBuffer) -> int:
     """Read as many leading pieces as arrays can serve; returns how many."""
     ram, offsets = _locate(space, iovas, size, is_write=False)
     if len(offsets):
@@ -27,7 +25,7 @@ def gather(space: AddressSpace, iovas: Iovas, size: int, out: WriteBuffer) -> in
     return len(offsets)
 
 
-def scatter(space: AddressSpace, iovas: Iovas, size: int, data: ReadBuffer) -> int:
+def scatter(space: Space, iovas: Iovas, size: int, data: ReadBuffer) -> int:
     """Write as many leading pieces as arrays can serve; returns how many."""
     ram, offsets = _locate(space, iovas, size, is_write=True)
     if len(offsets):
@@ -35,7 +33,7 @@ def scatter(space: AddressSpace, iovas: Iovas, size: int, data: ReadBuffer) -> i
     return len(offsets)
 
 
-def _locate(space: AddressSpace, iovas: Iovas, size: int, *, is_write: bool) -> tuple[memoryview, U64]:
+def _locate(space: Space, iovas: Iovas, size: int, *, is_write: bool) -> tuple[memoryview, U64]:
     """RAM and the offsets in it of the leading pieces that lie in it as a whole."""
     try:
         addrs = np.asarray(iovas, dtype=np.uint64)
@@ -54,7 +52,7 @@ def _locate(space: AddressSpace, iovas: Iovas, size: int, *, is_write: bool) -> 
         space, addrs = step
 
 
-def _through_iommu(space: AddressSpace, addrs: U64, size: int, is_write: bool) -> tuple[AddressSpace, U64] | None:
+def _through_iommu(space: Space, addrs: U64, size: int, is_write: bool) -> tuple[Space, U64] | None:
     """One level down, for the leading pieces that translate and stay inside a page."""
     iommus = [r for r in space.view.ranges if isinstance(r.region, IOMMUMemoryRegion)]
     found = max(iommus, key=lambda r: r.size, default=None)

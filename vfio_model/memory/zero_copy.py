@@ -8,29 +8,25 @@ buffer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vfio_model.memory.dma import OnInvalidate
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.mapping import DMAMapping, Release
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.region import RAMRegion
-from vfio_model.memory.translation import Step, Translation
+from vfio_model.memory.space import Space
+from vfio_model.memory.translation import Step, Translation, translate
 from vfio_model.memory.types import DMADirection, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX
 
-if TYPE_CHECKING:
-    from vfio_model.memory.address_space import AddressSpace
-
 
 def map_range(
-    space: AddressSpace, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
+    space: Space, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
 ) -> DMAMapping | None:
     """See :meth:`AddressSpace.map`."""
     is_write = direction is DMADirection.FROM_DEVICE
     length = min(length, U64_MAX - iova + 1)
-    first = space.translate(iova, is_write, length) if length > 0 else None
+    first = translate(space, iova, is_write, length) if length > 0 else None
     if first is None:
         return None
     if first.direct and not (is_write and first.readonly):
@@ -41,7 +37,7 @@ def map_range(
 
 
 def _map_direct(
-    space: AddressSpace,
+    space: Space,
     iova: int,
     length: int,
     direction: DMADirection,
@@ -53,7 +49,7 @@ def _map_direct(
     parts = [first]
     size = first.length
     while size < length:
-        part = space.translate(iova + size, is_write, length - size)
+        part = translate(space, iova + size, is_write, length - size)
         if part is None or part.region is not first.region or part.offset != first.offset + size:
             break
         if is_write and part.readonly:
@@ -73,7 +69,7 @@ def _map_direct(
 
 
 def _map_bounce(
-    space: AddressSpace, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
+    space: Space, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
 ) -> DMAMapping | None:
     size = space.bounce.take(length)
     if not size:
@@ -100,7 +96,7 @@ class _Follower:
     def __init__(self, mapping: DMAMapping) -> None:
         self.mapping = mapping
         self.hit = False
-        self.spaces: list[AddressSpace] = []
+        self.spaces: list[Space] = []
         self.notifiers: list[tuple[IOMMUMemoryRegion, IOMMUNotifier]] = []
 
     def note(self, notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
@@ -144,11 +140,11 @@ class _Follower:
 
 def _spans(
     steps: list[tuple[Step, int]],
-) -> dict[tuple[AddressSpace, IOMMUMemoryRegion | None], list[tuple[int, int]]]:
+) -> dict[tuple[Space, IOMMUMemoryRegion | None], list[tuple[int, int]]]:
     """Per space, and per IOMMU, the ranges (inclusive) that a mapping covers there; neighbours joined."""
-    spans: dict[tuple[AddressSpace, IOMMUMemoryRegion | None], list[tuple[int, int]]] = {}
+    spans: dict[tuple[Space, IOMMUMemoryRegion | None], list[tuple[int, int]]] = {}
 
-    def add(key: tuple[AddressSpace, IOMMUMemoryRegion | None], start: int, last: int) -> None:
+    def add(key: tuple[Space, IOMMUMemoryRegion | None], start: int, last: int) -> None:
         known = spans.setdefault(key, [])
         if known and known[-1][1] + 1 == start:
             known[-1] = (known[-1][0], last)
