@@ -13,6 +13,7 @@ returned earlier would be a lie. A hanging host's devices are killed here for th
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections import deque
@@ -36,8 +37,8 @@ from vfio_model.vfio.region import DeviceConnection
 
 IOCTL_SECONDS: Final = 5.0
 """After this long a host is asked whether it lives."""
-SHORT_WAIT_MS: Final = 1
-"""An answer that takes longer is waited for in the loop."""
+SHORT_WAIT: Final = 0.001
+"""Seconds; an answer that takes longer is waited for in the loop."""
 PATIENCE: Final = 4
 """A host that lives gets its deadline this often."""
 FENCE_SECONDS: Final = 2.0
@@ -56,6 +57,7 @@ class _File:
         self.channel = channel
         self.handle = 0
         self.inbox: deque[tuple[files.Response, list[int]]] = deque()
+        self.closing = self.released = False
 
 
 class WirePort:
@@ -89,6 +91,7 @@ class WirePort:
         self._answer: messages.Return | None = None
         self._pong = 0
         self._client = DealerClient(port_path or directory / "hostd.zmq")
+        self._fd = self._client.fileno()
         loop.register(self._client, self._zmq_readable, served=True)
         try:
             self._mm = self._open_file(files.OpenMm(memlock, name))
@@ -120,9 +123,22 @@ class WirePort:
         return file
 
     def close(self, handle: int) -> None:
-        """close(2). Harmless when the host is gone."""
+        """close(2): what is asked next finds the file released. Harmless when the host is gone.
+
+        :raise OSError: EBADF for a handle that is not open.
+        """
         file = self._files.pop(handle, None)
-        if file is not None:
+        if file is None:
+            if self.lost is None and self._eof is None:
+                raise OSError(errno.EBADF, f"handle {handle:#x} is not open")
+            return
+        file.closing = True
+        file.channel.connection.end_sending()
+        try:
+            self._wait(lambda: file.released, "close")
+        except PeerLost as error:
+            self._trace("port_close_lost", reason=str(error))
+        finally:
             self._close_file(file)
 
     def _close_file(self, file: _File) -> None:
@@ -178,8 +194,13 @@ class WirePort:
             self._noticed(file, error)
 
     def _noticed(self, file: _File, error: PeerLost | RemoteProtocolError) -> None:
-        """EOF: dealt with by whoever waits, else at the top level; here nobody may wait."""
+        """EOF: dealt with by whoever waits, else at the top level; here nobody may wait. That of a file which is
+        being closed is its answer.
+        """
         self._loop.unregister(file.channel)
+        if file.closing:
+            file.released = True
+            return
         if self._eof is None:
             self._eof = PeerLost("hostd", error.doing if isinstance(error, PeerLost) else f"speaking: {error}")
             self._loop.call_soon(self._dismiss)
@@ -239,9 +260,8 @@ class WirePort:
 
     def _short_wait(self) -> None:
         """The usual case, without a turn of the loop: the answer is the next thing that happens."""
-        data = self._client.wait(self._loop.served_fd, SHORT_WAIT_MS)
-        if data is not None:
-            self._take(data)
+        if self._client.readable() or self._loop.wakes(self._fd, SHORT_WAIT):
+            self._zmq_readable()
 
     def _take(self, data: bytes) -> None:
         try:

@@ -111,6 +111,11 @@ class RouterChannel(Generic[In, Out]):
         """Whether :meth:`receive` may give a message now."""
         return self.server.readable()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the descriptor alone will tell of the next message."""
+        return self.server.settled
+
     def receive(self) -> tuple[bytes, In] | None:
         """The next (peer, message), or None; peers that send anything else are refused on the way."""
         while (received := self.server.receive()) is not None:
@@ -147,6 +152,11 @@ class DealerChannel(Generic[In, Out]):
     def readable(self) -> bool:
         """Whether :meth:`receive` would give a message now."""
         return self.client.readable()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the descriptor alone will tell of the next message."""
+        return self.client.settled
 
     def receive(self) -> In | None:
         """The next message, or None.

@@ -6,9 +6,9 @@ invalidations; see :mod:`protocols.waits`). What is not served waits for the top
 another one.
 
 Two epoll sets hold that: all sources, and the served ones. A ZeroMQ descriptor only hints, so every turn asks the
-socket itself before it blocks. Sources with an outbox (``wants_write``) are flushed when they become writable, in waits
-too. A callback must bear finding nothing to read, and must handle its own peer's errors: an exception ends the wait or
-the loop it came up in.
+socket itself before it blocks, unless it is ``settled``. Sources with an outbox (``wants_write``) are flushed when they
+become writable, in waits too. A callback must bear finding nothing to read, and must handle its own peer's errors: an
+exception ends the wait or the loop it came up in.
 
 Every deadline is CLOCK_MONOTONIC and is stretched by the environment variable VFIO_MODEL_DEADLINE_SCALE, for slow
 machines.
@@ -39,9 +39,17 @@ Callback = Callable[[], None]
 
 
 class Source(Protocol):
-    """What can be registered. Also understood: ``readable() -> bool`` (ZeroMQ), ``wants_write`` with ``flush()``."""
+    """What can be registered. Also understood: ``readable() -> bool`` and ``settled`` (ZeroMQ), ``wants_write`` with
+    ``flush()``.
+    """
 
     def fileno(self) -> int: ...
+
+
+class _Asked(Protocol):
+    settled: bool
+
+    def readable(self) -> bool: ...
 
 
 class _Writer(Protocol):
@@ -84,11 +92,11 @@ def _nothing() -> None:
 
 
 class _Entry:
-    __slots__ = ("armed", "callback", "fd", "readable", "served", "source", "writer")
+    __slots__ = ("armed", "asked", "callback", "fd", "served", "source", "writer")
 
     def __init__(self, source: Source, callback: Callback, served: bool) -> None:
         self.source, self.callback, self.served, self.fd = source, callback, served, source.fileno()
-        self.readable: Callable[[], bool] | None = getattr(source, "readable", None)
+        self.asked = cast(_Asked, source) if hasattr(source, "readable") else None
         self.writer = cast(_Writer, source) if hasattr(source, "wants_write") else None
         self.armed = False
 
@@ -110,6 +118,8 @@ class _Timers:
 
     def run_due(self) -> bool:
         """Run what is due now, but not what that adds; whether anything ran."""
+        if not self._heap:
+            return False
         now, due = time.monotonic_ns(), []
         while self._heap and self._heap[0][0] <= now:
             due.append(heapq.heappop(self._heap)[2])
@@ -153,7 +163,7 @@ class Loop:
         self._all.register(entry.fd, select.EPOLLIN)
         if served:
             self._served.register(entry.fd, select.EPOLLIN)
-        if entry.readable is not None:
+        if entry.asked is not None:
             self._zmq.append(entry)
         if entry.writer is not None:
             self._writers.append(entry)
@@ -206,12 +216,14 @@ class Loop:
         """One turn at top level: what is due and ready. Waits for it at most ``timeout`` seconds (None: for ever)."""
         self._turn(None if timeout is None else int(timeout * 1e9), nested=False)
 
-    @property
-    def served_fd(self) -> int:
-        """Readable when something served is to be done: for a wait that is over without the loop when it is short.
-        What is served by ZeroMQ alone is a hint here too.
+    def wakes(self, fd: int, seconds: float) -> bool:
+        """Whether the served source of descriptor ``fd`` is the first to be readable within ``seconds`` (whole
+        milliseconds).
+
+        One system call instead of a turn, for an answer that is probably the next thing to happen. What else there is
+        to serve remains to be served.
         """
-        return self._served.fileno()
+        return self._served.poll(seconds, 1) == [(fd, select.EPOLLIN)]
 
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.
@@ -250,9 +262,10 @@ class Loop:
     def _run_zmq(self, nested: bool) -> bool:
         ran = False
         for entry in self._zmq:
-            if nested and not entry.served:
+            asked = entry.asked
+            if asked is None or asked.settled or (nested and not entry.served):
                 continue
-            if self._entries.get(entry.fd) is entry and entry.readable is not None and entry.readable():
+            if self._entries.get(entry.fd) is entry and asked.readable():
                 ran = True
                 entry.callback()
         return ran
@@ -279,10 +292,12 @@ class Loop:
             return epoll.poll(0)
         for callback in self._idle:
             callback()
-        moments = [self._served_timers.next_ns()] if nested else [self._served_timers.next_ns(), self._timers.next_ns()]
-        known = [moment for moment in moments if moment is not None]
-        if known:
-            until = max(min(known) - time.monotonic_ns(), 0)
+        moment = self._served_timers.next_ns()
+        other = None if nested else self._timers.next_ns()
+        if moment is None or (other is not None and other < moment):
+            moment = other
+        if moment is not None:
+            until = max(moment - time.monotonic_ns(), 0)
             timeout_ns = until if timeout_ns is None else min(until, timeout_ns)
         if timeout_ns is None:
             return epoll.poll(-1)
@@ -301,12 +316,8 @@ class Loop:
                 continue
             if events & select.EPOLLOUT:
                 self._flush(entry)
-            if events & ~select.EPOLLOUT and (entry.served or not nested):
-                self._call(entry)
-
-    def _call(self, entry: _Entry) -> None:
-        if self._entries.get(entry.fd) is entry and (entry.readable is None or entry.readable()):
-            entry.callback()
+            if events & ~select.EPOLLOUT and (entry.served or not nested) and self._entries.get(entry.fd) is entry:
+                entry.callback()
 
     def _flush(self, entry: _Entry) -> None:
         """A peer that is gone is noticed by its callback, which finds EOF."""

@@ -187,6 +187,11 @@ class _Connection:
                 self._outbox.popleft()
         return True
 
+    def end_sending(self) -> None:
+        """Let the peer see EOF after what was sent, and go on receiving. Harmless when it is gone."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close the socket and drop what waits. Harmless twice."""
         self._sock.close()

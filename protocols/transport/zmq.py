@@ -6,8 +6,8 @@ is taken before the bind, because a second bind steals the path. A peer that bro
 from then on.
 
 The descriptor of a ZeroMQ socket is edge-triggered and only *hints*: after it fired, and after every send or receive,
-``readable()`` (the EVENTS option) is the truth. :class:`protocols.transport.loop.Loop` does that. A socket must not
-survive a fork. Source: zmq_socket(3), zmq_getsockopt(3).
+``readable()`` (the EVENTS option) is the truth. :class:`protocols.transport.loop.Loop` does that; ``settled`` tells it
+when there is nothing to ask. A socket must not survive a fork. Source: zmq_socket(3), zmq_getsockopt(3).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_MESSAGE = (1 << 20) + 65536
 MAX_IGNORED = 4096
 """Refused peers remembered at a time."""
 DEFAULT_HWM = 1000
-_POLLIN = int(zmq.POLLIN)
-_NOBLOCK = int(zmq.NOBLOCK)
+_POLLIN, _EVENTS, _RCVMORE = int(zmq.POLLIN), int(zmq.EVENTS), int(zmq.RCVMORE)
+_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class Sent(Enum):
@@ -64,6 +64,8 @@ class _Socket:
         self._socket.setsockopt(zmq.SNDHWM, hwm)
         self._socket.setsockopt(zmq.RCVHWM, hwm)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        self.settled = False
+        """Whether :meth:`readable` said no and nothing was sent or received since: then the descriptor will tell."""
 
     def fileno(self) -> int:
         """The edge-triggered hint, for a poller that then asks :meth:`readable`."""
@@ -71,7 +73,17 @@ class _Socket:
 
     def readable(self) -> bool:
         """Whether a receive would give a message now."""
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
+        readable = bool(int(self._socket.get(_EVENTS)) & _POLLIN)
+        self.settled = not readable
+        return readable
+
+    def _rest(self) -> bool:
+        """Whether the message whose frame was just received has more of them; they are dropped."""
+        if not self._socket.get(_RCVMORE):
+            return False
+        while self._socket.get(_RCVMORE):
+            self._socket.recv(_NOBLOCK)
+        return True
 
     @property
     def closed(self) -> bool:
@@ -105,21 +117,27 @@ class RouterServer(_Socket):
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next (peer, message), or None. Peers that were refused are skipped; so is what is not one frame."""
+        self.settled = False
+        receive = self._socket.recv
         while True:
             try:
-                frames = self._socket.recv_multipart(_NOBLOCK)
+                peer = receive(_NOBLOCK)
             except zmq.Again:
                 return None
-            if frames[0] in self._ignored:
+            data = receive(_NOBLOCK)  # a ROUTER puts the peer before what it sent, which is at least one frame
+            more = self._rest()
+            if peer in self._ignored:
                 continue
-            if len(frames) == 2:
-                return frames[0], frames[1]
-            self._ignore(frames[0])
+            if not more:
+                return peer, data
+            self._ignore(peer)
 
     def send(self, peer: bytes, data: bytes) -> Sent:
         """Queue ``data`` for ``peer``; never blocks, never drops silently."""
+        self.settled = False
         try:
-            self._socket.send_multipart((peer, data), _NOBLOCK)
+            self._socket.send(peer, _NOBLOCK_MORE)
+            self._socket.send(data, _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         except zmq.ZMQError as error:
@@ -159,27 +177,20 @@ class DealerClient(_Socket):
 
     def send(self, data: bytes) -> Sent:
         """Queue one message; :data:`Sent.AGAIN` when too many wait."""
+        self.settled = False
         try:
             self._socket.send(data, _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         return Sent.OK
 
-    def wait(self, other: int, timeout_ms: int) -> bytes | None:
-        """The next message, when one comes before descriptor ``other`` is readable and ``timeout_ms`` are over;
-        else None.
-
-        One system call where nothing else is to be done: the short way for a peer that answers at once.
-        """
-        ready = zmq.zmq_poll([(self._socket, _POLLIN), (other, _POLLIN)], timeout_ms)
-        return self.receive() if ready and self.readable() else None
-
     def receive(self) -> bytes | None:
         """The next message, or None. What is not one frame is skipped: a ROUTER of ours never sends it."""
+        self.settled = False
         while True:
             try:
-                frames = self._socket.recv_multipart(_NOBLOCK)
+                data = self._socket.recv(_NOBLOCK)
             except zmq.Again:
                 return None
-            if len(frames) == 1:
-                return frames[0]
+            if not self._rest():
+                return data
