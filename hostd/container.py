@@ -249,10 +249,14 @@ class ContainerServer:
         except RemoteProtocolError as error:
             self.counters["refused"] += 1
             self._trace("hostd_peer_refused", peer=channel.name, reason=str(error))
+            self._disconnect(number, "")
             self._closed(number)
 
     def _closed(self, number: int) -> None:
-        self._disconnect(number, "")
+        """Nothing more is read. Our end is closed when the service has released the file: close(2) returns then."""
+        channel = self._channels.get(number)
+        if channel is not None:
+            self._loop.unregister(channel)
         self.handle(Closed(number))
 
     def _disconnect(self, number: int, reason: str) -> None:

@@ -131,10 +131,12 @@ class SendFile:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Close a connection. The service has forgotten it: no Closed is expected for it."""
+    """Close a connection, if it still is one. The service has forgotten it: no Closed is expected for it. A reason is
+    given where the client did not ask for it.
+    """
 
     connection: int
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,8 @@ class FileService:
             self._refuse(connection, error)
         except RemoteProtocolError as error:
             _close_all(fds)
-            self.closed(connection_id)
             self._state.emit(Disconnect(connection_id, str(error)))
+            self.closed(connection_id)
 
     def _refuse(self, connection: Connection, error: OSError) -> None:
         reason = error.strerror or ""
@@ -192,7 +192,7 @@ class FileService:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def closed(self, connection_id: int) -> None:
-        """EOF: release what the connection had opened."""
+        """EOF: release what the connection had opened; our end of it is closed when that is over."""
         state = self._state
         connection = state.clients.connections.pop(connection_id, None)
         if connection is None:
@@ -202,8 +202,10 @@ class FileService:
             self._exit_mm(opened)
         elif isinstance(opened, OpenFile):
             self._release(opened)
-        elif isinstance(opened, str) and opened in state.offers and state.offers[opened].connection == connection_id:
-            state.offers.pop(opened).close()
+        else:
+            if opened is not None and opened in state.offers and state.offers[opened].connection == connection_id:
+                state.offers.pop(opened).close()
+            state.emit(Disconnect(connection_id))
 
     def _exit_mm(self, client: Client) -> None:
         state = self._state
@@ -223,6 +225,7 @@ class FileService:
             state.host.forget_segment(segment.id)
         client.close_memory()
         del state.clients.mms[client.handle]
+        state.emit(Disconnect(client.connection))
         state.note("hostd_exit_mm", name=client.name, pid=client.pid, locked_vm=client.mm.locked_vm)
 
     def _release(self, file: OpenFile) -> None:
@@ -237,6 +240,7 @@ class FileService:
         yield Until(f"the end of the devices of {file.path}", lambda: not state.devices.of_group(file.handle))
         yield from state.settle(state.host.close(file.handle))
         del state.clients.files[file.handle]
+        state.emit(Disconnect(file.connection))
         state.note("hostd_release", path=file.path, pid=file.client.pid)
         state.emit(DomainsChanged())
 

@@ -325,6 +325,15 @@ def test_the_death_of_a_device_ends_the_wait_for_its_lane() -> None:
     assert guest.open_device() != key
 
 
+def test_a_close_is_answered_when_the_file_is_released() -> None:
+    world = World()
+    guest = Guest(world)
+    key = guest.open_device()
+    answer = Disconnect(guest.group_connection)
+    assert answer not in world.do(Closed(guest.group_connection)), "its device has not ended"
+    assert answer in world.do(DeviceDied(key, ""))
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("inside", [False, True])
 def test_whatever_the_order_of_its_ends_a_client_gives_everything_back(order: tuple[int, ...], inside: bool) -> None:
@@ -439,7 +448,7 @@ def test_a_request_out_of_turn_costs_the_connection() -> None:
         (guest.mm_connection, files.OpenMm(1, "again")),
     ):
         effects = world.do(FileMessage(connection, message))
-        assert [effect.connection for effect in effects if isinstance(effect, Disconnect)].count(connection) == 1
+        assert connection in [effect.connection for effect in effects if isinstance(effect, Disconnect)]
         assert connection not in world.service.state.clients.connections
 
 
