@@ -1,7 +1,8 @@
 """The implementations of the uapi seam that the conformance tests run over.
 
-An adapter starts a host of a given topology and gives one or more clients of it. Adding an adapter here is all it takes
-to run every test over it.
+An adapter is a context: inside it a host of a given topology runs and gives clients, one or more; at its end every
+client closes what it has, and the host has unpinned every page. Adding an adapter here is all it takes to run every
+test over it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+import msgspec
+
+from deploy.inline.host import UNLIMITED, InlineHost, InlinePort
+from deploy.inline.log import InlineLog
+from tests.conformance.live_host import LiveHosts
 from vfio_model.host.host import Host
 from vfio_model.host.topology import HostTopology
 from vfio_model.memory.ram import RAMBlock
@@ -21,7 +27,9 @@ from vfio_model.vfio.ioctl import VfioPort
 class Client(Protocol):
     """One process that uses a host."""
 
-    port: VfioPort
+    @property
+    def port(self) -> VfioPort:
+        """Its connection to the host."""
 
     def memory(self, name: str, size: int, hva: int, page_size: int = 0x1_0000) -> RAMBlock:
         """Declare new memory to the host."""
@@ -40,10 +48,11 @@ class Running(Protocol):
 Adapter = Callable[[HostTopology], AbstractContextManager[Running]]
 
 
-class DirectClient:
-    def __init__(self, host: Host, memlock: int | None) -> None:
-        self.mm = host.create_mm(memlock)
-        self.port: VfioPort = DirectPort(host, self.mm)
+class NearClient:
+    """A client in the process of its host."""
+
+    def __init__(self, port: DirectPort) -> None:
+        self.port = port
 
     def memory(self, name: str, size: int, hva: int, page_size: int = 0x1_0000) -> RAMBlock:
         block = RAMBlock(name, bytearray(size), page_size=page_size, hva=Hva(hva))
@@ -51,23 +60,51 @@ class DirectClient:
         return block
 
     def locked_vm(self) -> int:
-        return self.mm.locked_vm
+        return self.port.mm.locked_vm
 
 
-class DirectHost:
-    def __init__(self, topology: HostTopology) -> None:
-        self.host = Host(topology)
+class NearHost:
+    """A host in this process; ``connect(memlock)`` makes a port of a new client."""
 
-    def client(self, memlock: int | None = None) -> Client:
-        return DirectClient(self.host, memlock)
+    def __init__(self, connect: Callable[[int | None], DirectPort]) -> None:
+        self._connect = connect
+        self._clients: list[NearClient] = []
+
+    def client(self, memlock: int | None = None) -> NearClient:
+        client = NearClient(self._connect(memlock))
+        self._clients.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.port.exit()
+            assert client.locked_vm() == 0, "a client that is gone has nothing locked"
 
 
 @contextmanager
 def direct(topology: HostTopology) -> Iterator[Running]:
     """Everything in this process."""
-    yield DirectHost(topology)
+    host = Host(topology)
+    running = NearHost(lambda memlock: DirectPort(host, host.create_mm(memlock)))
+    yield running
+    running.close()
 
 
-ADAPTERS: dict[str, Adapter] = {"direct": direct}
-EXPECTED = frozenset({"direct"})
-"""What must be among the adapters: one that silently drops out of the collection would otherwise not be missed."""
+@contextmanager
+def inline(topology: HostTopology) -> Iterator[Running]:
+    """In this process, by the messages that there would be between processes."""
+    log = InlineLog()
+    owner = InlineHost(msgspec.to_builtins(topology), UNLIMITED, "nobody", log, lambda later: later())
+    running = NearHost(lambda memlock: InlinePort(owner, owner.host.create_mm(memlock, "guest"), log))
+    yield running
+    running.close()
+    owner.close()
+
+
+def adapters(hosts: LiveHosts) -> dict[str, Adapter]:
+    """Every adapter; ``hosts`` are the host processes of this worker."""
+    return {"direct": direct, "inline": inline, "wire": hosts.running}
+
+
+EXPECTED = ("direct", "inline", "wire")
+"""Every test of this folder that asks for an ``adapter`` runs over each of these."""

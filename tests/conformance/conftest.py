@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.conformance.adapters import ADAPTERS, Adapter
+from tests.conformance.adapters import EXPECTED, Adapter, adapters
+from tests.conformance.live_host import LiveHosts
 
 
-@pytest.fixture(params=sorted(ADAPTERS))
-def adapter(request: pytest.FixtureRequest) -> Adapter:
+@pytest.fixture(scope="session")
+def live_hosts() -> Iterator[LiveHosts]:
+    """The host processes of this worker."""
+    hosts = LiveHosts(Path(os.environ["VFIO_MODEL_RUNTIME_BASE"]))
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(params=EXPECTED)
+def adapter(request: pytest.FixtureRequest, live_hosts: LiveHosts) -> Adapter:
     """An implementation of the uapi seam."""
-    return ADAPTERS[request.param]
+    return adapters(live_hosts)[request.param]
