@@ -10,7 +10,6 @@ sender the connection and nobody else anything.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import resource
 import time
@@ -57,7 +56,6 @@ MAX_DESCRIPTORS = 65536
 SPIN_NS = 20_000
 """How long a revoke may spin before it leaves the rest to the timer."""
 
-_name = functools.lru_cache(256)(ioctl_name)
 Channel = FdChannel[files.Request, files.Response]
 Port = RouterChannel[messages.Request, messages.Response]
 
@@ -89,7 +87,6 @@ class ContainerServer:
             raise ConfigError(
                 "this kernel has no membarrier(2) with global expedited barriers", hint="Linux 4.16 or newer has"
             )
-        fence.register()
         scale, descriptors = deadline_scale(), raise_descriptor_limit()
         self._loop, self._trace, self._options = loop, trace, options
         self._areas = SharedAreas()
@@ -205,13 +202,13 @@ class ContainerServer:
         if received is None:
             return
         peer, message = received
-        if isinstance(message, messages.Ping):
+        if not isinstance(message, messages.Ioctl):
             self._port.send(peer, messages.Pong(message.seq))
             return
         self.counters["ioctls"] += 1
         if self._trace.enabled:
             self._trace.cause = message.cause
-            self._trace("port_recv", seq=message.seq, ioctl=_name(message.cmd), count=message.count)
+            self._trace("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
         self.handle(PortMessage(peer, message))
 
     def _send_return(self, effect: SendReturn) -> None:

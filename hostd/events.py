@@ -12,7 +12,7 @@ exactly once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from protocols.port import device as device_port
 from protocols.port import files, messages
@@ -65,8 +65,7 @@ class Closed:
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class PortMessage:
+class PortMessage(NamedTuple):
     """An ioctl of ZeroMQ peer ``peer``."""
 
     peer: bytes
@@ -139,8 +138,7 @@ class Disconnect:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SendReturn:
+class SendReturn(NamedTuple):
     """Answer an ioctl."""
 
     peer: bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Generator, Hashable
 from errno import EBADF, EIO
@@ -28,7 +27,6 @@ _SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = (
 )
 Begun = bytes | Batch | Pending[bytes] | Pending[Batch]
 """What the host says when an ioctl begins."""
-_name = functools.lru_cache(256)(ioctl_name)
 
 
 def segment_map(segment: Segment) -> SegmentMap:
@@ -58,7 +56,7 @@ class IoctlService:
         if file.is_container and state.jobs.idle(key):
             self._at_once(key, peer, message, file)
             return
-        state.jobs.submit(key, Job(_name(message.cmd), self._steps(peer, message, file), file.client.pid))
+        state.jobs.submit(key, Job(ioctl_name(message.cmd), self._steps(peer, message, file), file.client.pid))
 
     def _key(self, file: OpenFile, message: IoctlMessage) -> Hashable:
         """The container that the ioctl concerns, else the group by itself."""
@@ -77,7 +75,7 @@ class IoctlService:
                 revoke = state.begin_revoke(result.lane_devices)
                 if not revoke.start():
                     steps = self._revoked_steps(peer, message, RevokeWait(revoke), result)
-                    state.jobs.submit(key, Job(_name(message.cmd), steps, file.client.pid))
+                    state.jobs.submit(key, Job(ioctl_name(message.cmd), steps, file.client.pid))
                     return
                 result = result.finish()
         except OSError as error:
@@ -144,7 +142,7 @@ class IoctlService:
 
     def _note_failure(self, message: IoctlMessage, number: int, reason: str) -> None:
         self._state.cause = message.cause
-        self._state.note("vfio_ioctl_failed", ioctl=_name(message.cmd), errno=number, reason=reason)
+        self._state.note("vfio_ioctl_failed", ioctl=ioctl_name(message.cmd), errno=number, reason=reason)
 
     def _check_container(self, message: IoctlMessage) -> None:
         """The handle in the argument is one of this client's too."""

@@ -94,6 +94,11 @@ class JobQueue:
         """Whether nothing is pending for ``key``."""
         return key not in self._queues
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is pending at all."""
+        return not self._queues
+
     def poll(self) -> None:
         """Resume everything that can go on."""
         for key in list(self._queues):

@@ -162,7 +162,8 @@ class ContainerService:
     @property
     def revoking(self) -> bool:
         """Whether a Tick could end something: an operation waits for DMA sections."""
-        return any(isinstance(job.wait, RevokeWait) for job in self.state.jobs.pending())
+        jobs = self.state.jobs
+        return not jobs.empty and any(isinstance(job.wait, RevokeWait) for job in jobs.pending())
 
     def _look_for_late(self, now: float) -> None:
         """Name the devices that are inside one section past the deadline. The lane is read again before anybody is

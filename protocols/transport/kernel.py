@@ -52,7 +52,8 @@ class Membarrier:
         self._number = number
 
     def _call(self, command: int) -> int:
-        return _check(int(self._syscall(self._number, command, 0, 0)), f"membarrier({command})")
+        result = int(self._syscall(self._number, command, 0, 0))
+        return result if result >= 0 else _check(result, f"membarrier({command})")
 
     def register(self) -> None:
         """This process takes part: a device process calls it before its first DMA section."""

@@ -11,7 +11,7 @@ from errno import EINVAL, ENXIO
 from typing import Any
 
 from vfio_model.host.mm import Mm, Region, Run
-from vfio_model.host.tce_table import Dropped, TceTable, take
+from vfio_model.host.tce_table import Dropped, TceTable, add, take
 from vfio_model.uapi.vfio import DmaMap
 
 _PLAIN = 32
@@ -35,14 +35,15 @@ def map_range(table: TceTable, mm: Mm, request: DmaMap) -> tuple[Dropped, OSErro
             count = min(total - done, room, table.chunk_room(first + done))
             if count == 1:
                 before = table.store_one(first + done, run.hpa.to_hpa(ua + run.delta) | request.flags, region.id)
-                dropped.update({before: 1} if before else {})
+                if before:
+                    add(dropped, {before: 1})
             else:
                 tces = _tces(run, ua, count, table.page_shift, request.flags)
-                dropped.update(table.store(first + done, tces, region.id))
+                add(dropped, table.store(first + done, tces, region.id))
             take(region, count)
             done += count
     except OSError as error:
-        dropped.update(table.clear(first, done))
+        add(dropped, table.clear(first, done))
         return dropped, error
     return dropped, None
 

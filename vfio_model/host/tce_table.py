@@ -22,7 +22,7 @@ from vfio_model.host.table_memory import TableMemory
 CHUNK_SHIFT = 12
 """log2 of the most entries that one chunk of the private record covers."""
 
-Dropped = Counter[int]
+Dropped = dict[int, int]
 """Region number → TCEs that no longer point into it."""
 
 
@@ -87,7 +87,9 @@ class TceTable:
 
     def clear(self, index: int, count: int) -> Dropped:
         """Zero ``count`` entries; returns what they pinned. Entries that were never mapped cost nothing."""
-        dropped: Dropped = Counter()
+        if count == 1:
+            return self._clear_one(index)
+        dropped: Dropped = {}
         for at, length in self._stretches(index, count):
             regions = self._regions[at >> self._chunk_shift]
             low = at & (1 << self._chunk_shift) - 1
@@ -98,8 +100,18 @@ class TceTable:
             word = self._word(at)
             self.memory.words[word : word + length] = memoryview(bytes(8 * length)).cast("Q")
             regions[low : low + length] = array("I", zeros)
-            dropped.update(_count(before))
+            add(dropped, _count(before))
         return dropped
+
+    def _clear_one(self, index: int) -> Dropped:
+        regions = self._regions.get(index >> self._chunk_shift)
+        at = index & (1 << self._chunk_shift) - 1
+        region = 0 if regions is None else regions[at]
+        if regions is None or not region:
+            return {}
+        self.memory.words[self._word(index)] = 0
+        regions[at] = 0
+        return {region: 1}
 
     def clear_all(self) -> Dropped:
         """Zero every entry."""
@@ -188,6 +200,12 @@ class TceTable:
         return self._find(index)
 
 
+def add(dropped: Dropped, more: Dropped) -> None:
+    """Count what ``more`` counts in ``dropped`` too."""
+    for number, count in more.items():
+        dropped[number] = dropped.get(number, 0) + count
+
+
 def give_back(mm: Mm, dropped: Dropped) -> None:
     """Tell the regions that TCEs into them are gone."""
     for number, count in dropped.items():
@@ -204,7 +222,7 @@ def _count(regions: array[int]) -> Dropped:
     size = len(regions)
     first = regions[0] if size else 0
     if regions.tobytes() == array("I", [first]).tobytes() * size:
-        return Counter({first: size}) if first else Counter()
+        return {first: size} if first else {}
     counted = Counter(regions)
     del counted[0]
-    return counted
+    return dict(counted)

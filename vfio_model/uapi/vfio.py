@@ -7,6 +7,7 @@ beyond what the header declares. ``argsz`` is the size of the whole argument as 
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum, IntFlag
@@ -56,6 +57,7 @@ _SPAPR_NAMES = {
 }
 
 
+@functools.lru_cache(256)
 def ioctl_name(cmd: int, *, spapr: bool = True) -> str:
     """The name of an ioctl number; ``spapr`` chooses between the two meanings of 112 and 117."""
     try:
