@@ -30,6 +30,11 @@ S = TypeVar("S", bound=Struct)
 
 OFFERED = frozenset({IommuType.VFIO_SPAPR_TCE_v2_IOMMU})
 """What CHECK_EXTENSION says yes to. VFIO_EEH is not: a PE can be frozen by the host, but its user has no EEH ioctl."""
+_GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU = (
+    int(Ioctl.VFIO_GET_API_VERSION),
+    int(Ioctl.VFIO_CHECK_EXTENSION),
+    int(Ioctl.VFIO_SET_IOMMU),
+)
 KNOWN = frozenset({IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU})
 """Types that exist and that this host does not serve."""
 
@@ -66,11 +71,11 @@ class VfioContainer:
 
     def ioctl(self, mm: Mm, cmd: int, arg: bytes, revocation: Revocation) -> bytes:
         """:raise OSError: ENOTTY for what is no ioctl of this container, EINVAL for one that needs a type first."""
-        if cmd == Ioctl.VFIO_GET_API_VERSION:
+        if cmd == _GET_API_VERSION:
             return pack_int(VFIO_API_VERSION)
-        if cmd == Ioctl.VFIO_CHECK_EXTENSION:
+        if cmd == _CHECK_EXTENSION:
             return pack_int(int(unpack_int(arg) in OFFERED))
-        if cmd == Ioctl.VFIO_SET_IOMMU:
+        if cmd == _SET_IOMMU:
             self._set_iommu(unpack_int(arg))
             return b""
         if self.driver is None:
@@ -128,14 +133,18 @@ def unpack_int(arg: bytes) -> int:
 
 
 def copy_in(kind: type[S], arg: bytes) -> S:
-    """The struct that a caller passed.
+    """The struct that a caller passed. :raise OSError: as :func:`fields_in`."""
+    return kind(*fields_in(kind, arg))
+
+
+def fields_in(kind: type[Struct], arg: bytes) -> tuple[int, ...]:
+    """The fields of the struct that a caller passed, argsz first.
 
     :raise OSError: EFAULT when there are fewer bytes than the struct has, EINVAL when its argsz says so.
     """
     if len(arg) < kind.SIZE:
         raise OSError(EFAULT, f"{kind.__name__}: {len(arg)} bytes of {kind.SIZE} can be read")
-    value = kind.unpack(arg)
-    argsz: int = getattr(value, "argsz")  # noqa: B009 - every struct that comes here has one; the base class does not
-    if argsz < kind.SIZE:
-        raise OSError(EINVAL, f"{kind.__name__}: argsz {argsz} is below {kind.SIZE}")
-    return value
+    fields = kind.FORMAT.unpack_from(arg)
+    if fields[0] < kind.SIZE:
+        raise OSError(EINVAL, f"{kind.__name__}: argsz {fields[0]} is below {kind.SIZE}")
+    return fields

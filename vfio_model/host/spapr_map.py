@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from array import array
 from errno import EINVAL, ENXIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfio_model.host.mm import Mm, Region, Run
 from vfio_model.host.tce_table import Dropped, TceTable, add, take
-from vfio_model.uapi.vfio import DmaMap
 
 _PLAIN = 32
 """Stretches up to so many pages are computed without numpy."""
 
 
-def map_range(table: TceTable, mm: Mm, request: DmaMap) -> tuple[Dropped, OSError | None]:
+class MapRequest(NamedTuple):
+    """What a ``struct vfio_iommu_type1_dma_map`` asks for, its argsz apart."""
+
+    flags: int
+    vaddr: int
+    iova: int
+    size: int
+
+
+def map_range(table: TceTable, mm: Mm, request: MapRequest) -> tuple[Dropped, OSError | None]:
     """Store the TCEs of ``request``, whose alignment, flags and window are checked already.
 
     :return: what TCEs were replaced, and the error that stopped it, if any: EINVAL for a page that no region holds or

@@ -20,13 +20,13 @@ import sys
 from collections.abc import Callable
 from errno import EBUSY, EFAULT, EINVAL, ENODEV, ENOENT, ENOSPC, ENOTTY, ENXIO, EPERM
 
-from vfio_model.host.container import copy_in
+from vfio_model.host.container import copy_in, fields_in
 from vfio_model.host.group import Group
 from vfio_model.host.mm import Mm, Region
 from vfio_model.host.pending import Revocation
 from vfio_model.host.platform import PlatformName, table_geometry, table_pages
 from vfio_model.host.spapr_batch import map_pages, unmap_pages
-from vfio_model.host.spapr_map import map_range
+from vfio_model.host.spapr_map import MapRequest, map_range
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.tce_table import Dropped, TceTable, give_back
 from vfio_model.host.topology import MAX_WINDOWS, GroupSpec
@@ -44,6 +44,7 @@ from vfio_model.uapi.vfio import (
 )
 
 _MAP_FLAGS = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
+_MAP_DMA, _UNMAP_DMA = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
 _DEFAULT_PAGE_SHIFT = 12
 
 _Handler = Callable[["SpaprTceContainer", Mm, bytes, Revocation], bytes]
@@ -136,9 +137,9 @@ class SpaprTceContainer:
         """Many single pages at once, where nothing about them is unusual."""
         if self.mm is not mm or not self.enabled or self.default_pending:
             return False
-        if cmd == Ioctl.VFIO_IOMMU_MAP_DMA:
+        if cmd == _MAP_DMA:
             return map_pages(self.tables, mm, args, count)
-        if cmd == Ioctl.VFIO_IOMMU_UNMAP_DMA:
+        if cmd == _UNMAP_DMA:
             dropped = unmap_pages(self.tables, args, count)
             if dropped is None:
                 return False
@@ -239,21 +240,21 @@ class SpaprTceContainer:
     def _map(self, mm: Mm, arg: bytes, revocation: Revocation) -> bytes:
         if not self.enabled:
             raise OSError(EPERM, "nothing was registered yet")
-        request = copy_in(DmaMap, arg)
-        if request.flags & ~_MAP_FLAGS:
-            raise OSError(EINVAL, f"flags {request.flags:#x} are not all known")
+        _, flags, vaddr, iova, size = fields_in(DmaMap, arg)
+        if flags & ~_MAP_FLAGS:
+            raise OSError(EINVAL, f"flags {flags:#x} are not all known")
         self._make_default(mm)
-        table = self._find(request.iova)
+        table = self._find(iova)
         if table is None:
-            raise OSError(ENXIO, f"{request.iova:#x} lies in no window")
+            raise OSError(ENXIO, f"{iova:#x} lies in no window")
         low = table.page - 1
-        if request.size & low or request.vaddr & low:
-            raise OSError(EINVAL, f"size {request.size:#x} or vaddr {request.vaddr:#x}: not whole IOMMU pages")
-        if not request.flags:
+        if size & low or vaddr & low:
+            raise OSError(EINVAL, f"size {size:#x} or vaddr {vaddr:#x}: not whole IOMMU pages")
+        if not flags:
             raise OSError(EINVAL, "neither READ nor WRITE")
-        if request.iova & low or request.iova + request.size - 1 > table.last:
-            raise OSError(EINVAL, f"iova {request.iova:#x} is misaligned or the end is beyond the window")
-        dropped, error = map_range(table, mm, request)
+        if iova & low or iova + size - 1 > table.last:
+            raise OSError(EINVAL, f"iova {iova:#x} is misaligned or the end is beyond the window")
+        dropped, error = map_range(table, mm, MapRequest(flags, vaddr, iova, size))
         self._give_back_later(dropped, revocation)
         if error is not None:
             raise error
@@ -262,15 +263,15 @@ class SpaprTceContainer:
     def _unmap(self, mm: Mm, arg: bytes, revocation: Revocation) -> bytes:
         if not self.enabled:
             raise OSError(EPERM, "nothing was registered yet")
-        request = copy_in(DmaUnmap, arg)
-        if request.flags:
-            raise OSError(EINVAL, f"flags {request.flags:#x} are not known")
-        table = self._find(request.iova)
+        _, flags, iova, size = fields_in(DmaUnmap, arg)
+        if flags:
+            raise OSError(EINVAL, f"flags {flags:#x} are not known")
+        table = self._find(iova)
         if table is None:
-            raise OSError(ENXIO, f"{request.iova:#x} lies in no window")
-        if (request.size | request.iova) & table.page - 1 or request.iova + request.size - 1 > table.last:
-            raise OSError(EINVAL, f"{request.iova:#x}, {request.size:#x} bytes: not whole pages of the window")
-        dropped = table.clear(request.iova - table.start >> table.page_shift, request.size >> table.page_shift)
+            raise OSError(ENXIO, f"{iova:#x} lies in no window")
+        if (size | iova) & table.page - 1 or iova + size - 1 > table.last:
+            raise OSError(EINVAL, f"{iova:#x}, {size:#x} bytes: not whole pages of the window")
+        dropped = table.clear(iova - table.start >> table.page_shift, size >> table.page_shift)
         self._give_back_later(dropped, revocation)
         return arg
 
