@@ -329,7 +329,8 @@ class CachedImpl:
         if not size:
             return None
         buffer = bytearray(size)
-        if direction is DMADirection.TO_DEVICE and self.read(iova, buffer):
+        nothing = self.read(iova, buffer) if direction is DMADirection.TO_DEVICE else not self._decodes(iova)
+        if nothing:
             self.bounce.give_back(size)
             return None
 
@@ -339,6 +340,19 @@ class CachedImpl:
             self.bounce.give_back(size)
 
         return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+
+    def _decodes(self, iova: int) -> bool:
+        """Whether ``iova`` may be written, as far as that is known before it is: a message finds out when it goes."""
+        if not self.armed:
+            return True
+        lane = self._lane
+        lane.enter()
+        try:
+            self._catch_up()
+            known = self.entries.find(iova, True) is not None
+        finally:
+            lane.leave()
+        return known or self._fill(iova, 1, True) in (_Fill.CACHED, _Fill.DIRECT)
 
 
 def _copy(hit: Hit, iova: int, part: memoryview, is_write: bool) -> None:

@@ -25,7 +25,7 @@ Spans = Sequence[tuple[int, int]]
 
 class DMAMapping:
     """``iova``..``last`` (inclusive) mapped for ``direction``. ``view`` is what the device reads or writes, item size
-    1.
+    1; what it may only read cannot be written through it.
 
     The mapping may be shorter than asked for. ``handle`` is unique in the process. ``on_invalidate(mapping)`` is
     called at most once, when part of the translation goes; ``invalidated`` says so afterwards.
@@ -47,7 +47,7 @@ class DMAMapping:
         self.iova = iova
         self.last = iova + len(view) - 1
         self.direction = direction
-        self.view = view
+        self.view = view.toreadonly() if direction is DMADirection.TO_DEVICE else view
         self.on_invalidate = on_invalidate
         self.bounce = bounce
         self.invalidated = False

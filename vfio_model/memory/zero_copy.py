@@ -57,8 +57,6 @@ def _map_direct(
         parts.append(part)
         size += part.length
     view = first.region.block.view[first.offset : first.offset + size]
-    if not is_write:
-        view = view.toreadonly()
     mapping = DMAMapping(iova, view, direction, on_invalidate)
     if on_invalidate is not None:
         try:
@@ -84,8 +82,7 @@ def _map_bounce(
         space.mappings.remove(mapping)
         space.bounce.give_back(size)
 
-    view = buffer if direction is DMADirection.FROM_DEVICE else buffer.toreadonly()
-    mapping = DMAMapping(iova, view, direction, on_invalidate, bounce=True, release=release)
+    mapping = DMAMapping(iova, buffer, direction, on_invalidate, bounce=True, release=release)
     space.mappings.add(mapping)
     return mapping
 
