@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import EINVAL, errorcode
+from functools import partial
 
 import pytest
 
@@ -284,7 +285,7 @@ class TestRegister:
         world.container.register_memory(HVA, PAGE)
         stranger = world.running.client()
         for cmd in (GET_INFO, REGISTER, UNREGISTER, MAP, UNMAP, CREATE, REMOVE):
-            assert errno_of(lambda cmd=cmd: stranger.port.ioctl(world.container.handle, cmd, b"")) in ("EPERM", "EBADF")
+            assert errno_of(partial(stranger.port.ioctl, world.container.handle, cmd, b"")) in ("EPERM", "EBADF")
 
     def test_overlapping_declarations(self, world: World) -> None:
         assert errno_of(lambda: world.client.memory("more", MIB, HVA + MIB)) == "EEXIST"

@@ -1,85 +1,27 @@
 """What every DMA implementation must do, whatever stands behind the device.
 
-To add one: write a function that makes a :class:`Bench` and name it in ``IMPLEMENTATIONS``. It maps pages of
-:data:`PAGE` bytes as the test asks; the tests never look behind it.
+The implementations are in :mod:`tests.conformance.dma_benches`; the tests never look behind a :class:`Bench`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.memory.fakes import DictIOMMU, ram_block, system_memory
+from tests.conformance.dma_benches import EXPECTED, IMPLEMENTATIONS, PAGE, PAGES, WITHOUT_PERMISSIONS, Bench
 from vfio_model.memory import dma as d
-from vfio_model.memory.address_space import AddressSpace
-from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace
-from vfio_model.memory.region import AliasRegion, MemoryRegion, RAMRegion
-from vfio_model.memory.types import DMADirection, MemTxResult
+from vfio_model.memory.dma import BLOCKED, DMASpace
+from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer
 
-PAGE = 65536
-PAGES = 8
-"""Pages of RAM."""
 OK = MemTxResult.OK
 R, W, RW = 1, 2, 3
 
 
-@dataclass
-class Bench:
-    """An implementation, the RAM behind it, and the operator's hand on its mappings."""
-
-    impl: DMAImpl
-    ram: memoryview
-    """``PAGES`` pages."""
-    remap: Callable[[Mapping[int, tuple[int, int]]], None]
-    """Make exactly these mappings valid: iova page -> (RAM page, permission)."""
-    permissions: bool = True
-    """Whether permissions can be told apart; else every mapping is RW."""
-
-
-def plain() -> Bench:
-    """System memory without an IOMMU: pages are aliases of RAM."""
-    block = ram_block(PAGES * PAGE)
-    ram = RAMRegion("ram", block)
-    root = MemoryRegion("system", 1 << 64)
-    space = AddressSpace("memory", root)
-
-    def remap(pages: Mapping[int, tuple[int, int]]) -> None:
-        for region in list(root.subregions):
-            root.del_subregion(region)
-        for iova, (page, _) in pages.items():
-            root.add_subregion(iova * PAGE, AliasRegion(f"page{iova}", ram, page * PAGE, PAGE))
-
-    return Bench(space, block.view, remap, permissions=False)
-
-
-def viommu(vectors: bool) -> Bench:
-    """An address space behind an IOMMU region."""
-    system, block = system_memory(PAGES * PAGE)
-    iommu = DictIOMMU(system, 1 << 40, vectors=vectors, page=PAGE)
-
-    def remap(pages: Mapping[int, tuple[int, int]]) -> None:
-        iommu.pages = {iova: (page * PAGE, perm) for iova, (page, perm) in pages.items()}
-
-    return Bench(AddressSpace("device", iommu), block.view, remap)
-
-
-IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
-    "plain": plain,
-    "viommu": lambda: viommu(False),
-    "viommu-vectors": lambda: viommu(True),
-}
-
-
-def test_the_suite_covers_several_implementations() -> None:
-    assert len(IMPLEMENTATIONS) >= 2
-
-
-@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+@pytest.fixture(params=EXPECTED)
 def bench(request: pytest.FixtureRequest) -> Bench:
     return IMPLEMENTATIONS[request.param]()
 
@@ -89,6 +31,18 @@ def dma(bench: Bench) -> DMASpace:
     space = DMASpace()
     space.bind(bench.impl)
     return space
+
+
+def test_the_whole_set_is_collected(request: pytest.FixtureRequest) -> None:
+    """Each of them runs each test over a bench: what silently drops out would not be missed."""
+    assert set(IMPLEMENTATIONS) == set(EXPECTED)
+    run: dict[str, set[str]] = {}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path == request.path and "bench" in item.fixturenames:
+            run.setdefault(item.originalname, set()).add(str(item.callspec.params["bench"]))
+    strict = run.pop("test_permissions_hold_per_direction")
+    assert strict == set(EXPECTED) - WITHOUT_PERMISSIONS
+    assert all(names == set(EXPECTED) for names in run.values())
 
 
 def pattern(length: int, seed: int = 1) -> bytes:
@@ -133,9 +87,8 @@ def test_an_unmapped_read_is_zero_never_memory(bench: Bench, dma: DMASpace) -> N
     assert d.ldl_le(dma, PAGE) == (dma.read(PAGE, bytearray(4)), 0)
 
 
+@pytest.mark.parametrize("bench", [name for name in EXPECTED if name not in WITHOUT_PERMISSIONS], indirect=True)
 def test_permissions_hold_per_direction(bench: Bench, dma: DMASpace) -> None:
-    if not bench.permissions:
-        pytest.skip("this implementation has no permissions")
     bench.remap({0: (1, R), 1: (2, W)})
     assert dma.read(0, bytearray(8)) is OK
     assert dma.write(0, b"x") != OK and bench.ram[PAGE] == 0
@@ -160,7 +113,7 @@ def test_an_empty_transfer_succeeds_anywhere(bench: Bench, dma: DMASpace) -> Non
 
 
 @pytest.mark.parametrize("buffer", [bytes, bytearray, memoryview])
-def test_every_kind_of_buffer(bench: Bench, dma: DMASpace, buffer: Callable[[bytes], d.ReadBuffer]) -> None:
+def test_every_kind_of_buffer(bench: Bench, dma: DMASpace, buffer: Callable[[bytes], ReadBuffer]) -> None:
     bench.remap({0: (0, RW)})
     assert dma.write(10, buffer(b"data")) is OK
     assert bytes(bench.ram[10:14]) == b"data"
@@ -275,9 +228,10 @@ def test_a_mapping_for_reading_shows_memory_and_is_read_only(bench: Bench, dma: 
     dma.unmap(mapping, 256)
 
 
-def test_nothing_maps_where_nothing_decodes(bench: Bench, dma: DMASpace) -> None:
+@pytest.mark.parametrize("direction", list(DMADirection))
+def test_nothing_maps_where_nothing_decodes(bench: Bench, dma: DMASpace, direction: DMADirection) -> None:
     bench.remap({})
-    assert dma.map(PAGE, 16, DMADirection.TO_DEVICE) is None
+    assert dma.map(PAGE, 16, direction) is None
 
 
 def test_a_mapping_survives_being_bound_elsewhere_until_it_is_given_back(bench: Bench, dma: DMASpace) -> None:
