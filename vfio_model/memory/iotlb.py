@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfio_model.memory.space import Space
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, IOMMUNotifierFlag
+
+_MAP = IOMMUNotifierFlag.MAP
 
 U64Array = Any
 """A sequence of u64: ``memoryview`` of format ``Q``, numpy uint64 array, or a list of ints."""
@@ -20,8 +22,7 @@ Permissions = Any
 """A sequence of permission numbers, one per page: ``bytes``, a list, or an integer array."""
 
 
-@dataclass(frozen=True, slots=True)
-class IOMMUTLBEntry:
+class IOMMUTLBEntry(NamedTuple):
     """One translation. It covers ``iova`` to ``iova | addr_mask`` (mask 0xfff: 4 KiB). ``perm`` NONE: no translation.
 
     After cropping to a notifier's range ``addr_mask`` is just the length minus one, not necessarily a power of two
@@ -48,11 +49,10 @@ class IOMMUTLBEntry:
         if lo > hi:
             return None
         shift = lo - self.iova if self.perm else 0
-        return replace(self, iova=lo, addr_mask=hi - lo, translated_addr=self.translated_addr + shift)
+        return self._replace(iova=lo, addr_mask=hi - lo, translated_addr=self.translated_addr + shift)
 
 
-@dataclass(frozen=True, slots=True)
-class IOMMUTLBEvent:
+class IOMMUTLBEvent(NamedTuple):
     """``type`` (exactly one kind) happened to ``entry``. An UNMAP of any kind has perm NONE."""
 
     type: IOMMUNotifierFlag
@@ -90,7 +90,7 @@ class IOMMUTLBRun:
     def types(self) -> IOMMUNotifierFlag:
         """Every kind of event in the run: a MAP run with holes also unmaps."""
         perms = self.perms
-        if self.type is IOMMUNotifierFlag.MAP and not isinstance(perms, int) and not all(perms):
+        if self.type is _MAP and not isinstance(perms, int) and not all(perms):
             return IOMMUNotifierFlag.IOTLB_EVENTS
         return self.type
 

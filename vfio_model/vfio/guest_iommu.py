@@ -18,6 +18,7 @@ from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.container import VFIOIOMMU
 from vfio_model.vfio.ram_span import ram_span
 
+_UNMAP = IOMMUNotifierFlag.UNMAP
 _WO = int(IOMMUAccessFlags.WO)
 _RW = int(IOMMUAccessFlags.RW)
 
@@ -85,7 +86,7 @@ class VFIOGuestIOMMU:
         if self.refused:
             return
         first = Iova((run.iova + self.iommu_offset) & U64_MAX)
-        if run.type is IOMMUNotifierFlag.UNMAP:
+        if run.type is _UNMAP:
             size = run.count << run.page_shift
             if self._trace.enabled:
                 self._trace("vfio_iommu_map_notify", op="UNMAP", iova_start=first, iova_end=first + size - 1)
