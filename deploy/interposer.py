@@ -27,11 +27,13 @@ from protocols.port import messages as port
 from protocols.transport.eventfile import EventFile
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
-from protocols.transport.zmq import DealerClient, RouterServer
+from protocols.transport.zmq import DealerClient, RouterServer, Sent
 from vfio_model.errors import ConfigError, RemoteProtocolError
 from vfio_model.uapi import vfio
 
 ROLE = "interposer"
+MAX_CLIENTS = 64
+"""Sockets to the host at a time, as long as the others have their answers."""
 _SHAPES: dict[int, type[vfio.DmaMap] | type[vfio.DmaUnmap]] = {
     vfio.Ioctl.VFIO_IOMMU_MAP_DMA: vfio.DmaMap,
     vfio.Ioctl.VFIO_IOMMU_UNMAP_DMA: vfio.DmaUnmap,
@@ -56,11 +58,13 @@ class Client:
     """A client of the front socket and its own socket to the host.
 
     ``doubled``: by sequence number, how many answers beside the first will come (positive: the first is still to come).
+    ``waits_for``: sequence numbers that the host has not answered.
     """
 
     def __init__(self, peer: bytes, back: DealerClient) -> None:
         self.peer, self.back = peer, back
         self.doubled: dict[int, int] = {}
+        self.waits_for: set[int] = set()
 
 
 class InterposerProcess:
@@ -97,8 +101,24 @@ class InterposerProcess:
         self._events.close()
         self._lock.close()
 
+    def _drop(self, client: Client) -> None:
+        """Its socket to the host goes."""
+        if self._clients.pop(client.peer, None) is not None:
+            self._loop.unregister(client.back)
+            client.back.close()
+
+    def _make_room(self) -> None:
+        """A peer that has left says nothing: among too many, the one that was silent longest and waits for nothing."""
+        if len(self._clients) >= MAX_CLIENTS:
+            idle = next((client for client in self._clients.values() if not client.waits_for), None)
+            if idle is not None:
+                self._drop(idle)
+
     def _client(self, peer: bytes) -> Client:
-        if peer not in self._clients:
+        if peer in self._clients:
+            self._clients[peer] = self._clients.pop(peer)  # the latest last
+        else:
+            self._make_room()
             client = Client(peer, DealerClient(self._directory / assemble.PORT))
             self._clients[peer] = client
             self._loop.register(client.back, lambda: self._on_back(client))
@@ -110,8 +130,9 @@ class InterposerProcess:
             client = self._client(peer)
             try:
                 message = port.REQUESTS.decode(data)
-            except RemoteProtocolError:
-                client.back.send(data)  # the host judges its clients; so it does this one
+            except RemoteProtocolError as error:
+                self._front.refuse(peer, port.RESPONSES.encode(port.Refused(str(error)[:1000])))
+                self._drop(client)
                 continue
             self._trace.cause = message.cause if isinstance(message, port.Ioctl) else 0
             self._trace("port_take", **describe(message))
@@ -139,7 +160,9 @@ class InterposerProcess:
     def _forward(self, client: Client, message: port.Request, data: bytes) -> None:
         self._trace.cause = message.cause if isinstance(message, port.Ioctl) else 0
         self._trace("port_forward", **describe(message))
-        client.back.send(data)
+        if not client.back.closed:  # a message that was delayed may come after its sender was refused
+            client.waits_for.add(message.seq)
+            client.back.send(data)
 
     def _answer(self, client: Client, message: port.Request, number: int) -> None:
         """Answer for the host; a success returns the argument as it came."""
@@ -149,19 +172,26 @@ class InterposerProcess:
         self._front.send(client.peer, port.RESPONSES.encode(port.Return(message.seq, number, done, arg)))
 
     def _on_back(self, client: Client) -> None:
-        while (data := client.back.receive()) is not None:
+        while not client.back.closed and (data := client.back.receive()) is not None:
             try:
-                seq = getattr(port.RESPONSES.decode(data), "seq", 0)
+                answer: port.Response | None = port.RESPONSES.decode(data)
             except RemoteProtocolError:
-                seq = 0
-            extra = client.doubled.pop(seq, 0)
-            if extra > 0:
-                client.doubled[seq] = -extra
-            elif extra < 0:
-                if extra + 1:
-                    client.doubled[seq] = extra + 1
+                answer = None
+            seq = getattr(answer, "seq", 0)
+            client.waits_for.discard(seq)
+            if self._is_double(client, seq):
                 continue
-            self._front.send(client.peer, data)
+            if self._front.send(client.peer, data) is Sent.UNREACHABLE or isinstance(answer, port.Refused):
+                self._drop(client)
+
+    def _is_double(self, client: Client, seq: int) -> bool:
+        """Whether this is a further answer to ``seq``, which the client does not get."""
+        extra = client.doubled.pop(seq, 0)
+        if extra > 0:
+            client.doubled[seq] = -extra
+        elif extra < -1:
+            client.doubled[seq] = extra + 1
+        return extra < 0
 
     def _kill(self, role: str) -> None:
         run = runtime_dir.read_run_file(self._directory)

@@ -58,8 +58,11 @@ def pid_of_pidfd(fd: int) -> int | None:
 
 def is_seqpacket(fd: int) -> bool:
     """Whether ``fd`` is a SEQPACKET socket."""
+    own = os.dup(fd)
     try:
-        with socket.socket(fileno=os.dup(fd)) as probe:
-            return probe.family == socket.AF_UNIX and probe.type == socket.SOCK_SEQPACKET
-    except OSError:
+        probe = socket.socket(fileno=own)
+    except OSError:  # it takes nothing over then
+        os.close(own)
         return False
+    with probe:
+        return probe.family == socket.AF_UNIX and probe.type == socket.SOCK_SEQPACKET

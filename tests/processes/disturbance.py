@@ -12,7 +12,7 @@ from tests.processes.traffic import Traffic
 ROUNDS = range(4)
 POINTS = 5
 """Points of one round; a round has a system of its own, and every point another seed."""
-LONGEST_STEPS = 12
+STEPS = range(10, 40)
 LATEST_SECONDS = 0.006
 """A few steps of traffic."""
 
@@ -38,7 +38,7 @@ def strike(traffic: Traffic, seed: int, fire: Callable[[], None]) -> None:
     That is in the middle of a step or between two. The traffic is left *disturbed*.
     """
     rng = random.Random(seed)
-    traffic.run(rng.randrange(2, LONGEST_STEPS))
+    traffic.run(rng.choice(STEPS))
     struck = threading.Event()
     errors: list[BaseException] = []
 

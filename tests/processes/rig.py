@@ -29,7 +29,7 @@ from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
 from deploy.runtime_dir import state as process_state
-from deploy.scenario import Device, Fault, Host, Machine, Scenario
+from deploy.scenario import Device, Fault, Machine, Scenario
 from protocols.control import messages as control
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
@@ -66,9 +66,7 @@ class Live:
     :meth:`revive`.
     """
 
-    def __init__(
-        self, *, scale: float = SCALE, card: str = "edu", interpose: bool = False, memlock: int = 1 << 40
-    ) -> None:
+    def __init__(self, *, scale: float = SCALE, card: str = "edu", interpose: bool = False) -> None:
         devices = [
             Device(id=NIC, model="dma-burst", attach="assigned", addr=ADDRESSES[NIC]),
             Device(id=CARD, model=card, attach="remote", addr=ADDRESSES[CARD]),
@@ -76,7 +74,6 @@ class Live:
         self.scenario = Scenario(
             name="survive",
             machine=Machine(ram=Size(RAM), page_size=Size(1 << 16)),
-            host=Host(memlock=Size(memlock)),
             devices=devices,
             interpose=[Fault(action="delay", ioctl="UNMAP_DMA", armed=False)] if interpose else [],
             restart="on-failure",

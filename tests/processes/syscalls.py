@@ -16,10 +16,19 @@ from pathlib import Path
 
 from tests.processes.rig import until
 
-MESSAGES = frozenset(
-    "read readv pread64 write writev pwrite64 ioctl futex socket connect accept4 sendto sendmsg sendmmsg recvfrom recvmsg "
-    "recvmmsg".split()
-)
+MESSAGES = {
+    "read",
+    "readv",
+    "pread64",
+    "write",
+    "writev",
+    "pwrite64",
+    "ioctl",
+    "futex",
+    "socket",
+    "connect",
+    "accept4",
+} | {f"{verb}{what}" for verb in ("send", "recv") for what in ("to", "from", "msg", "mmsg")}
 """What asking another process for something would need."""
 _NUMBERS = {
     "x86_64": {0: "read", 1: "write", 16: "ioctl", 17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev"}
