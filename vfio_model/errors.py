@@ -11,8 +11,8 @@
     ├── DeadlineExceeded       a wait ran out: names peer, request and seconds
     └── InternalGuestError     the guest cannot go on (state ``internal-error``); its process lives
 
-Errors at the VFIO uapi are ``OSError`` with an errno, as ioctl(2) gives them. What a guest or a device can cause is never
-an exception: it is a ``MemTxResult``, an hcall return code, an RTAS status or a fault record.
+Errors at the VFIO uapi are ``OSError`` with an errno, as ioctl(2) gives them. What a guest or a device can cause is
+never an exception: it is a ``MemTxResult``, an hcall return code, an RTAS status or a fault record.
 """
 
 from __future__ import annotations

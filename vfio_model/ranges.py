@@ -1,7 +1,7 @@
 """Addresses and ranges.
 
-Four kinds of address meet in device passthrough, and mixing them up is the bug that the DMA API was invented against, so
-each is a type of its own. A range is ``start`` and an *inclusive* ``last``: 2**64 - 1 must fit. The words ``end`` and
+Four kinds of address meet in device passthrough, and mixing them up is the bug that the DMA API was invented against,
+so each is a type of its own. A range is ``start`` and an *inclusive* ``last``: 2**64 - 1 must fit. The words ``end`` and
 ``size`` mean exclusive end and length in bytes. Guest arithmetic wraps at 64 bits, visibly, through :func:`wrap64`.
 """
 
@@ -87,8 +87,8 @@ def align_down(value: int, alignment: int) -> int:
 def aligned_pow2_mask(start: int, last: int, max_bits: int = 64) -> int:
     """Size minus one of the largest naturally aligned power-of-two chunk from ``start`` that does not pass ``last``.
 
-    ``last`` is inclusive. ``max_bits`` bounds the alignment when ``start`` is 0. This is the function by which QEMU splits
-    an arbitrary range into UNMAP notifications (``dma_aligned_pow2_mask``).
+    ``last`` is inclusive. ``max_bits`` bounds the alignment when ``start`` is 0. This is the function by which QEMU
+    splits an arbitrary range into UNMAP notifications (``dma_aligned_pow2_mask``).
     """
     size_mask = last - start
     if size_mask == U64_MAX:

@@ -1,9 +1,9 @@
 """Trace records: one kind for every process.
 
 A record is {monotonic ns, pid, seq, cause id, event, fields}. Events bear QEMU's trace-event names where QEMU has one
-(``spapr_iommu_pci_put``, ``vfio_listener_region_add_iommu``), so that one log reads like the other. The domain is pure: it emits to a
-:class:`Trace` that the process gives it, which knows the clock and the pid. The *cause id* is set by the outermost
-operation (a hypercall, a control command) and rides in every message that it leads to.
+(``spapr_iommu_pci_put``, ``vfio_listener_region_add_iommu``), so that one log reads like the other. The domain
+is pure: it emits to a :class:`Trace` that the process gives it, which knows the clock and the pid. The *cause id* is
+set by the outermost operation (a hypercall, a control command) and rides in every message that it leads to.
 """
 
 from __future__ import annotations

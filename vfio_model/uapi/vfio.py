@@ -1,8 +1,8 @@
 """The VFIO uapi: ioctl numbers, flags and structures.
 
 Source: Linux ``include/uapi/linux/vfio.h``. Every structure has its size asserted. Numbers 112 and 117 are two ioctls
-each; the container's type decides which is meant. Structures are native-endian, as ioctl(2) passes them, without padding
-beyond what the header declares. ``argsz`` is the size of the whole argument as the caller sees it, in bytes.
+each; the container's type decides which is meant. Structures are native-endian, as ioctl(2) passes them, without
+padding beyond what the header declares. ``argsz`` is the size of the whole argument as the caller sees it, in bytes.
 """
 
 from __future__ import annotations
