@@ -1,8 +1,8 @@
 """Addresses and ranges.
 
 Four kinds of address meet in device passthrough, and mixing them up is the bug that the DMA API was invented against,
-so each is a type of its own. A range is ``start`` and an *inclusive* ``last``: 2**64 - 1 must fit. The words ``end`` and
-``size`` mean exclusive end and length in bytes. Guest arithmetic wraps at 64 bits, visibly, through :func:`wrap64`.
+so each is a type of its own. A range is ``start`` and an *inclusive* ``last``: 2**64 - 1 must fit. The words ``end``
+and ``size`` mean exclusive end and length in bytes. Guest arithmetic wraps at 64 bits, visibly, through :func:`wrap64`.
 """
 
 from __future__ import annotations
