@@ -9,6 +9,7 @@ import functools
 import sys
 from typing import Any
 
+from vfio_model.ranges import U64_MAX
 from vfio_model.uapi.vfio import DmaMap, DmaMapFlags
 
 _READ = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
@@ -22,6 +23,17 @@ def _numpy() -> Any:
     return numpy
 
 
+@functools.lru_cache(maxsize=16)
+def _template(count: int, page_shift: int, flags: int) -> Any:
+    """The structures of ``count`` pages from IOVA 0, their addresses missing. Not to be written."""
+    np = _numpy()
+    words = np.zeros((count, DmaMap.SIZE // 8), dtype=np.uint64)
+    words[:, 0] = int.from_bytes(DmaMap.FORMAT.pack(DmaMap.SIZE, flags, 0, 0, 0)[:8], sys.byteorder)
+    words[:, 2] = np.arange(count, dtype=np.uint64) << np.uint64(page_shift)
+    words[:, 3] = 1 << page_shift
+    return words
+
+
 def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, *, writable: bool) -> memoryview:
     """One structure for each of ``pages`` (u64 guest-physical page addresses), at consecutive IOVAs.
 
@@ -29,20 +41,17 @@ def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, *
     """
     np = _numpy()
     addresses = np.asarray(pages, dtype=np.uint64)
-    words = np.empty((len(addresses), DmaMap.SIZE // 8), dtype=np.uint64)
-    words[:, 0] = int.from_bytes(
-        DmaMap.FORMAT.pack(DmaMap.SIZE, _READ_WRITE if writable else _READ, 0, 0, 0)[:8], sys.byteorder
-    )
-    words[:, 1] = addresses + np.uint64(to_vaddr & ((1 << 64) - 1))
-    words[:, 2] = np.uint64(first_iova) + (np.arange(len(addresses), dtype=np.uint64) << np.uint64(page_shift))
-    words[:, 3] = np.uint64(1 << page_shift)
+    words = _template(len(addresses), page_shift, _READ_WRITE if writable else _READ).copy()
+    np.add(addresses, np.uint64(to_vaddr & U64_MAX), out=words[:, 1])
+    words[:, 2] += np.uint64(first_iova)
     return memoryview(words).cast("B")
 
 
 def page_bounds(pages: Any) -> tuple[int, int]:
     """The lowest and the highest of ``pages`` (u64, at least one)."""
-    array = _numpy().asarray(pages, dtype="u8")
-    return int(array.min()), int(array.max())
+    np = _numpy()
+    array = np.asarray(pages, dtype=np.uint64)
+    return int(np.minimum.reduce(array)), int(np.maximum.reduce(array))
 
 
 def uniform_value(values: Any) -> int | None:

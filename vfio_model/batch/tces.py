@@ -37,11 +37,10 @@ def split_tces(tces: Any, page_shift: int) -> tuple[Any, Any]:
     np = _numpy()
     words = np.frombuffer(tces, dtype=np.uint64)
     pages = words & np.uint64(-(1 << page_shift) & (1 << 64) - 1)
-    perms = words & np.uint64(_PERM_MASK)
-    first = int(perms[0])
-    if int(perms.min()) == first == int(perms.max()):
-        return pages, first
-    return pages, perms.astype(np.uint8)
+    some, every = int(np.bitwise_or.reduce(words)) & _PERM_MASK, int(np.bitwise_and.reduce(words)) & _PERM_MASK
+    if some == every:
+        return pages, some
+    return pages, (words & np.uint64(_PERM_MASK)).astype(np.uint8)
 
 
 def nonzero_perm_runs(tces: Any, first: int, stop: int) -> Iterator[tuple[int, int]]:

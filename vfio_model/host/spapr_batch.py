@@ -42,8 +42,11 @@ def _numpy() -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _steps(count: int, page: int) -> Any:
-    return _numpy().arange(0, count * page, page, dtype="u8")
+def _plain(count: int, page: int, iova_column: int) -> bytes:
+    """What ``count`` structs of one page each, at consecutive IOVAs, differ from the first by; their addresses apart."""
+    differences = _numpy().zeros((count, iova_column + 2), dtype="u8")
+    differences[:, iova_column] = _numpy().arange(0, count * page, page, dtype="u8")
+    return bytes(differences)
 
 
 def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count: int) -> bool:
@@ -52,18 +55,18 @@ def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count
         return False
     columns = _numpy().frombuffer(args, dtype="u8", count=4 * count).reshape(count, 4)
     flags = _MAP_HEADS.get(int(columns[0, 0]))
-    place = _consecutive(tables, columns[:, 0], columns[:, 2], columns[:, 3]) if flags else None
+    place = _consecutive(tables, columns, 2) if flags else None
     if flags is None or place is None:
         return False
     table, index = place
-    vaddrs = columns[:, 1]
-    low, high = int(vaddrs.min()), int(vaddrs.max())
+    np, vaddrs = _numpy(), columns[:, 1]
+    low, high = int(np.minimum.reduce(vaddrs)), int(np.maximum.reduce(vaddrs))
     region = mm.lookup(low, high - low + table.page)
     if region is None or region.dying or region.page_shift < table.page_shift or len(region.runs) > 1:
         return False
     run = region.runs[0]
     tces = run.hpa.to_hpa_many(vaddrs + (run.delta & _U64_MASK)) | flags
-    if _numpy().bitwise_or.reduce(vaddrs) & (table.page - 1):
+    if int(np.bitwise_or.reduce(vaddrs)) & (table.page - 1):
         return False
     if not table.vacant(index, count) or not _ready(table, index, count):
         return False
@@ -83,19 +86,23 @@ def unmap_pages(tables: Sequence[TceTable | None], args: memoryview, count: int)
     columns = _numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
     if int(columns[0, 0]) != _UNMAP_HEAD:
         return None
-    place = _consecutive(tables, columns[:, 0], columns[:, 1], columns[:, 2])
+    place = _consecutive(tables, columns, 1)
     return None if place is None else place[0].clear(place[1], count)
 
 
-def _consecutive(tables: Sequence[TceTable | None], heads: Any, iovas: Any, sizes: Any) -> tuple[TceTable, int] | None:
-    """The window and first entry of structs with one head that are one page each and follow one another."""
-    first, last = int(iovas[0]), int(iovas[-1])
+def _consecutive(tables: Sequence[TceTable | None], columns: Any, iova_column: int) -> tuple[TceTable, int] | None:
+    """The window and first entry of structs with one head that are one page each and follow one another.
+
+    The size comes behind the IOVA. A column between the head and these is not looked at.
+    """
+    count = len(columns)
+    first, last = int(columns[0, iova_column]), int(columns[-1, iova_column])
     table = next((table for table in tables if table is not None and table.start <= first <= table.last), None)
-    if table is None or first & (table.page - 1) or last > table.last:
+    if table is None or first & (table.page - 1) or last > table.last or columns[0, iova_column + 1] != table.page:
         return None
-    if not ((heads == heads[0]).all() and (sizes == table.page).all()):
-        return None
-    if not (iovas == first + _steps(len(iovas), table.page)).all():
+    differences = columns - columns[0]
+    differences[:, 1:iova_column] = 0
+    if differences.tobytes() != _plain(count, table.page, iova_column):
         return None
     return table, (first - table.start) >> table.page_shift
 

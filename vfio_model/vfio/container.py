@@ -53,7 +53,7 @@ class MappingQueue:
 
     def __init__(self, port: VfioPort, handle: int, *, trace: Trace = NULL_TRACE) -> None:
         self._port, self._handle, self._trace = port, handle, trace
-        self._pending: list[tuple[int, bytearray, int]] = []
+        self._pending: list[tuple[int, bytes | bytearray | memoryview, int]] = []
         self.lost = False
         self.on_lost: Callable[[PeerLost], None] = lambda _error: None
 
@@ -64,17 +64,19 @@ class MappingQueue:
         pending = self._pending
         if pending and pending[-1][0] == cmd:
             _, args, queued = pending[-1]
+            if not isinstance(args, bytearray):
+                args = bytearray(args)
             args += structs
             pending[-1] = (cmd, args, queued + count)
         else:
-            pending.append((cmd, bytearray(structs), count))
+            pending.append((cmd, structs, count))
 
     def map(self, iova: Iova, size: int, vaddr: Hva, *, readonly: bool) -> None:
         """Queue one mapping of ``size`` bytes."""
         self._append(_MAP, _pack_map(DmaMap.SIZE, _RO if readonly else _RW, vaddr, iova, size), 1)
 
     def map_packed(self, structs: bytes | memoryview, count: int) -> None:
-        """Queue ``count`` ``struct vfio_iommu_type1_dma_map`` that lie back to back."""
+        """Queue ``count`` ``struct vfio_iommu_type1_dma_map`` that lie back to back, and that do not change."""
         self._append(_MAP, structs, count)
 
     def unmap(self, iova: Iova, size: int) -> None:
