@@ -37,8 +37,8 @@ from vfio_model.vfio.region import DeviceConnection
 
 IOCTL_SECONDS: Final = 5.0
 """After this long a host is asked whether it lives."""
-SHORT_WAIT: Final = 0.001
-"""Seconds; an answer that takes longer is waited for in the loop."""
+SHORT_WAIT_MS: Final = 1
+"""An answer that takes longer is waited for in the loop."""
 PATIENCE: Final = 4
 """A host that lives gets its deadline this often."""
 FENCE_SECONDS: Final = 2.0
@@ -91,7 +91,6 @@ class WirePort:
         self._answer: messages.Return | None = None
         self._pong = 0
         self._client = DealerClient(port_path or directory / "hostd.zmq")
-        self._fd = self._client.fileno()
         loop.register(self._client, self._zmq_readable, served=True)
         try:
             self._mm = self._open_file(files.OpenMm(memlock, name))
@@ -260,7 +259,7 @@ class WirePort:
 
     def _short_wait(self) -> None:
         """The usual case, without a turn of the loop: the answer is the next thing that happens."""
-        if self._client.readable() or self._loop.wakes(self._fd, SHORT_WAIT):
+        if self._loop.wakes(self._client.zmq_socket, SHORT_WAIT_MS):
             self._zmq_readable()
 
     def _take(self, data: bytes) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import zmq
+
 from protocols.codec import Codec
 from protocols.transport.unix import SeqpacketConnection, close_fds
 from protocols.transport.zmq import DealerClient, RouterServer, Sent
@@ -107,14 +109,10 @@ class RouterChannel(Generic[In, Out]):
         """For a poller; only a hint, see :mod:`protocols.transport.zmq`."""
         return self.server.fileno()
 
-    def readable(self) -> bool:
-        """Whether :meth:`receive` may give a message now."""
-        return self.server.readable()
-
     @property
-    def settled(self) -> bool:
-        """Whether the descriptor alone will tell of the next message."""
-        return self.server.settled
+    def zmq_socket(self) -> zmq.Socket[bytes]:
+        """For ``zmq_poll``, which knows whether there is a message."""
+        return self.server.zmq_socket
 
     def receive(self) -> tuple[bytes, In] | None:
         """The next (peer, message), or None; peers that send anything else are refused on the way."""
@@ -149,14 +147,10 @@ class DealerChannel(Generic[In, Out]):
         """For a poller; only a hint, see :mod:`protocols.transport.zmq`."""
         return self.client.fileno()
 
-    def readable(self) -> bool:
-        """Whether :meth:`receive` would give a message now."""
-        return self.client.readable()
-
     @property
-    def settled(self) -> bool:
-        """Whether the descriptor alone will tell of the next message."""
-        return self.client.settled
+    def zmq_socket(self) -> zmq.Socket[bytes]:
+        """For ``zmq_poll``, which knows whether there is a message."""
+        return self.client.zmq_socket
 
     def receive(self) -> In | None:
         """The next message, or None.

@@ -5,9 +5,8 @@ What ZeroMQ does silently is made visible: ``router_mandatory`` turns a message 
 is taken before the bind, because a second bind steals the path. A peer that broke the protocol is told once and ignored
 from then on.
 
-The descriptor of a ZeroMQ socket is edge-triggered and only *hints*: after it fired, and after every send or receive,
-``readable()`` (the EVENTS option) is the truth. :class:`protocols.transport.loop.Loop` does that; ``settled`` tells it
-when there is nothing to ask. A socket must not survive a fork. Source: zmq_socket(3), zmq_getsockopt(3).
+The descriptor of a ZeroMQ socket is edge-triggered and only *hints*; ``zmq_poll`` on the socket itself knows
+(:class:`protocols.transport.loop.Loop`). A socket must not survive a fork. Source: zmq_socket(3), zmq_poll(3).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_MESSAGE = (1 << 20) + 65536
 MAX_IGNORED = 4096
 """Refused peers remembered at a time."""
 DEFAULT_HWM = 1000
-_POLLIN, _EVENTS, _RCVMORE = int(zmq.POLLIN), int(zmq.EVENTS), int(zmq.RCVMORE)
+_RCVMORE = int(zmq.RCVMORE)
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
@@ -64,18 +63,15 @@ class _Socket:
         self._socket.setsockopt(zmq.SNDHWM, hwm)
         self._socket.setsockopt(zmq.RCVHWM, hwm)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-        self.settled = False
-        """Whether :meth:`readable` said no and nothing was sent or received since: then the descriptor will tell."""
+
+    @property
+    def zmq_socket(self) -> zmq.Socket[bytes]:
+        """For ``zmq_poll``, which knows whether there is a message."""
+        return self._socket
 
     def fileno(self) -> int:
-        """The edge-triggered hint, for a poller that then asks :meth:`readable`."""
+        """The edge-triggered hint, for a poller that tries :meth:`receive` before it waits."""
         return int(self._socket.getsockopt(zmq.FD))
-
-    def readable(self) -> bool:
-        """Whether a receive would give a message now."""
-        readable = bool(int(self._socket.get(_EVENTS)) & _POLLIN)
-        self.settled = not readable
-        return readable
 
     def _rest(self) -> bool:
         """Whether the message whose frame was just received has more of them; they are dropped."""
@@ -117,7 +113,6 @@ class RouterServer(_Socket):
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next (peer, message), or None. Peers that were refused are skipped; so is what is not one frame."""
-        self.settled = False
         receive = self._socket.recv
         while True:
             try:
@@ -134,7 +129,6 @@ class RouterServer(_Socket):
 
     def send(self, peer: bytes, data: bytes) -> Sent:
         """Queue ``data`` for ``peer``; never blocks, never drops silently."""
-        self.settled = False
         try:
             self._socket.send(peer, _NOBLOCK_MORE)
             self._socket.send(data, _NOBLOCK)
@@ -177,7 +171,6 @@ class DealerClient(_Socket):
 
     def send(self, data: bytes) -> Sent:
         """Queue one message; :data:`Sent.AGAIN` when too many wait."""
-        self.settled = False
         try:
             self._socket.send(data, _NOBLOCK)
         except zmq.Again:
@@ -186,7 +179,6 @@ class DealerClient(_Socket):
 
     def receive(self) -> bytes | None:
         """The next message, or None. What is not one frame is skipped: a ROUTER of ours never sends it."""
-        self.settled = False
         while True:
             try:
                 data = self._socket.recv(_NOBLOCK)
