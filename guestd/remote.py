@@ -88,6 +88,11 @@ class _Irq:
         self.event.close()
 
 
+def _close_irqs(irqs: Sequence[_Irq]) -> None:
+    for irq in irqs:
+        irq.close()
+
+
 class VfioUserDevice:
     """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process.
 
@@ -159,20 +164,29 @@ class VfioUserDevice:
         self._send(Command.REGION_WRITE, wire.RegionAccess(offset, index, len(data), data), no_reply=True)
 
     def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
-        """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index."""
-        for irq in self._irqs.pop(index, []):
-            irq.close()
-        if not handlers:
-            flags = IrqSetFlags.VFIO_IRQ_SET_DATA_NONE | IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER
+        """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index. A refusal changes nothing."""
+        irqs = [_Irq(self._loop, handler) for handler in handlers]
+        try:
+            self._set_eventfds(index, [irq.event.fd for irq in irqs])
+        except (OSError, PeerLost):
+            _close_irqs(irqs)
+            raise
+        _close_irqs(self._irqs.pop(index, []))
+        self._irqs[index] = irqs
+
+    def _set_eventfds(self, index: int, fds: list[int]) -> None:
+        """In as many requests as the descriptors need."""
+        flags = IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER
+        if not fds:
+            flags |= IrqSetFlags.VFIO_IRQ_SET_DATA_NONE
             self._call(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index), wire.Empty)
             return
-        irqs = self._irqs[index] = [_Irq(self._loop, handler) for handler in handlers]
-        flags = IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD | IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER
+        flags |= IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD
         step = max(self._endpoint.state.peer.max_msg_fds, 1)
-        for start in range(0, len(irqs), step):
-            fds = [irq.event.fd for irq in irqs[start : start + step]]
-            request = wire.SetIrqs(flags=int(flags), index=index, start=start, count=len(fds))
-            self._call(Command.DEVICE_SET_IRQS, request, wire.Empty, fds)
+        for start in range(0, len(fds), step):
+            some = fds[start : start + step]
+            request = wire.SetIrqs(flags=int(flags), index=index, start=start, count=len(some))
+            self._call(Command.DEVICE_SET_IRQS, request, wire.Empty, some)
 
     def unmask_irq(self, index: int) -> None:
         """DEVICE_SET_IRQS, unmask; posted, because the device answers with an interrupt if it wants one."""
@@ -307,6 +321,5 @@ class VfioUserDevice:
             self.process.close()
             self.process = None
         for irqs in self._irqs.values():
-            for irq in irqs:
-                irq.close()
+            _close_irqs(irqs)
         self._irqs.clear()

@@ -132,7 +132,7 @@ class InlineConnection:
 
     def unmask_irq(self, index: int) -> None:
         """See :class:`~vfio_model.vfio.region.DeviceConnection`."""
-        if index == _INTX and self._regions:
+        if self._regions and index == _INTX:
             self._unit.around.intx.unmask()
 
     def reset(self) -> None:
