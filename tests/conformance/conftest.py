@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.adapters import EXPECTED, Adapter, adapters
+from tests.conformance.connections import DeviceServers
 from tests.conformance.live_host import LiveHosts
 
 
@@ -18,6 +19,14 @@ def live_hosts() -> Iterator[LiveHosts]:
     hosts = LiveHosts(Path(os.environ["VFIO_MODEL_RUNTIME_BASE"]))
     yield hosts
     hosts.close()
+
+
+@pytest.fixture(scope="session")
+def device_servers() -> Iterator[DeviceServers]:
+    """The device servers of this worker."""
+    servers = DeviceServers(Path(os.environ["VFIO_MODEL_RUNTIME_BASE"]))
+    yield servers
+    servers.close()
 
 
 @pytest.fixture(params=EXPECTED)
