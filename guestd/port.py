@@ -156,9 +156,8 @@ class WirePort:
         self._ask(self._mm, files.UndeclareMemory(block.hva, block.size))
 
     def take_device(self, token: int) -> DeviceConnection:
-        """The device whose descriptors came before the ioctl returned ``token``."""
-        if token not in self._devices:
-            raise self._broken(f"no device descriptors for token {token:#x}")
+        """The device whose descriptors go with ``token``."""
+        self._wait(lambda: token in self._devices, "the descriptors of a device")  # they come on another socket
         message, (stream, pidfd) = self._devices.pop(token)
         process = Pidfd(pidfd, message.pid)
         for dead in [known for known in self._pidfds if not known.alive()]:
