@@ -42,11 +42,11 @@ def _numpy() -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _plain(count: int, page: int, iova_column: int) -> bytes:
-    """What ``count`` structs of one page each, at consecutive IOVAs, differ from the first by; their addresses apart."""
-    differences = _numpy().zeros((count, iova_column + 2), dtype="u8")
-    differences[:, iova_column] = _numpy().arange(0, count * page, page, dtype="u8")
-    return bytes(differences)
+def _steps(count: int, page: int, iova_column: int) -> Any:
+    """By how much ``count`` structs of one page each, at consecutive IOVAs, differ from the first. Only to be read."""
+    steps = _numpy().zeros((count, iova_column + 2), dtype="u8")
+    steps[:, iova_column] = _numpy().arange(0, count * page, page, dtype="u8")
+    return steps
 
 
 def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count: int) -> bool:
@@ -100,9 +100,9 @@ def _consecutive(tables: Sequence[TceTable | None], columns: Any, iova_column: i
     table = next((table for table in tables if table is not None and table.start <= first <= table.last), None)
     if table is None or first & (table.page - 1) or last > table.last or columns[0, iova_column + 1] != table.page:
         return None
-    differences = columns - columns[0]
-    differences[:, 1:iova_column] = 0
-    if differences.tobytes() != _plain(count, table.page, iova_column):
+    rows = columns - _steps(count, table.page, iova_column)
+    rows[:, 1:iova_column] = 0
+    if rows.tobytes() != rows[0].tobytes() * count:
         return None
     return table, (first - table.start) >> table.page_shift
 
