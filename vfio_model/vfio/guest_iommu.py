@@ -20,7 +20,37 @@ from vfio_model.vfio.ram_span import ram_span
 
 _UNMAP = IOMMUNotifierFlag.UNMAP
 _WO = int(IOMMUAccessFlags.WO)
+_CHUNK_SHIFT = 21
 _RW = int(IOMMUAccessFlags.RW)
+
+
+class _MappedChunks:
+    """Where anything was mapped, in coarse chunks: what was never mapped need not be unmapped.
+
+    A guest clears its whole table when it boots; QEMU's VT-d model keeps a tree of what it mapped for the same reason.
+    A chunk is forgotten when an unmap covers all of it.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._shift = max(_CHUNK_SHIFT, page_size.bit_length() - 1)
+        self._chunks: set[int] = set()
+
+    def mapped(self, first: int, size: int) -> None:
+        """``size`` bytes from ``first`` are about to be mapped."""
+        self._chunks.update(range(first >> self._shift, (first + size - 1 >> self._shift) + 1))
+
+    def unmapped(self, first: int, size: int) -> bool:
+        """Whether anything was mapped near these bytes, which are about to be unmapped."""
+        low, high = first >> self._shift, first + size - 1 >> self._shift
+        touched = (
+            [chunk for chunk in self._chunks if low <= chunk <= high]
+            if high - low > 8
+            else [chunk for chunk in range(low, high + 1) if chunk in self._chunks]
+        )
+        for chunk in touched:
+            if chunk << self._shift >= first and chunk + 1 << self._shift <= first + size:
+                self._chunks.discard(chunk)
+        return bool(touched)
 
 
 class VFIOGuestIOMMU:
@@ -43,6 +73,7 @@ class VFIOGuestIOMMU:
         self.refused = refused
         """Set when the host gave no window for this section: nothing is mapped, and every flush says so."""
         self._backend, self._system, self._trace = backend, system, trace
+        self._mapped = _MappedChunks(region.get_min_page_size())
         start = section.offset_within_region
         self.notifier = IOMMUNotifier(
             self._map_notify,
@@ -70,15 +101,18 @@ class VFIOGuestIOMMU:
                 iova_end=iova + entry.addr_mask,
             )
         if not perm & _RW:
-            self._backend.queue.unmap(iova, size)
+            self._unmap(iova, size)
             return
         if entry.target_as is not self._system:
             self._trace("vfio_error", reason="Wrong target AS, only system memory is allowed", iova=iova)
+            self._unmap(iova, size)
             return
         span = ram_span(self._system, Gpa(entry.translated_addr))
         if span is None or span.size < size:
             self._trace("vfio_error", reason="iommu map to non memory area", iova=iova, gpa=entry.translated_addr)
+            self._unmap(iova, size)  # whatever the entry was before, it is that no longer
             return
+        self._mapped.mapped(iova, size)
         self._backend.queue.map(iova, size, span.hva, readonly=not perm & _WO or span.readonly)
 
     def _map_notify_run(self, notifier: IOMMUNotifier, run: IOMMUTLBRun) -> None:
@@ -90,7 +124,7 @@ class VFIOGuestIOMMU:
             size = run.count << run.page_shift
             if self._trace.enabled:
                 self._trace("vfio_iommu_map_notify", op="UNMAP", iova_start=first, iova_end=first + size - 1)
-            self._backend.queue.unmap(first, size)
+            self._unmap(first, size)
             return
         packed = self._pack(first, run) if run.target_as is self._system else None
         if packed is None:  # more than one block, holes, or mixed permissions: one by one
@@ -100,7 +134,12 @@ class VFIOGuestIOMMU:
         if self._trace.enabled:
             last = first + (run.count << run.page_shift) - 1
             self._trace("vfio_iommu_map_notify", op="MAP", iova_start=first, iova_end=last, entries=run.count)
+        self._mapped.mapped(first, run.count << run.page_shift)
         self._backend.queue.map_packed(packed, run.count)
+
+    def _unmap(self, iova: Iova, size: int) -> None:
+        if self._mapped.unmapped(iova, size):
+            self._backend.queue.unmap(iova, size)
 
     def _pack(self, first: Iova, run: IOMMUTLBRun) -> memoryview | None:
         """The run as MAP_DMA structures, when all of it lies in one RAM block with one permission."""
