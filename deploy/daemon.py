@@ -27,6 +27,7 @@ _prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong,
 def _die_with(parent: int) -> Callable[[], None]:
     def arm() -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher holds signals while it starts us
         if os.getppid() != parent:  # it died before the arming
             os._exit(1)
 

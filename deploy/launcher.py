@@ -123,6 +123,10 @@ class Launcher:
     _watcher: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        with _signals_held():
+            return self._enter()
+
+    def _enter(self) -> Self:
         self._run = runtime_dir.new_run_file(self.scenario)
         try:
             self._watcher = subprocess.Popen(
@@ -161,11 +165,12 @@ class Launcher:
     def _spawn(self, spec: DaemonSpec) -> None:
         if spec.ready_file:
             (self.directory / spec.ready_file).unlink(missing_ok=True)  # a killed one has left it behind
-        daemon = Daemon(spec.role, spec.argv, self.directory, self.env)
-        self.daemons[spec.role] = daemon
-        if self._watcher is not None and self._watcher.stdin is not None:
-            self._watcher.stdin.write(f"{daemon.pid} {daemon.entry.start_ticks}\n")
-            self._watcher.stdin.flush()
+        with _signals_held():  # a process that has started is known
+            daemon = Daemon(spec.role, spec.argv, self.directory, self.env)
+            self.daemons[spec.role] = daemon
+            if self._watcher is not None and self._watcher.stdin is not None:
+                self._watcher.stdin.write(f"{daemon.pid} {daemon.entry.start_ticks}\n")
+                self._watcher.stdin.flush()
         self._run.processes = [each.entry for each in self.daemons.values()]
         runtime_dir.write_run_file(self.directory, self._run)
 

@@ -10,6 +10,10 @@ killing.
 import os
 import signal
 import sys
+import time
+
+TRIES = 200
+PAUSE_SECONDS = 0.02
 
 
 def _start_ticks(pid: int) -> int:
@@ -39,7 +43,7 @@ def _kill(pid: int) -> None:
         return
 
 
-def _remove(directory: str) -> None:
+def _remove(directory: str) -> bool:
     for root, folders, files in os.walk(directory, topdown=False):
         for name in files + folders:
             path = os.path.join(root, name)
@@ -53,7 +57,22 @@ def _remove(directory: str) -> None:
     try:
         os.rmdir(directory)
     except OSError:
-        return
+        return not os.path.exists(directory)
+    return True
+
+
+def _clean_up(leaders: list[tuple[int, int]], directory: str) -> None:
+    """Until the directory is gone: a process that is dying, or one that nobody told us of, may still write to it."""
+    for _ in range(TRIES):
+        # A leader that has gone may have left members; its id is not given to anybody else while one lives. A leader
+        # with another start time is somebody else's process.
+        sessions = {pid for pid, ticks in leaders if _start_ticks(pid) in (ticks, -1)}
+        members = _members(sessions)
+        for pid in members:
+            _kill(pid)
+        if _remove(directory) and not members:
+            return
+        time.sleep(PAUSE_SECONDS)
 
 
 def main() -> None:
@@ -66,12 +85,7 @@ def main() -> None:
             return
         pid, ticks = line.split()
         leaders.append((int(pid), int(ticks)))
-    # A leader that has gone may have left members; its id is not given to anybody else while one lives. A leader with
-    # another start time is somebody else's process.
-    sessions = {pid for pid, ticks in leaders if _start_ticks(pid) in (ticks, -1)}
-    for pid in _members(sessions):
-        _kill(pid)
-    _remove(sys.argv[1])
+    _clean_up(leaders, sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ from vfio_model.trace import Trace
 
 
 class Subscription:
-    """``on_armed(ring)`` when invalidations reach us through ``ring``, ``on_disarmed()`` when they no longer do,
+    """Lanes and ring stay mapped until the next turn at top level: when the subscription ends, the device may be in
+    the middle of a DMA that waits for a translation.
+
+    ``on_armed(ring)`` when invalidations reach us through ``ring``, ``on_disarmed()`` when they no longer do,
     ``on_space_gone()`` when the address space is no more.
 
     :raise PeerLost: when no notifier listens at ``path``.
@@ -82,7 +85,7 @@ class Subscription:
         """The cache goes before the ring that says what is wrong in it."""
         if self._ring is not None:
             self._on_disarmed()
-            self._ring.close()
+            self._loop.call_soon(self._ring.close)
             self._ring = None
 
     def close(self) -> None:
@@ -90,4 +93,4 @@ class Subscription:
         self._loop.unregister(self._channel)
         self._channel.close()
         self._drop_ring()
-        self._lanes.close()
+        self._loop.call_soon(self._lanes.close)
