@@ -10,12 +10,14 @@ must go.
 
 A subscriber that stays in its DMA section past the deadline is *fenced*: its process is killed, as a frozen PE's
 DMA is stopped, and the guest sees its device dead. Never does a hypercall return success while it may still copy.
-Without the hub the lanes that are known go on being waited for, and the connection is tried again.
+Without the hub the lanes that are known go on being waited for, and the connection is tried again. A hub that comes
+back numbers its subscribers anew; one that is known is recognized by its lanes, never by a number or a name.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,9 @@ class _Subscriber:
         """Takes ``fds`` (lanes, pidfd) over. :raise RemoteProtocolError: when the lanes are none."""
         self.name, self.pid = message.name, message.pid
         self.process = Pidfd(fds[1], message.pid)
+        status = os.fstat(fds[0])
+        self.identity = status.st_dev, status.st_ino
+        """Of the lanes' memfd: whoever subscribes again with it is the same."""
         try:
             self._memory = map_memory(fds[0], size=LANES_SIZE, what=f"lanes of {message.name}")
         except RemoteProtocolError:
@@ -94,6 +99,8 @@ class Publisher:
         self._writer = RingWriter(self._ring.words, None if on_x86 else fence)
         self._spaces: set[int] = set()
         self._subscribers: dict[int, _Subscriber] = {}
+        self._orphans: list[_Subscriber] = []
+        """Whom a hub that is gone introduced: they have the ring, and use it."""
         self._channel: HubChannel | None = None
         self._records: list[wire.Record] = []
         self._wanted = False
@@ -126,11 +133,11 @@ class Publisher:
         if records and self._wanted:
             for first in range(0, len(records), wire.MAX_RECORDS):
                 self._tell(wire.Publish(self._trace.cause, records[first : first + wire.MAX_RECORDS]))
-        error = self._revoke() if self._subscribers else None
+        error = self._revoke() if self._subscribers or self._orphans else None
         return (self._flush_messages() if records and self._wanted else None) or error
 
     def _revoke(self) -> OSError | None:
-        subscribers = list(self._subscribers.values())
+        subscribers = self._known()
         revoke = Revoke(self._fence, subscribers)
         if revoke.start():
             return None
@@ -138,19 +145,22 @@ class Publisher:
             poll_until(self._loop, revoke.poll, LANE_SECONDS, "subscribers", "an invalidation")
             return None
         except DeadlineExceeded:
-            late = revoke.late  # looks again: the waiter may have been the one that was late
+            late = revoke.late_sets  # looks again: the waiter may have been the one that was late
         for subscriber in subscribers:
-            if subscriber.name in late and subscriber.alive():
+            if subscriber in late and subscriber.alive():
                 self._trace("notifier_fenced", name=subscriber.name, pid=subscriber.pid, seconds=LANE_SECONDS)
                 subscriber.process.send_signal(signal.SIGKILL)
         try:
-            poll_until(self._loop, revoke.poll, FENCE_SECONDS, ", ".join(late), "its end")
+            poll_until(self._loop, revoke.poll, FENCE_SECONDS, ", ".join(lanes.name for lanes in late), "its end")
         except DeadlineExceeded as error:
             return OSError(errno.ETIMEDOUT, str(error))
         return None
 
+    def _known(self) -> list[_Subscriber]:
+        return [*self._subscribers.values(), *self._orphans]
+
     def _flush_messages(self) -> OSError | None:
-        """Wait for those who are told by message. A hub that is gone has no subscribers any more."""
+        """Wait for those who are told by message. They notice themselves that a hub is gone, but not that it hangs."""
         self._flush_seq += 1
         wanted = self._flush_seq
         self._tell(wire.Flush(wanted, int(FLUSH_SECONDS * 1e9)))
@@ -162,6 +172,7 @@ class Publisher:
             self._loop.serve_until(over, 2 * FLUSH_SECONDS, "notifier", "Flush")
         except DeadlineExceeded as error:
             self._lost(str(error))
+            return OSError(errno.ETIMEDOUT, str(error))
         done = self._flushed
         if self._channel is None or done is None or not done.late:
             return None
@@ -219,7 +230,7 @@ class Publisher:
         except RemoteProtocolError as error:  # the subscriber's fault, which the hub could not see
             self._trace("notifier_refused", name=message.name, reason=str(error))
             return
-        self._forget(lambda known: not known.alive() or (known.pid, known.name) == (message.pid, message.name))
+        self._forget(lambda known: not known.alive() or known.identity == subscriber.identity)
         self._remove(message.subscriber)
         self._subscribers[message.subscriber] = subscriber
         self._trace("notifier_subscribed", name=message.name, pid=message.pid)
@@ -233,6 +244,9 @@ class Publisher:
     def _forget(self, which: Callable[[_Subscriber], bool]) -> None:
         for number in [number for number, known in self._subscribers.items() if which(known)]:
             self._remove(number)
+        for known in [known for known in self._orphans if which(known)]:
+            self._orphans.remove(known)
+            known.close()
 
     def _lost(self, reason: str) -> None:
         if self._channel is None:
@@ -243,13 +257,15 @@ class Publisher:
         self._channel = None
         self._wanted = False
         self._records.clear()
+        self._orphans += self._subscribers.values()
+        self._subscribers.clear()
         self._loop.call_later(RETRY_NS, self._connect)
 
     def status(self) -> dict[str, object]:
         """For guestd's status."""
         return {
             "connected": self._channel is not None,
-            "subscribers": sorted(subscriber.name for subscriber in self._subscribers.values()),
+            "subscribers": sorted(subscriber.name for subscriber in self._known()),
             "invalidations": self.invalidations,
             "records": self._writer.head,
         }
@@ -262,6 +278,7 @@ class Publisher:
             self._channel.close()
             self._channel = None
         self._forget(lambda _: True)
+        self._ring.close()
 
 
 class Invalidations(Protocol):
@@ -275,13 +292,18 @@ class Invalidations(Protocol):
 
 
 class SpaceFollower(MemoryListener):
-    """Follows every IOMMU section of one address space for ``publisher``."""
+    """Follows every IOMMU section of one address space for ``publisher``.
+
+    A window that goes is invalidated when it *has gone*: until the new view is in force, whoever asks for a translation
+    still gets one through it, also while other listeners wait for the host.
+    """
 
     priority = 20
 
     def __init__(self, publisher: Invalidations, as_id: int) -> None:
         self._publisher, self._as_id = publisher, as_id
         self._notifiers: dict[tuple[int, int], IOMMUNotifier] = {}
+        self._gone: list[tuple[int, int]] = []
 
     def region_add(self, section: MemoryRegionSection) -> None:
         """A window appeared."""
@@ -309,11 +331,18 @@ class SpaceFollower(MemoryListener):
         section.mr.register_notifier(notifier)
 
     def region_del(self, section: MemoryRegionSection) -> None:
-        """A window goes, and everything cached of it; who is too late is fenced."""
+        """A window goes."""
         if not isinstance(section.mr, IOMMUMemoryRegion):
             return
         notifier = self._notifiers.pop((section.range.start, section.range.last), None)
         if notifier is not None:
             section.mr.unregister_notifier(notifier)
-            self._publisher.append(self._as_id, section.range.start, section.range.last)
+            self._gone.append((section.range.start, section.range.last))
+
+    def commit(self) -> None:
+        """The new view is in force: everything cached of windows that went goes; who is too late is fenced."""
+        gone, self._gone = self._gone, []
+        for start, last in gone:
+            self._publisher.append(self._as_id, start, last)
+        if gone:
             self._publisher.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import guestd.notifier
+from guestd.dma_services import DmaServices
 from guestd.notifier import Publisher, SpaceFollower
 from protocols.notifier import messages as wire
 from protocols.transport.channel import FdChannel
+from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import Loop
 from protocols.transport.notifier import NotifierServer
 from protocols.transport.shm import create_memory, map_memory
@@ -179,3 +182,82 @@ def test_windows_and_their_entries_are_followed_by_bus_address(publisher: Publis
     start = 1 << 59
     assert subscriber.drained() == [(AS_ID, start + 0x10000, start + 0x1FFFF), (AS_ID, start, start + (1 << 24) - 1)]
     space.unregister_listener(follower)
+
+
+def test_a_window_that_goes_is_invalidated_when_nobody_is_given_its_translations_any_more(
+    publisher: Publisher, subscriber: Subscriber, loop: Loop
+) -> None:
+    chain = Chain(connect=False)
+    phb = chain.machine.phb()
+    follower = SpaceFollower(publisher, AS_ID)
+    phb.address_space.register_listener(follower)
+    services = DmaServices(phb.address_space, chain.machine.system, lambda: True)
+    chain.put(0x3000, 0x5003)
+    assert services.translate_page(0x3000).perm
+    subscriber.drained()
+    subscriber.lane.enter()
+    answers: list[int] = []
+
+    def ask_in_the_wait() -> None:
+        assert subscriber.drained(), "the invalidation is published"
+        answers.append(services.translate_page(0x3000).perm)
+        subscriber.lane.leave()
+
+    loop.call_later(2_000_000, ask_in_the_wait, served=True)
+    phb.dma.tables[0].disable()
+    assert answers == [0]
+    phb.address_space.unregister_listener(follower)
+
+
+def test_a_new_hub_numbers_anew_and_whom_the_old_one_introduced_is_still_waited_for(
+    publisher: Publisher, subscriber: Subscriber, hub: NotifierServer, loop: Loop, runtime_dir: Path
+) -> None:
+    hub.close()
+    while publisher.status()["connected"]:
+        loop.run_once(1.0)
+    again = NotifierServer(loop, runtime_dir, served=True)
+    while not publisher.status()["connected"]:
+        loop.run_once(1.0)
+    other = Subscriber(runtime_dir, loop)
+    assert publisher.status()["subscribers"] == ["cache", "cache"]
+    subscriber.lane.enter()
+    loop.call_later(2_000_000, subscriber.lane.leave, served=True)
+    publisher.append(AS_ID, 0, 0xFFF)
+    assert publisher.flush() is None
+    assert not subscriber.lane.inside
+    other.close()
+    again.close()
+
+
+def test_two_subscribers_of_one_process_and_name_are_two(
+    publisher: Publisher, subscriber: Subscriber, loop: Loop, runtime_dir: Path
+) -> None:
+    other = Subscriber(runtime_dir, loop)
+    assert publisher.status()["subscribers"] == ["cache", "cache"]
+    other.close()
+
+
+def test_who_has_the_name_of_one_that_stays_is_not_fenced_with_it(
+    publisher: Publisher, subscriber: Subscriber, loop: Loop, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guestd.notifier, "LANE_SECONDS", 0.01)
+    monkeypatch.setattr(guestd.notifier, "FENCE_SECONDS", 0.01)
+    killed: list[Pidfd] = []
+    monkeypatch.setattr(Pidfd, "send_signal", lambda self, number: killed.append(self))
+    other = Subscriber(runtime_dir, loop)
+    subscriber.lane.enter()
+    publisher.append(AS_ID, 0, 0xFFF)
+    assert publisher.flush() is not None
+    assert len(killed) == 1
+    other.close()
+
+
+def test_a_hub_that_hangs_is_no_success(
+    publisher: Publisher, subscriber: Subscriber, hub: NotifierServer, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guestd.notifier, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(publisher, "_wanted", True)
+    monkeypatch.setattr(NotifierServer, "_receive", lambda self, number: self._channels[number].connection.receive())
+    publisher.append(AS_ID, 0, 0xFFF)
+    error = publisher.flush()
+    assert error is not None and error.errno == errno.ETIMEDOUT

@@ -131,13 +131,18 @@ class Revoke:
         return True
 
     @property
-    def late(self) -> list[str]:
-        """Names of the lane sets that are, *read again now*, still inside the section that was seen.
+    def late_sets(self) -> list[LaneSet]:
+        """The lane sets that are, *read again now*, still inside the section that was seen.
 
         Empty means that nobody is late, whatever the clock says: :meth:`poll` will return True.
         """
         self._look()
-        return [waiting.lanes.name for waiting in self._waiting]
+        return [waiting.lanes for waiting in self._waiting]
+
+    @property
+    def late(self) -> list[str]:
+        """Names of :attr:`late_sets`; two of them may have one name."""
+        return [lanes.name for lanes in self.late_sets]
 
     def _look(self) -> None:
         self._waiting = [waiting for waiting in self._waiting if waiting.inside()]
