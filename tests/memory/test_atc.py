@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vfio_model.memory.atc import MAX_ASKS, CachedImpl
 from vfio_model.memory.atc_entries import EntryTable, GuestRam
-from vfio_model.memory.dma import DMASpace
+from vfio_model.memory.dma import BLOCKED, DMASpace
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.lane import LANES_SIZE, SECTION_BYTES, Lane, LaneArea, init_lanes
 from vfio_model.memory.revoke import NoFence, Revoke
@@ -426,3 +426,16 @@ def test_the_table_against_a_dict_of_pages(steps: list[tuple[str, int, int]]) ->
             hit = table.find(probe * PAGE + 1, False)
             found = None if hit is None else (hit[0] // PAGE, (hit[1] - hit[0]) // PAGE)
             assert found == oracle.get(probe)
+
+
+def test_methods_in_hand_use_nothing_cached_once_the_device_is_bound_elsewhere() -> None:
+    guest = Guest()
+    guest.impl.arm()
+    guest.map(IOVA, 0x2000)
+    dma = DMASpace(guest.impl)
+    write = dma.write
+    assert write(IOVA, b"before") == OK
+    dma.bind(BLOCKED)
+    guest.table.clear()  # bus mastering is off: the guest refuses what is asked
+    assert write(IOVA, b"after!") == DECODE_ERROR
+    assert guest.ram[0x2000:0x2006] == b"before"

@@ -239,3 +239,47 @@ def test_a_bar_that_is_no_power_of_two_is_refused() -> None:
     connection.bars[2] = bytearray(300)
     with pytest.raises(OSError, match="BAR 2"):
         VFIOPCIDevice(Host(), connection, name="nic")
+
+
+class PostedConnection(Connection):
+    """Configuration writes arrive with the next request that is answered, as over a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.posted: list[tuple[int, bytes]] = []
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        self.posted.append((offset, data))
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        for at, data in self.posted:
+            super().region_write(CONFIG, at, data)
+        self.posted.clear()
+        return super().region_read(index, offset, size)
+
+
+def test_taking_bus_mastering_away_returns_when_the_device_has_taken_it() -> None:
+    connection = PostedConnection()
+    device = VFIOPCIDevice(Host(), connection, name="nic")
+    device.config_write(COMMAND, 2, COMMAND_MASTER | COMMAND_MEMORY)
+    assert connection.posted, "giving it is not waited for"
+    device.config_write(COMMAND, 2, COMMAND_MEMORY)
+    assert not connection.posted and not connection.model.bus_master
+
+
+def test_unplugging_takes_bus_mastering_away_before_the_file_is_closed() -> None:
+    connection = PostedConnection()
+    device = VFIOPCIDevice(Host(), connection, name="nic")
+    device.config_write(COMMAND, 2, COMMAND_MASTER | COMMAND_MEMORY)
+    device.unrealize()
+    assert connection.closed and not connection.posted and not connection.model.bus_master
+
+
+def test_what_a_device_refuses_ends_no_reset_and_no_configuration_write() -> None:
+    device, connection, host = plugged()
+    connection.error = errno.EIO
+    device.config_write(MSI_CONTROL, 2, 1)
+    connection.region_write = lambda *args: None  # type: ignore[method-assign]
+    device.reset()
+    assert device.dead is None
+    assert {fields["what"] for fields in host.trace.named("vfio_device_refused")} == {"interrupts", "reset"}

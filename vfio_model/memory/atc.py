@@ -27,7 +27,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from vfio_model.memory.atc_entries import PAGE_SHIFT, EntryTable, GuestRam, Hit
-from vfio_model.memory.dma import BLOCKED, DMAImpl, Iovas, OnInvalidate
+from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace, Iovas, OnInvalidate
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.mapping import BounceBudget, DMAMapping
@@ -95,6 +95,15 @@ class CachedImpl:
     def disarm(self) -> None:
         """The subscription is gone: nothing cached is used any more."""
         self.armed = False
+        self.flush()
+
+    def attach(self, dma: DMASpace) -> None:
+        """``dma`` is bound to this (see :class:`~vfio_model.memory.dma.Rebinding`)."""
+
+    def detach(self, dma: DMASpace) -> None:
+        """``dma`` is bound elsewhere: bus mastering was taken away, or a reset began. A device that waits for a
+        translation has our methods in hand and goes on with them; nothing that was cached serves it any more, and what
+        it asks is refused."""
         self.flush()
 
     def retarget(self, as_id: int, pasid: int = PCI_NO_PASID) -> None:

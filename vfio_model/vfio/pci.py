@@ -9,6 +9,9 @@ INTx is signalled once and masks itself; the first BAR access after it takes the
 that still wants service signals again (QEMU's ``vfio_intx_eoi``). A device that is gone reads as all ones, writes
 to it are lost, its pin is down: a surprise removal. :meth:`VFIOPCIDevice.reconnect` puts a freshly opened device
 in its place, under the configuration that the guest had given to the old one.
+
+What takes bus mastering away (the command register, unplugging) returns when the device has taken it: no DMA of its
+lands after that. What a device refuses (a reset, its interrupts) is traced and costs nobody else anything.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from vfio_model.pci.config_space import (
     CAPABILITY_POINTER,
     CLASS_DEVICE,
     COMMAND,
+    COMMAND_MASTER,
     CONFIG_SIZE,
     DEVICE_ID,
     INTERRUPT_PIN,
@@ -126,7 +130,12 @@ class VFIOPCIDevice(PCIDevice):
             self._set_irqs()
 
     def unrealize(self) -> None:
-        """Close the device file."""
+        """Stop the device's DMA, then close the device file."""
+        with self._surviving():
+            if self.dead is None:
+                command = self.config.get("command") & ~COMMAND_MASTER
+                self.connection.region_write(_CONFIG, COMMAND, command.to_bytes(2, "little"))
+                self._settle()
         with self._surviving():
             self.connection.close()
 
@@ -158,6 +167,15 @@ class VFIOPCIDevice(PCIDevice):
         except PeerLost as error:
             self.lost(error)
 
+    @contextlib.contextmanager
+    def _bearing(self, what: str) -> Iterator[None]:
+        """Go on when the device refuses ``what``, or is gone."""
+        try:
+            with self._surviving():
+                yield
+        except OSError as error:
+            self.host.trace("vfio_device_refused", name=self.name, what=what, reason=str(error))
+
     # -- configuration -------------------------------------------------------------------------------------------
 
     def config_read(self, offset: int, size: int) -> int:
@@ -168,10 +186,18 @@ class VFIOPCIDevice(PCIDevice):
         """Emulated, and written through where the device needs to know."""
         if self.dead is not None:
             return
+        mastering = self.bus_master
         super().config_write(offset, size, value)
         if offset < COMMAND + 2 and offset + size > COMMAND:
             with self._surviving():
                 self._forward(COMMAND, 2)
+                if mastering and not self.bus_master:
+                    self._settle()
+
+    def _settle(self) -> None:
+        """Return when the device has taken what was written to it: an answer of any kind comes after that."""
+        with contextlib.suppress(OSError):
+            self.connection.region_read(_CONFIG, COMMAND, 2)
 
     def _forward(self, offset: int, size: int) -> None:
         value = self.config.read(offset, size)
@@ -215,7 +241,7 @@ class VFIOPCIDevice(PCIDevice):
             self.connection.unmask_irq(_INTX)
 
     def _irqs_written(self) -> None:
-        with self._surviving():
+        with self._bearing("interrupts"):
             self._set_irqs()
 
     def _set_irqs(self) -> None:
@@ -241,7 +267,8 @@ class VFIOPCIDevice(PCIDevice):
         """Reset the device behind the connection too; its DMA has stopped with it."""
         super().reset_hold()
         if self.dead is None:
-            with self._surviving():
+            with self._bearing("reset"):
                 self.connection.reset()
+            with self._bearing("interrupts"):
                 self._set_irqs()
                 self._forward(COMMAND, 2)
