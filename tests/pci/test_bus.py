@@ -317,3 +317,15 @@ def test_idle_work_runs_in_the_loop_s_hook_or_in_virtual_time() -> None:
     looped = Machine(options=BusOptions(idle=hooked.append))
     looped.bus.plug(Scratch, DEVFN).run_when_idle(work)
     assert hooked == [work]
+
+
+def test_a_device_that_cannot_be_realized_is_not_plugged(machine: Machine) -> None:
+    class Broken(Scratch):
+        def realize(self) -> None:
+            raise OSError("broken")
+
+    devfn = machine.bus.free_devfn()
+    with pytest.raises(OSError, match="broken"):
+        machine.bus.plug(Broken, devfn)
+    assert devfn not in machine.bus.devices
+    machine.bus.plug(Scratch, devfn)

@@ -154,7 +154,7 @@ class PCIBus:
     def attach(self, device: PCIDevice, devfn: int) -> PCIDevice:
         """Attach a device made with :meth:`host_for`; binds its DMA and realizes it.
 
-        :raise ConfigError: when ``devfn`` is taken or out of range.
+        :raise ConfigError: when ``devfn`` is taken or out of range. What realizing raises passes. Nothing is plugged then.
         """
         self._check_free(devfn)
         self.devices[devfn] = device
@@ -164,7 +164,13 @@ class PCIBus:
         device.on_mapping_change = lambda: self._update_bars(devfn)
         device.system.bind(self.system)
         device.attach_dma(self.iommu_address_space(devfn))
-        device.realize()
+        realized = False
+        try:
+            device.realize()
+            realized = True
+        finally:
+            if not realized:
+                self._take_out(devfn)
         return device
 
     def detach(self, devfn: int) -> PCIDevice:
@@ -172,8 +178,11 @@ class PCIBus:
 
         :raise KeyError: when nothing is plugged there.
         """
+        self.devices[devfn].unrealize()
+        return self._take_out(devfn)
+
+    def _take_out(self, devfn: int) -> PCIDevice:
         device = self.devices[devfn]
-        device.unrealize()
         device.reset_enter()
         device.lower_irq()
         device.on_mapping_change = None
