@@ -32,7 +32,7 @@ from protocols.transport.shm import MappedMemory, create_memory, map_memory
 from protocols.transport.unix import SeqpacketConnection, close_fds
 from vfio_model.errors import DeadlineExceeded, PeerLost, RemoteProtocolError
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
-from vfio_model.memory.lane import LANES, LANES_SIZE, LaneArea
+from vfio_model.memory.lane import LANES, LANES_SIZE, LaneArea, lanes_retired
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.revoke import Fence, Revoke
 from vfio_model.memory.ring import RingWriter, init_ring, ring_size
@@ -77,7 +77,7 @@ class _Subscriber:
 
     def alive(self) -> bool:
         """Whether it may still be copying."""
-        return not self._gone and self.process.alive()
+        return not self._gone and not lanes_retired(self._memory.words) and self.process.alive()
 
     def close(self) -> None:
         """It has left, or is dead."""

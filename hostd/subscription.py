@@ -19,7 +19,7 @@ from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory, map_memory
 from protocols.transport.unix import SeqpacketConnection, close_fds
 from vfio_model.errors import PeerLost, RemoteProtocolError
-from vfio_model.memory.lane import LANES_SIZE, Lane, init_lanes
+from vfio_model.memory.lane import LANES_SIZE, Lane, init_lanes, retire_lanes
 from vfio_model.memory.ring import RingReader
 from vfio_model.trace import Trace
 
@@ -93,4 +93,10 @@ class Subscription:
         self._loop.unregister(self._channel)
         self._channel.close()
         self._drop_ring()
-        self._loop.call_soon(self._lanes.close)
+        self._loop.call_soon(self._retire)
+
+    def _retire(self) -> None:
+        """At top level no DMA is under way."""
+        if self._lanes.fd >= 0:
+            retire_lanes(self._lanes.words)
+            self._lanes.close()

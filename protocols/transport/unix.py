@@ -343,7 +343,10 @@ def _connect(path: str | os.PathLike[str], kind: socket.SocketKind, name: str) -
 
 
 class _Listener:
-    """A bound path. A socket file that nobody serves any more is replaced; a live one is not stolen."""
+    """A bound path. A socket file that nobody serves any more is replaced; a live one is not stolen.
+
+    The file appears when one can connect to it: it is bound under another name, and gets this one once it listens.
+    """
 
     kind: socket.SocketKind
 
@@ -351,9 +354,14 @@ class _Listener:
         self.path = check_path(path)
         _remove_stale(self.path, self.kind)
         self._sock = socket.socket(socket.AF_UNIX, self.kind)
+        nascent = f"{self.path}~"
         try:
-            self._sock.bind(self.path)
+            Path(nascent).unlink(missing_ok=True)
+            self._sock.bind(nascent if len(os.fsencode(nascent)) <= MAX_SUN_PATH else self.path)
             self._sock.listen(backlog)
+            if os.path.exists(nascent):
+                os.link(nascent, self.path)  # not rename: it would replace the file of one who was faster
+                os.unlink(nascent)
         except OSError as error:
             self._sock.close()
             raise ConfigError(f"cannot listen: {error.strerror}", where=self.path) from error

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from vfio_model.errors import RemoteProtocolError
-from vfio_model.memory.lane import LANE_WORDS, LANES, LANES_SIZE, Lane, LaneArea, init_lanes, lanes_snapshot
+from vfio_model.memory.lane import (
+    LANE_WORDS,
+    LANES,
+    LANES_SIZE,
+    Lane,
+    LaneArea,
+    init_lanes,
+    lanes_retired,
+    lanes_snapshot,
+    retire_lanes,
+)
 
 
 def lanes() -> memoryview:
@@ -58,3 +68,12 @@ def test_the_waiting_side_sees_the_counters_and_whether_the_process_lives() -> N
     Lane(words, 1).enter()
     assert area.snapshot() == [0, 1] + [0] * (LANES - 2)
     assert area.name == "edu0" and not area.alive()
+
+
+def test_retired_lanes_say_so_and_keep_their_counters() -> None:
+    words = memoryview(bytearray(LANES_SIZE)).cast("Q")
+    init_lanes(words)
+    Lane(words, 0).enter()
+    assert not lanes_retired(words)
+    retire_lanes(words)
+    assert lanes_retired(words) and lanes_snapshot(words)[0] == 1

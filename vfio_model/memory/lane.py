@@ -3,7 +3,7 @@
 A device process owns one area of :data:`LANES` lanes; each thread of it that does DMA owns one lane, which is one
 counter word on a cache line of its own::
 
-    words 0-7          header (:mod:`vfio_model.memory.layout`), magic ``vmLANES1``
+    words 0-7          header (:mod:`vfio_model.memory.layout`), magic ``vmLANES1``; 0 in its place: retired
     words 8 + 8*i      counter of lane i: odd while its thread is inside a DMA section, even outside
     words 9..15 + 8*i  zero
 
@@ -45,6 +45,17 @@ def init_lanes(words: memoryview) -> None:
     for index in range(LANES):
         words[lane_word(index)] = 0
     write_header(words, MAGIC_LANES, size=LANES_SIZE)
+
+
+def retire_lanes(words: memoryview) -> None:
+    """Their owner will do no DMA by these lanes any more, and is not in the middle of one: nobody needs to wait for
+    them. Who cannot be told otherwise, because whoever introduced the two is gone, sees it here."""
+    words[0] = 0
+
+
+def lanes_retired(words: memoryview) -> bool:
+    """Whether :func:`retire_lanes` was called."""
+    return bool(words[0] != MAGIC_LANES)
 
 
 def lanes_snapshot(words: memoryview) -> list[int]:
