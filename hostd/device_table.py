@@ -48,6 +48,11 @@ class OpenDevice:
     pidfd: Descriptor | None = None
     segments: set[str] = field(default_factory=set)
 
+    @property
+    def alive(self) -> bool:
+        """False when its process has ended, whether or not that was noticed already."""
+        return self.lanes is None or self.lanes.alive()
+
     def drop_descriptors(self) -> None:
         """Close what was not handed to the client."""
         for fd in (self.stream, self.pidfd):

@@ -16,10 +16,12 @@ from protocols.port.files import DeviceFd
 from protocols.port.messages import Ioctl as IoctlMessage
 from protocols.port.messages import Return
 from vfio_model.host.hpa import Segment
+from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Batch, Pending
 from vfio_model.uapi.vfio import Ioctl, ioctl_name
 
 _HANDLE = struct.Struct("=Q")
+_SET_IOMMU = int(Ioctl.VFIO_SET_IOMMU)
 _SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = (
     int(Ioctl.VFIO_GROUP_SET_CONTAINER),
     int(Ioctl.VFIO_GROUP_UNSET_CONTAINER),
@@ -79,6 +81,8 @@ class IoctlService:
                     return
                 result = result.finish()
         except OSError as error:
+            if message.cmd == _SET_IOMMU:
+                state.emit(DomainsChanged())  # the tables of a type that did not fit
             self._failed(peer, message, error)
             return
         self._answer(peer, message, result)
@@ -105,6 +109,8 @@ class IoctlService:
             else:
                 result = yield from self._settled(self._begin(message, file))
         except OSError as error:
+            if message.cmd == _SET_IOMMU:
+                state.emit(DomainsChanged())
             self._failed(peer, message, error)
             return
         if message.cmd == _UNSET_CONTAINER:
@@ -119,12 +125,19 @@ class IoctlService:
 
     def _begin(self, message: IoctlMessage, file: OpenFile) -> Begun:
         """:raise OSError: with the errno of the uapi."""
-        host, mm = self._state.host, self._state.clients.mms[message.mm].mm
+        host, mm = self._state.host, self._mm(message)
         if message.count > 1:
             return host.ioctl_many(mm, file.handle, message.cmd, message.arg, message.count)
         if message.cmd == _SET_CONTAINER:
             self._check_container(message)
         return host.ioctl(mm, file.handle, message.cmd, message.arg)
+
+    def _mm(self, message: IoctlMessage) -> Mm:
+        """The mm that ``message`` quotes, which may have gone while the ioctl waited. :raise OSError: EBADF."""
+        client = self._state.clients.mms.get(message.mm)
+        if client is None or client.leaving:
+            raise OSError(EBADF, "the mm is gone")
+        return client.mm
 
     def _answer(self, peer: bytes, message: IoctlMessage, result: bytes | Batch) -> None:
         if isinstance(result, Batch):
@@ -157,10 +170,9 @@ class IoctlService:
         state = self._state
         name = message.arg.split(b"\0", 1)[0].decode("utf-8", "replace")
         old = state.devices.named(name)
-        if old is not None and old.state is DeviceState.STOPPING:
+        if old is not None and (old.state is DeviceState.STOPPING or not old.alive):
             yield Until(f"the end of {name}'s last process", lambda: state.devices.get(old.key) is None)
-        mm = state.clients.mms[message.mm].mm
-        token = yield from state.settle(state.host.ioctl(mm, file.handle, message.cmd, message.arg))
+        token = yield from state.settle(state.host.ioctl(self._mm(message), file.handle, message.cmd, message.arg))
         device = self._start(name, file, _HANDLE.unpack(token)[0])
         yield Until(f"the start of {name}", lambda: device.state is not DeviceState.STARTING)
         if device.state is DeviceState.STOPPING or device.stream is None or device.pidfd is None:

@@ -504,3 +504,58 @@ def test_every_prefix_of_a_life_can_be_cut_off() -> None:
         assert not len(world.service.state.jobs), steps[:length]
         assert not world.service.state.clients.mms, steps[:length]
         assert not world.leaked(), steps[:length]
+
+
+def test_an_ioctl_whose_mm_goes_while_it_waits_is_ebadf() -> None:
+    world = World()
+    guest = Guest(world)
+    second = world.connect(guest.pid)
+    opened = world.request(second, files.OpenMm((1 << 64) - 1, "second"))
+    assert isinstance(opened, files.Opened)
+    guest.send_get_device()
+    seq = next(world.seqs)
+    arg = DmaUnmap(iova=0, size=4096).pack()
+    ioctl = messages.Ioctl(seq, 0, opened.handle, guest.container, Ioctl.VFIO_IOMMU_UNMAP_DMA, 1, arg)
+    world.do(PortMessage(b"second", ioctl))
+    world.do(Closed(second))
+    start = world.all(StartDevice)[-1]
+    assert isinstance(start, StartDevice)
+    world.ready(start.key)
+    answer = guest.answer(seq)
+    assert answer is not None and answer.errno == EBADF
+
+
+def test_a_device_whose_process_has_just_died_is_waited_for_and_opened_anew() -> None:
+    world = World()
+    guest = Guest(world)
+    key = guest.open_device()
+    world.lanes[key].living = False
+    seq = guest.send_get_device()
+    assert guest.answer(seq) is None, "its end is not known yet"
+    world.do(DeviceDied(key))
+    again = world.all(StartDevice)[-1]
+    assert isinstance(again, StartDevice) and again.key != key
+    world.ready(again.key)
+    answer = guest.answer(seq)
+    assert answer is not None and not answer.errno
+
+
+def test_tables_of_a_type_that_does_not_fit_are_swept() -> None:
+    world = World()
+    plain = HostTopology(groups=(GroupSpec(26, (DeviceSpec(NAMES[0], "edu"),), ddw=False),))
+    numbers = itertools.count(1000)
+    world.service = ContainerService(
+        plain, private_buffers, NoFence(), ServiceOptions(new_handle=lambda: next(numbers))
+    )
+    with pytest.raises(AssertionError):
+        Guest(world)  # SET_IOMMU is refused: the group has no dynamic windows
+    assert world.all(DomainsChanged)
+
+
+def test_no_backing_page_uses_the_host_physical_space_up() -> None:
+    world = World()
+    guest = Guest(world)
+    for page_size in (1 << 51, 1 << 63):
+        lie = files.DeclareMemory(1 << 51, SIZE, "lie", 0, page_size)
+        assert isinstance(world.request(guest.mm_connection, lie, Fd(world.ledger, inode=2)), files.OpenError)
+    Guest(world, pid=200, group=27)

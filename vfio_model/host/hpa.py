@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 HPA_BITS = 52
 FIRST_HPA = 1 << 32
+MAX_PAGE = 16 << 30
+"""The largest backing page there is. One that were larger would use the whole space up for everybody."""
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 
 
@@ -112,10 +114,10 @@ class HpaSpace:
     def place(self, segment_id: str, length: int, page_size: int) -> Segment:
         """A new segment of ``length`` bytes backed by pages of ``page_size`` bytes.
 
-        :raise OSError: EINVAL for a length below 1 or a page size that is no power of two; ENOMEM when the space is
-            used up.
+        :raise OSError: EINVAL for a length below 1 or a page size that is no power of two or beyond :data:`MAX_PAGE`;
+            ENOMEM when the space is used up.
         """
-        if length < 1 or page_size < 1 or page_size & (page_size - 1):
+        if length < 1 or not 1 <= page_size <= MAX_PAGE or page_size & (page_size - 1):
             raise OSError(EINVAL, f"segment {segment_id}: length {length:#x}, page size {page_size:#x}")
         page = max(page_size, self.granule)
         pages = align_up(length, page) // page
