@@ -8,6 +8,7 @@ invalidation. What a device does wrong costs that device only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -157,16 +158,24 @@ class Guest:
             lambda: device is not None and device.bus_master,
             trace=self._trace,
         )
-        process = Pidfd(endpoint.stream.open_pidfd())
+        try:
+            process = Pidfd(endpoint.stream.open_pidfd())
+        except PeerLost:
+            endpoint.close()
+            raise
         connection = VfioUserDevice(
             config.id, endpoint, self._loop, process=process, services=services, trace=self._trace
         )
-        self.clock.attach(connection)
-        if publisher is not None and connection.extensions.ats:
-            flags, size = _DMA_RW, self.ram.size
-            connection.dma_map(wire.DmaMap(flags=flags, offset=self.ram.fd_offset, address=0, size=size), self.ram.fd)
-            if connection.extensions.notifier:
-                connection.notifier(self.phb.buid, os.fspath(publisher.path))
+        try:
+            self.clock.attach(connection)
+            if publisher is not None and connection.extensions.ats:
+                ram = wire.DmaMap(flags=_DMA_RW, offset=self.ram.fd_offset, address=0, size=self.ram.size)
+                connection.dma_map(ram, self.ram.fd)
+                if connection.extensions.notifier:
+                    connection.notifier(self.phb.buid, os.fspath(publisher.path))
+        except (OSError, PeerLost):
+            connection.close()
+            raise
         device = self._plug(config, devfn, connection)
         watch_losses(device)
         return device
@@ -254,3 +263,5 @@ class Guest:
             self.hub.close()
             self.hub = None
         self.clock.close()
+        with contextlib.suppress(BufferError):  # the machine still shows it; the descriptor is closed
+            self._memory.close()

@@ -131,7 +131,11 @@ class HostLink:
             self.container.add_group(path)
         device = self.container.get_device(path, config.host)
         assert isinstance(device, VfioUserDevice), "the wire port makes these"
-        self._guest.clock.attach(device)
+        try:
+            self._guest.clock.attach(device)
+        except (OSError, PeerLost):
+            device.close()
+            raise
         return device
 
     def follow(self, config: DeviceConfig, device: VFIOPCIDevice) -> None:
@@ -162,7 +166,7 @@ class HostLink:
         name = f"{self._opening} ({message.name})"
         connection = StreamConnection(socket.socket(fileno=stream), name)
         endpoint = VfioUserEndpoint(connection, Role.CLIENT, capabilities(ats=False))
-        return VfioUserDevice(name, endpoint, self._loop, process=process, trace=self._trace)
+        return VfioUserDevice(name, endpoint, self._loop, process=process, lives_for_us=True, trace=self._trace)
 
     # -- losing and coming back ----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
@@ -31,6 +32,8 @@ from vfio_model.vfio.region import IrqHandler
 
 DEVICE_SECONDS: Final = 5.0
 """Deadline of one request to a device."""
+END_SECONDS: Final = 2.0
+"""How long a device process may take to end when its connection was closed."""
 MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
 
@@ -94,7 +97,8 @@ def _close_irqs(irqs: Sequence[_Irq]) -> None:
 
 
 class VfioUserDevice:
-    """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process.
+    """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process;
+    with ``lives_for_us`` it ends when the connection does, and :meth:`close` returns when it is dead.
 
     :raise PeerLost: when the device does not negotiate.
     """
@@ -107,10 +111,11 @@ class VfioUserDevice:
         *,
         process: Pidfd | None = None,
         services: DeviceServices | None = None,
+        lives_for_us: bool = False,
         seconds: float = DEVICE_SECONDS,
         trace: Trace = NULL_TRACE,
     ) -> None:
-        self.name, self.process = name, process
+        self.name, self.process, self._lives_for_us = name, process, lives_for_us
         self.on_lost: Callable[[PeerLost], None] = lambda _error: None
         self.lost: PeerLost | None = None
         self._endpoint, self._loop, self._seconds, self._trace = endpoint, loop, seconds, trace
@@ -202,6 +207,8 @@ class VfioUserDevice:
         """Close the stream, which ends what the device does for us. Harmless twice."""
         if self.lost is None:
             self.lost = PeerLost(self.name, "closing: it was closed here")
+            self._release_endpoint()
+            self._see_it_end()
             self._release()
 
     def sync(self) -> None:
@@ -313,9 +320,23 @@ class VfioUserDevice:
             self.on_lost(self.lost)
         return PeerLost(self.name, self.lost.doing)
 
-    def _release(self) -> None:
+    def _see_it_end(self) -> None:
+        """A process that does not end by itself is killed: whoever opens the device next must not meet it."""
+        process = self.process
+        if process is None or not self._lives_for_us:
+            return
+        try:
+            self._loop.serve_until(lambda: not process.alive(), END_SECONDS, self.name, "its end")
+        except DeadlineExceeded as error:
+            self._trace("vfio_user_killed", name=self.name, reason=str(error))
+            process.send_signal(signal.SIGKILL)
+
+    def _release_endpoint(self) -> None:
         self._loop.unregister(self._endpoint)
         self._endpoint.close()
+
+    def _release(self) -> None:
+        self._release_endpoint()
         if self.process is not None:
             self._loop.unregister(self.process)
             self.process.close()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 
 import pytest
 
-from guestd.remote import VfioUserDevice
+import guestd.remote
+from guestd.remote import VfioUserDevice, capabilities
+from protocols.transport.kernel import Pidfd
+from protocols.transport.loop import Loop
+from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import Command
+from protocols.vfio_user.messages import Command, Role
 from tests.guestd.fake_device import CONFIG, FakeDevice
 from vfio_model.errors import PeerLost
 from vfio_model.uapi.vfio import IrqSetFlags, PciIrq
@@ -163,3 +169,21 @@ def test_closing_ends_it_quietly(fake: FakeDevice) -> None:
     device.close()
     assert not told
     gone(device)
+
+
+def test_closing_a_device_that_lives_for_us_sees_its_process_end(
+    fake: FakeDevice, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guestd.remote, "END_SECONDS", 0.01)
+    stubborn = subprocess.Popen(["sleep", "600"])
+    endpoint = VfioUserEndpoint(fake.client_stream, Role.CLIENT, capabilities(ats=False))
+    device = VfioUserDevice("fake", endpoint, loop, process=Pidfd.open(stubborn.pid), lives_for_us=True)
+    device.close()
+    assert stubborn.wait(10) == -signal.SIGKILL
+
+
+def test_closing_another_ones_device_leaves_its_process_alone(fake: FakeDevice, loop: Loop) -> None:
+    endpoint = VfioUserEndpoint(fake.client_stream, Role.CLIENT, capabilities(ats=False))
+    device = VfioUserDevice("fake", endpoint, loop, process=Pidfd.open(os.getpid()))
+    device.close()
+    assert device.lost is not None
