@@ -175,3 +175,20 @@ def test_connecting_without_enough_memlock_fails_and_leaves_nothing_open() -> No
     assert caught.value.errno == errno.ENOMEM
     assert chain.mm == 0
     assert chain.port.open(GROUP)  # not busy
+
+
+def test_a_window_that_stayed_alone_at_its_address_is_replayed_there() -> None:
+    chain = Chain()
+    assert chain.create_window(16, 24)[0] == 0
+    assert chain.put((1 << 59) + 0x10000, 0x10003, LIOBN1) == 0
+    assert chain.remove_window(LIOBN0) == 0
+    before, locked = chain.host_view(), chain.mm
+    assert chain.container is not None
+    chain.container.close()
+    assert chain.mm == 0
+    chain.container = chain.connect()
+    assert chain.host_view() == before
+    assert [(window.min_iova, window.max_iova) for window in chain.container.backend.windows] == [
+        (1 << 59, (1 << 59) + (1 << 24) - 1)
+    ]
+    assert chain.mm == locked

@@ -93,6 +93,9 @@ class SpaprV2:
         start = self._create(page_shift, wanted.size, levels)
         if start != wanted.start:
             self.container.tce_remove(start)
+            start = self._create_behind(page_shift, wanted.size, levels)
+        if start != wanted.start:
+            self.container.tce_remove(start)
             raise OSError(
                 errno.EINVAL, f"the host put the window at {start:#x}, the guest needs it at {wanted.start:#x}"
             )
@@ -111,6 +114,19 @@ class SpaprV2:
                 if levels >= most or error.errno not in (errno.EINVAL, errno.ENOMEM):
                     raise
                 levels += 1
+
+    def _create_behind(self, page_shift: int, size: int, levels: int) -> int:
+        """Create a window while another one holds the first place.
+
+        A host numbers its windows from the first free place on, and the place decides the address. A guest that has
+        removed its first window keeps the second one where it is; a container that is connected after that needs it
+        there too.
+        """
+        first = self._create(page_shift, 1 << page_shift, 1)
+        try:
+            return self._create(page_shift, size, levels)
+        finally:
+            self.container.tce_remove(first)
 
     def del_window(self, section: MemoryRegionSection) -> None:
         """Remove the window that :meth:`add_window` created for this section."""
