@@ -8,10 +8,11 @@ Accesses of other sizes than a register has are split into aligned ones. Source:
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 
 from hostd.device_surroundings import Bell, ProcessSurroundings
-from protocols.transport.kernel import EventFd
+from protocols.transport.kernel import EventFd, is_eventfd
 from protocols.transport.unix import close_fds
 from protocols.vfio_user import messages as wire
 from vfio_model.memory.types import MemTxResult
@@ -137,6 +138,8 @@ class DeviceRegions:
         wanted = request.count if flags & IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD else 0
         if bool(data) == bool(flags & IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD) or len(fds) not in (0, wanted):
             raise OSError(errno.EINVAL, f"interrupt {request.index}: {len(fds)} descriptors for flags {flags:#x}")
+        if not all(map(is_eventfd, fds)):
+            raise OSError(errno.EINVAL, f"interrupt {request.index}: a descriptor is no eventfd")
         if flags & IrqSetFlags.VFIO_IRQ_SET_ACTION_TRIGGER:
             self._trigger(request, flags, fds)
         elif request.index == _INTX and flags & IrqSetFlags.VFIO_IRQ_SET_ACTION_MASK and not fds:
@@ -149,6 +152,8 @@ class DeviceRegions:
     def _trigger(self, request: wire.SetIrqs, flags: IrqSetFlags, fds: list[int]) -> None:
         around = self._around
         if flags & IrqSetFlags.VFIO_IRQ_SET_DATA_EVENTFD:
+            for fd in fds:
+                os.set_blocking(fd, False)  # a full counter must not hold the device up
             self.set_events(request.index, request.start, [EventFd(fd) for fd in fds], request.count)
         elif request.count == 0:
             around.intx.set_event(None) if request.index == _INTX else around.vectors.clear_all()

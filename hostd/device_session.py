@@ -16,7 +16,7 @@ from typing import Protocol
 
 from hostd.device_regions import DeviceRegions
 from hostd.device_surroundings import ProcessSurroundings, SharedClock
-from protocols.transport.kernel import EventFd
+from protocols.transport.kernel import EventFd, is_eventfd
 from protocols.transport.loop import Loop
 from protocols.transport.shm import map_memory
 from protocols.transport.unix import close_fds
@@ -190,9 +190,9 @@ class DeviceSession:
     # -- the guest's clock -------------------------------------------------------------------------------------------
 
     def _set_clock(self, fds: list[int]) -> None:
-        if len(fds) != 4:
+        if len(fds) != 4 or not all(map(is_eventfd, fds[2:])):
             close_fds(fds)
-            raise OSError(errno.EINVAL, f"X_CLOCK with {len(fds)} descriptors")
+            raise OSError(errno.EINVAL, f"X_CLOCK with {len(fds)} descriptors, or without its eventfds")
         self._drop_clock()
         for fd in fds[2:]:
             os.set_blocking(fd, False)

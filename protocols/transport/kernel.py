@@ -124,6 +124,11 @@ class Pidfd:
             self.fd = -1
 
 
+def is_eventfd(fd: int) -> bool:
+    """Whether ``fd`` is an eventfd: a write to anything else may fail, or last."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+
+
 class EventFd:
     """A doorbell: :meth:`ring` from anywhere, :meth:`drain` by the one that waits. DMA writes precede a ring."""
 

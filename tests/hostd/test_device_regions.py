@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 import pytest
 
@@ -119,3 +120,20 @@ def test_what_does_not_belong_together_is_invalid_and_costs_no_descriptor(
         with pytest.raises(OSError):
             os.fstat(number)
     event.close()
+
+
+def test_only_eventfds_are_rung(regions: DeviceRegions) -> None:
+    numbers = list(os.pipe())
+    assert raised(regions.set_irqs, SetIrqs(20, TRIGGER_EVENTFD, INTX, 0, 1), numbers[:1]) == errno.EINVAL
+    with pytest.raises(OSError):
+        os.fstat(numbers[0])
+    os.close(numbers[1])
+
+
+def test_a_counter_that_is_full_holds_no_device_up(regions: DeviceRegions) -> None:
+    full = os.eventfd(0)
+    os.write(full, ((1 << 64) - 2).to_bytes(8, sys.byteorder))
+    regions.set_irqs(SetIrqs(20, TRIGGER_EVENTFD, INTX, 0, 1), [os.dup(full)])
+    regions.set_irqs(SetIrqs(20, TRIGGER_NONE, INTX, 0, 1), [])
+    regions.set_irqs(SetIrqs(20, TRIGGER_NONE, INTX, 0, 0), [])
+    os.close(full)
