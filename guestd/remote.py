@@ -2,7 +2,7 @@
 
 The same object is the guest-facing device's :class:`~vfio_model.vfio.region.DeviceConnection` and the one who
 serves what the device asks in between: translations, DMA by message, interrupts. It serves in every wait of guestd
-and never waits while it does.
+and never waits while it does: a DMA that leads to another process's BAR is an error there, not a question.
 
 A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gone: every call raises
 :class:`PeerLost` from then on,
@@ -15,7 +15,8 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
 
 from protocols.transport.kernel import EventFd, Pidfd
@@ -38,6 +39,18 @@ MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
 
 P = TypeVar("P", bound=Payload)
+_serving: ContextVar[bool] = ContextVar("serving", default=False)
+"""Whether this process is answering a device: nothing may be asked then."""
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    token = _serving.set(True)
+    try:
+        yield
+    finally:
+        _serving.reset(token)
+
 
 
 class DeviceServices(Protocol):
@@ -84,7 +97,8 @@ class _Irq:
 
     def _rung(self) -> None:
         if self.event.drain():
-            self._handler()
+            with _answering():
+                self._handler()
 
     def close(self) -> None:
         self._loop.unregister(self.event)
@@ -246,7 +260,11 @@ class VfioUserDevice:
             raise self._lose(error.doing) from error
 
     def _call(self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()) -> P:
-        """Send and wait. :raise OSError: the device's errno. :raise PeerLost: it is gone, or too late."""
+        """Send and wait. :raise OSError: the device's errno, EDEADLK while a device is answered. :raise PeerLost: it is
+        gone, or too late.
+        """
+        if _serving.get():
+            raise OSError(errno.EDEADLK, f"{self.name}: {wire.command_name(command)} while another device is served")
         answer = self._await(self._send(command, payload, fds), command)
         self._posted = False
         if answer.errno:
@@ -280,7 +298,8 @@ class VfioUserDevice:
             while self.lost is None and (event := self._endpoint.receive()) is not None:
                 close_fds(event.fds)  # nothing that a device sends needs a descriptor
                 if isinstance(event, CommandReceived):
-                    self._serve(event)
+                    with _answering():
+                        self._serve(event)
                 elif event.id in self._waiting:
                     self._replies[event.id] = event
         except PeerLost as error:

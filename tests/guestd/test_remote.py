@@ -187,3 +187,26 @@ def test_closing_another_ones_device_leaves_its_process_alone(fake: FakeDevice, 
     device = VfioUserDevice("fake", endpoint, loop, process=Pidfd.open(os.getpid()))
     device.close()
     assert device.lost is not None
+
+
+def test_nothing_is_asked_of_one_device_while_another_is_answered(fake: FakeDevice, loop: Loop) -> None:
+    other = FakeDevice(loop)
+    bar = other.connect()
+
+    class Bar(Services):
+        """DMA that leads to the BAR of a device in another process."""
+
+        def dma_read(self, address: int, count: int) -> bytes | None:
+            with pytest.raises(OSError, match="while another device is served") as caught:
+                bar.region_read(0, 0, count)
+            assert caught.value.errno == errno.EDEADLK
+            return None
+
+    fake.connect(Bar())
+    fake.endpoint.command(Command.DMA_READ, wire.DmaAccess(0, 4))
+    loop.serve_until(lambda: bool(fake.replies), 5.0, "guestd", "DMA_READ")
+    assert fake.replies[0].errno == errno.EFAULT
+    assert not other.of(Command.REGION_READ)
+    assert bar.region_read(0, 0, 4) == bytes(4), "afterwards it answers"
+    bar.close()
+    other.close()

@@ -150,6 +150,6 @@ class VfioGroup:
 
     def get_device_fd(self, name: str) -> int:
         """``VFIO_GROUP_GET_DEVICE_FD``: a token for :meth:`VfioPort.take_device`."""
-        answer = self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_GET_DEVICE_FD, name.encode("ascii") + b"\0")
+        answer = self.port.ioctl(self.handle, Ioctl.VFIO_GROUP_GET_DEVICE_FD, name.encode() + b"\0")
         token: int = struct.unpack("=Q", answer)[0]
         return token
