@@ -255,3 +255,26 @@ def test_a_fault_does_not_take_the_fast_path_away() -> None:
     for wild in (4096, 64 * MIB, 1 << 59):
         assert dma.write(wild, b"3") == DECODE_ERROR
         assert sections(rig, lambda: dma.write(0, b"4")) == 1
+
+
+def test_whether_a_range_is_mapped_is_looked_up_in_sections_too() -> None:
+    rig = Rig(levels=3)
+    rig.map(0, 0)
+    rig.map(4096, 4096, flags=1)
+    impl = rig.impl()
+
+    class Watched:
+        """Table memory that is looked at inside a section only: outside of one it may be somebody else's."""
+
+        def __init__(self, words: memoryview) -> None:
+            self.words = words
+
+        def __getitem__(self, index: int) -> int:
+            assert rig.lane.inside
+            return self.words[index]
+
+    impl._walker.domain = Watched(impl._walker.domain)  # type: ignore[assignment]
+    assert impl.valid(0, 4096, DMADirection.FROM_DEVICE)
+    assert not impl.valid(0, 8192, DMADirection.FROM_DEVICE)
+    assert impl.valid(0, 8192, DMADirection.TO_DEVICE)
+    assert not rig.lane.inside

@@ -69,14 +69,27 @@ class _Walker:
         return _OK, done
 
     def valid(self, iova: int, length: int, need: int) -> bool:
-        """Whether every page of the range is mapped with ``need``; moves nothing."""
+        """Whether every page of the range is mapped with ``need``; moves nothing. A section for each page: tables may be
+        given back between two of them.
+        """
         end = iova + length
         while iova < end:
-            window = find_window(self.pe, self.domain, iova, self.known)
-            if window is None or not load_tce(self.domain, window, iova) & need:
+            size = self._page_size(iova, need)
+            if not size:
                 return False
-            iova = (iova | (1 << window.page_shift) - 1) + 1
+            iova = (iova | size - 1) + 1
         return True
+
+    def _page_size(self, iova: int, need: int) -> int:
+        """Bytes of the page that maps ``iova`` with ``need``, 0 when none does."""
+        lane, slot = self.lane.words, self.lane.slot
+        lane[slot] += 1
+        try:
+            window = find_window(self.pe, self.domain, iova, self.known)
+            mapped = window is not None and load_tce(self.domain, window, iova) & need
+            return 1 << window.page_shift if window is not None and mapped else 0
+        finally:
+            lane[slot] += 1
 
     def _section(self, iova: int, view: memoryview, need: int) -> tuple[int, int]:
         lane, slot, pe, domain = self.lane.words, self.lane.slot, self.pe, self.domain
