@@ -154,7 +154,8 @@ class PCIBus:
     def attach(self, device: PCIDevice, devfn: int) -> PCIDevice:
         """Attach a device made with :meth:`host_for`; binds its DMA and realizes it.
 
-        :raise ConfigError: when ``devfn`` is taken or out of range. What realizing raises passes. Nothing is plugged then.
+        :raise ConfigError: when ``devfn`` is taken or out of range; what realizing raises passes. Nothing is plugged
+            then.
         """
         self._check_free(devfn)
         self.devices[devfn] = device
