@@ -75,7 +75,13 @@ class Device(Struct, forbid_unknown_fields=True, kw_only=True):
     addr: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{1,2}(\.[0-7])?$")]
     """Slot and function on the PHB's bus, as QEMU writes them: ``02.0``."""
     group: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    dma: Literal["shared", "message"] = "shared"
+    """How a remote device reaches memory: mapped, with cached translations, or by a message for every access."""
     props: dict[str, Prop] = {}
+
+    def __post_init__(self) -> None:
+        if self.dma == "message" and self.attach != "remote":
+            raise ValueError("dma: message is for remote devices; an assigned one walks the host's table itself")
 
 
 class Fault(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -57,6 +57,8 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     host: str = ""
     group: int | str | None = None
     socket: str = ""
+    dma: Literal["shared", "message"] = "shared"
+    """Whether a remote device gets guest RAM mapped, or sends a message for every access."""
 
     @property
     def group_path(self) -> str:

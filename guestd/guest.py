@@ -148,7 +148,7 @@ class Guest:
         return device
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
-        by_message = config.props.get("dma") == "message"
+        by_message = config.dma == "message"
         publisher = None if by_message else self._publishing()
         endpoint = connect(config.socket, config.id, capabilities(ats=not by_message))
         device: VFIOPCIDevice | None = None
@@ -185,7 +185,7 @@ class Guest:
         if self.publisher is None:
             fence = probe()
             if fence is None:
-                raise ConfigError("this kernel has no membarrier(2): remote devices cannot cache", hint="dma=message")
+                raise ConfigError("this kernel has no membarrier(2): remote devices cannot cache", hint="give them dma: message")
             if self.config.notifier == "inline":
                 self.hub = NotifierServer(self._loop, self._directory, served=True)
             on_x86 = os.uname().machine in ("x86_64", "i686")

@@ -116,7 +116,7 @@ class InlineGuest(Guest):
             trace=self._trace,
         )
         unit = InlineDevice(config.id, config.model, config.props, self._log.trace(config.id), self.clock.now_ns)
-        by_message = config.props.get("dma") == "message"
+        by_message = config.dma == "message"
         call = served(services)
         unit.start(MessageDma(call) if by_message else self._cached(unit, call))
         self.remotes[config.id] = unit
