@@ -346,6 +346,7 @@ class _Listener:
     """A bound path. A socket file that nobody serves any more is replaced; a live one is not stolen.
 
     The file appears when one can connect to it: it is bound under another name, and gets this one once it listens.
+    When this process has no descriptor left, whoever connects is turned away: a spare one is kept for that.
     """
 
     kind: socket.SocketKind
@@ -366,6 +367,7 @@ class _Listener:
             self._sock.close()
             raise ConfigError(f"cannot listen: {error.strerror}", where=self.path) from error
         self._sock.setblocking(False)
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def fileno(self) -> int:
         """For a poller."""
@@ -376,11 +378,29 @@ class _Listener:
             return self._sock.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
             return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+        self._turn_away()
+        return None
+
+    def _turn_away(self) -> None:
+        """Else it would stay in the queue, and the socket readable."""
+        if self._spare < 0:
+            return
+        os.close(self._spare)
+        self._spare = -1
+        with contextlib.suppress(OSError):
+            self._sock.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Stop listening and remove the socket file. Harmless twice."""
         if self._sock.fileno() >= 0:
             self._sock.close()
+            if self._spare >= 0:
+                os.close(self._spare)
             Path(self.path).unlink(missing_ok=True)
 
 

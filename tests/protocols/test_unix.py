@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +148,7 @@ def test_a_live_path_is_not_stolen_and_a_dead_one_is_replaced(runtime: Path) -> 
     with pytest.raises(ConfigError, match="listens there"):
         StreamListener(runtime / "x.sock")
     first._sock.close()
+    os.close(first._spare)
     StreamListener(runtime / "x.sock").close()
 
 
@@ -237,3 +240,28 @@ def test_a_channel_closes_what_it_did_not_expect(pair: tuple[SeqpacketConnection
     os.close(null)
     with pytest.raises(LocalProtocolError, match="descriptors"):
         channel.send(files.DeviceFd(1, 2, "edu", 3), [])
+
+
+def test_without_a_descriptor_left_who_connects_is_turned_away(runtime_dir: Path) -> None:
+    listener = SeqpacketListener(runtime_dir / "s")
+    turned_away = SeqpacketConnection.connect(runtime_dir / "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 1, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert listener.accept() is None
+        assert listener.accept() is None, "and the queue is empty"
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with pytest.raises(PeerLost):
+        turned_away.receive()
+    later = SeqpacketConnection.connect(runtime_dir / "s")
+    accepted = listener.accept()
+    assert accepted is not None
+    for each in (accepted, later, turned_away, listener):
+        each.close()
