@@ -69,8 +69,8 @@ class _Walker:
         return _OK, done
 
     def valid(self, iova: int, length: int, need: int) -> bool:
-        """Whether every page of the range is mapped with ``need``; moves nothing. A section for each page: tables may be
-        given back between two of them.
+        """Whether every page of the range is mapped with ``need``; moves nothing. There is a section for each page,
+        because tables may be given back between two of them.
         """
         end = iova + length
         while iova < end:
