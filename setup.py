@@ -7,11 +7,14 @@ API makes one library serve every CPython from 3.11 on.
 from setuptools import Extension, setup
 
 
-def compiled(module: str) -> Extension:
-    """The extension ``module``, whose one source has its name."""
+def compiled(module: str, *more: str) -> Extension:
+    """The extension ``module``, of the source of its name and ``more`` sources and headers beside it."""
+    first = module.replace(".", "/") + ".c"
+    beside = [first.rpartition("/")[0] + "/" + name for name in more]
     return Extension(
         module,
-        [module.replace(".", "/") + ".c"],
+        [first, *(path for path in beside if path.endswith(".c"))],
+        depends=[path for path in beside if path.endswith(".h")],
         define_macros=[("Py_LIMITED_API", "0x030b0000")],
         extra_compile_args=["-std=c11", "-O3"],
         py_limited_api=True,
@@ -20,6 +23,9 @@ def compiled(module: str) -> Extension:
 
 
 setup(
-    ext_modules=[compiled("vfio_model.batch._compiled"), compiled("vfio_model.host._path")],
+    ext_modules=[
+        compiled("vfio_model.batch._compiled", "_compiled_maps.c", "_compiled.h"),
+        compiled("vfio_model.host._path"),
+    ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

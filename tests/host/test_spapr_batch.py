@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.host.rig import HVA, MIB, Rig
+from vfio_model.batch import variant
+from vfio_model.batch.variant import Variant
 from vfio_model.host.host import Host
 from vfio_model.host.pending import Batch, Pending
 from vfio_model.host.spapr_tce import SpaprTceContainer
@@ -75,8 +78,11 @@ def maps(count: int, start: int, fault: str, where: int) -> list[DmaMap]:
     return structs
 
 
+@pytest.mark.parametrize("way", ["numpy", *(["compiled"] if variant.compiled else [])])
 @given(st.integers(1, 600), st.integers(0, 9000), odd, st.integers(0, 600), st.sampled_from([1, 2]), st.booleans())
-def test_batches_equal_single_calls(count: int, start: int, fault: str, where: int, levels: int, scatter: bool) -> None:
+def test_batches_equal_single_calls(
+    way: Variant, count: int, start: int, fault: str, where: int, levels: int, scatter: bool
+) -> None:
     rigs = [
         Rig(levels=levels, window=32 * MIB if levels == 1 else 64 * MIB, hpa="scatter" if scatter else "contiguous")
         for _ in "ab"
@@ -89,7 +95,9 @@ def test_batches_equal_single_calls(count: int, start: int, fault: str, where: i
     calls.append((UNMAP, b"".join(unmaps)))
     for cmd, args in calls:
         size = 32 if cmd == MAP else 24
-        many = end(rigs[0].host.ioctl_many(rigs[0].mm, rigs[0].container.handle, cmd, args, len(args) // size))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(variant, "chosen", way)
+            many = end(rigs[0].host.ioctl_many(rigs[0].mm, rigs[0].container.handle, cmd, args, len(args) // size))
         assert many == singly(rigs[1].host, rigs[1], cmd, args, len(args) // size)
         assert state(rigs[0]) == state(rigs[1])
 

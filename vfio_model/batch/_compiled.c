@@ -8,11 +8,9 @@
  * about a piece is made on the value that was loaded. gather() and scatter() run inside a DMA section: they neither
  * release the interpreter lock nor keep anything.
  *
- * Only the limited API is used, so that one library serves every CPython from 3.11 on.
+ * Only the limited API is used, so that one library serves every CPython from 3.11 on. Mappings: _compiled_maps.c.
  */
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
+#include "_compiled.h"
 
 #define PERM_MASK 3u
 #define MAY_READ 1u
@@ -29,60 +27,6 @@ typedef struct {
     uint64_t count, start, low;
     unsigned shift;
 } Table;
-
-static int refuse(const char *name, const char *what)
-{
-    PyErr_Format(PyExc_ValueError, "%s: %s", name, what);
-    return -1;
-}
-
-/* A contiguous buffer, or BufferError (TypeError for what is no buffer at all) that names the argument. */
-static int take(PyObject *object, Py_buffer *view, int flags, const char *name)
-{
-    if (PyObject_GetBuffer(object, view, flags) == 0)
-        return 0;
-    if (PyErr_ExceptionMatches(PyExc_BufferError) || PyErr_ExceptionMatches(PyExc_ValueError)) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_BufferError, "%s: a contiguous%s buffer is needed", name,
-                     flags & PyBUF_WRITABLE ? ", writable" : "");
-    }
-    return -1;
-}
-
-/* A contiguous buffer of native u64, at any address: see word() and put(). */
-static int take_words(PyObject *object, Py_buffer *view, int flags, const char *name)
-{
-    const char *format;
-
-    if (take(object, view, flags | PyBUF_C_CONTIGUOUS | PyBUF_FORMAT, name))
-        return -1;
-    format = view->format ? view->format : "B";
-    if (*format == '@' || *format == '=')
-        format++;
-    if (view->itemsize == 8 && (!strcmp(format, "Q") || !strcmp(format, "L")))
-        return 0;
-    PyBuffer_Release(view);
-    return refuse(name, "unsigned words of 8 bytes are needed");
-}
-
-static inline uint64_t word(const void *words, uint64_t index)
-{
-    uint64_t value;
-
-    memcpy(&value, (const char *)words + index * 8, 8);
-    return value;
-}
-
-static inline void put(void *words, uint64_t index, uint64_t value)
-{
-    memcpy((char *)words + index * 8, &value, 8);
-}
-
-static int take_u64(PyObject *object, uint64_t *value)
-{
-    *value = PyLong_AsUnsignedLongLong(object);
-    return *value == UINT64_MAX && PyErr_Occurred() ? -1 : 0;
-}
 
 /* Arguments 0..2 of every function: table, start, page_shift. */
 static int take_table(PyObject *const *args, Table *table)
@@ -299,14 +243,19 @@ static PyObject *scatter(PyObject *module, PyObject *const *args, Py_ssize_t nar
     return move_many(args, nargs, 1);
 }
 
-#define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-
 static PyMethodDef functions[] = {
     FUNCTION(translate), FUNCTION(translate_each), FUNCTION(gather), FUNCTION(scatter), {NULL, NULL, 0, NULL},
 };
 
+static int add_maps(PyObject *module)
+{
+    return PyModule_AddFunctions(module, map_functions);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_maps}, {0, NULL}};
+
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "vfio_model.batch._compiled", "See _compiled.pyi.", 0, functions, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "vfio_model.batch._compiled", "See _compiled.pyi.", 0, functions, slots, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__compiled(void)

@@ -1,4 +1,5 @@
-"""What ``_compiled.c`` offers. Tables, iovas and ``out`` of translations are contiguous buffers of native u64 words.
+"""What ``_compiled.c`` and ``_compiled_maps.c`` offer. Tables, TCEs, pages, iovas and ``out`` of translations are
+contiguous buffers of native u64 words.
 
 Every function raises BufferError for a buffer that is not contiguous or, where it is written, not writable;
 TypeError for what is no buffer or no int; OverflowError for an int beyond u64; ValueError for words that are not u64,
@@ -45,3 +46,37 @@ def scatter(
     /,
 ) -> int:
     """As :func:`gather`, from ``data`` to ``ram``, where the table allows writing; in order, so that the last wins."""
+
+def split_tces(tces: Any, page_shift: int, pages: Any, /) -> tuple[int, int]:
+    """The page address of each of ``tces`` into ``pages`` (as many words); their permissions or-ed together, and
+    and-ed (3 when there are none).
+    """
+
+def page_bounds(pages: Any, /) -> tuple[int, int]:
+    """As :func:`vfio_model.batch.dma_map.page_bounds`, of words; ValueError when there are none."""
+
+def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, head: int, /) -> bytes:
+    """As :func:`vfio_model.batch.dma_map.pack_dma_maps`, of words; ``head`` is argsz and flags of each structure."""
+
+def look_at_dma_maps(maps: Any, count: int, /) -> tuple[int, int, int, int, int, int] | None:
+    """As :func:`vfio_model.batch.dma_map.look_at_dma_maps`, the fields in its order; None also for no structures."""
+
+def maps_to_tces(
+    maps: Any,
+    first: int,
+    count: int,
+    to_offset: int,
+    perm: int,
+    base: int,
+    shift: int,
+    bits: int,
+    multiplier: int,
+    addend: int,
+    tces: Any,
+    /,
+) -> None:
+    """The TCEs of structures ``first``..``first`` + ``count`` - 1 into the first words of ``tces`` (aligned).
+
+    ``to_offset`` plus a vaddr (modulo 2**64) is the byte of a segment that lies where ``base`` to ``addend`` say, see
+    :class:`vfio_model.host.hpa.HpaMap`; ``shift`` and ``bits`` are at most 63.
+    """

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from vfio_model.batch import variant
+
 _PERM_MASK = 3
 _CHUNK = 1 << 20
 
@@ -29,11 +31,17 @@ def zeroed_words(count: int) -> memoryview:
     return memoryview(_numpy().zeros(count, dtype=_numpy().uint64)).cast("B").cast("Q")
 
 
-def split_tces(tces: Any, page_shift: int) -> tuple[Any, Any]:
+def split_tces(tces: memoryview, page_shift: int) -> tuple[Any, Any]:
     """Page addresses, and permissions: ``[t & page_mask for t in tces], [t & 3 for t in tces]``.
 
-    ``tces`` is a buffer of u64. The permissions are one int when all entries have the same.
+    ``tces`` is a memoryview of u64. The permissions are one int when all entries (at least one) have the same.
     """
+    kernel = variant.kernel()
+    if kernel is not None:
+        out = memoryview(bytearray(tces.nbytes)).cast("Q")
+        some, every = kernel.split_tces(tces, page_shift, out)
+        if some == every:
+            return out, some
     np = _numpy()
     words = np.frombuffer(tces, dtype=np.uint64)
     pages = words & np.uint64(-(1 << page_shift) & (1 << 64) - 1)

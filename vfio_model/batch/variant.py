@@ -1,9 +1,9 @@
-"""Which implementation translates batches and moves assigned DMA: the compiled one if it loads, else numpy.
+"""Which implementation translates and maps batches and moves assigned DMA: the compiled one if it loads, else numpy.
 
 All give the same results (``reference`` is the meaning of the others, in plain Python). The environment variable
 ``VFIO_MODEL_BATCH`` forces one for this process and its children: to compare them, or to look for a bug. Single
-accesses of the assigned path are Python unless it is ``compiled``; arrays elsewhere (:mod:`vfio_model.batch.pages`,
-:mod:`vfio_model.batch.tces`) are numpy always.
+accesses of the assigned path are Python unless it is ``compiled``; for mappings (:mod:`vfio_model.batch.tces`,
+:mod:`vfio_model.batch.dma_map`) ``reference`` is numpy, and :mod:`vfio_model.batch.pages` is numpy always.
 """
 
 from __future__ import annotations

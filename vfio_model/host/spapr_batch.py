@@ -12,26 +12,22 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from collections.abc import Sequence
 from errno import ENOMEM
 from typing import Any
 
-from vfio_model.host.mm import Mm
+from vfio_model.batch import variant
+from vfio_model.batch.dma_map import look_at_dma_maps, map_head
+from vfio_model.host.mm import Mm, Run
 from vfio_model.host.tce_table import Dropped, TceTable, take
-from vfio_model.uapi.vfio import DmaMap, DmaMapFlags, DmaUnmap
+from vfio_model.uapi.vfio import DmaUnmap
 
 _LEAST = 8
 """Fewer structs are faster one by one."""
 _U64_MASK = (1 << 64) - 1
-
-
-def _head(argsz: int, flags: int) -> int:
-    word: int = struct.unpack("=Q", struct.pack("=II", argsz, flags))[0]
-    return word
-
-
-_MAP_HEADS = {_head(DmaMap.SIZE, int(flags)): int(flags) for flags in map(DmaMapFlags, (1, 2, 3))}
-_UNMAP_HEAD = _head(DmaUnmap.SIZE, 0)
+_MAP_HEADS = {map_head(flags): flags for flags in (1, 2, 3)}
+_UNMAP_HEAD = int.from_bytes(struct.pack("=II", DmaUnmap.SIZE, 0), sys.byteorder)
 
 
 @functools.cache
@@ -42,10 +38,12 @@ def _numpy() -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _steps(count: int, page: int, iova_column: int) -> Any:
-    """By how much ``count`` structs of one page each, at consecutive IOVAs, differ from the first. Only to be read."""
-    steps = _numpy().zeros((count, iova_column + 2), dtype="u8")
-    steps[:, iova_column] = _numpy().arange(0, count * page, page, dtype="u8")
+def _steps(count: int, page: int) -> Any:
+    """By how much ``count`` UNMAP_DMA structs of one page each, at consecutive IOVAs, differ from the first. Only to
+    be read.
+    """
+    steps = _numpy().zeros((count, 3), dtype="u8")
+    steps[:, 1] = _numpy().arange(0, count * page, page, dtype="u8")
     return steps
 
 
@@ -53,30 +51,43 @@ def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count
     """Store all ``count`` mappings; False when something about them is unusual: then nothing was done."""
     if count < _LEAST:
         return False
-    columns = _numpy().frombuffer(args, dtype="u8", count=4 * count).reshape(count, 4)
-    flags = _MAP_HEADS.get(int(columns[0, 0]))
-    place = _consecutive(tables, columns, 2) if flags else None
-    if flags is None or place is None:
+    seen = look_at_dma_maps(args, count)
+    flags = _MAP_HEADS.get(seen.head) if seen else None
+    if seen is None or flags is None:
         return False
-    table, index = place
-    np, vaddrs = _numpy(), columns[:, 1]
-    low, high = int(np.minimum.reduce(vaddrs)), int(np.maximum.reduce(vaddrs))
-    region = mm.lookup(low, high - low + table.page)
+    table = _table_of(tables, seen.iova, count * seen.size)
+    if table is None or seen.size != table.page or (seen.iova | seen.bits) & (table.page - 1):
+        return False
+    region = mm.lookup(seen.low, seen.high - seen.low + table.page)
     if region is None or region.dying or region.page_shift < table.page_shift or len(region.runs) > 1:
         return False
-    run = region.runs[0]
-    tces = run.hpa.to_hpa_many(vaddrs + (run.delta & _U64_MASK)) | flags
-    if int(np.bitwise_or.reduce(vaddrs)) & (table.page - 1):
-        return False
+    index = (seen.iova - table.start) >> table.page_shift
     if not table.vacant(index, count) or not _ready(table, index, count):
         return False
-    words, done = tces.data.cast("B").cast("Q"), 0
-    while done < count:
-        step = min(count - done, table.chunk_room(index + done))
-        table.store(index + done, words[done : done + step], region.id)
-        done += step
+    _store(table, index, _tces(args, count, region.runs[0], flags), region.id)
     take(region, count)
     return True
+
+
+def _tces(args: memoryview, count: int, run: Run, flags: int) -> memoryview:
+    """The entries of ``count`` structs whose vaddrs lie in ``run``."""
+    kernel, hpa, to_offset = variant.kernel(), run.hpa, run.delta & _U64_MASK
+    if kernel is not None:
+        tces = memoryview(bytearray(8 * count)).cast("Q")
+        place = hpa.base, hpa.page_shift, hpa.bits, hpa.multiplier, hpa.addend
+        kernel.maps_to_tces(args, 0, count, to_offset, flags, *place, tces)
+        return tces
+    vaddrs = _numpy().frombuffer(args, dtype="u8", count=4 * count)[1::4]
+    found: memoryview = (hpa.to_hpa_many(vaddrs + to_offset) | flags).data
+    return found.cast("B").cast("Q")
+
+
+def _store(table: TceTable, index: int, tces: memoryview, region: int) -> None:
+    done, count = 0, len(tces)
+    while done < count:
+        step = min(count - done, table.chunk_room(index + done))
+        table.store(index + done, tces[done : done + step], region)
+        done += step
 
 
 def unmap_pages(tables: Sequence[TceTable | None], args: memoryview, count: int) -> Dropped | None:
@@ -84,27 +95,22 @@ def unmap_pages(tables: Sequence[TceTable | None], args: memoryview, count: int)
     if count < _LEAST:
         return None
     columns = _numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
-    if int(columns[0, 0]) != _UNMAP_HEAD:
+    head, first, page = (int(number) for number in columns[0])
+    table = _table_of(tables, first, count * page) if head == _UNMAP_HEAD else None
+    if table is None or page != table.page or first & (page - 1):
         return None
-    place = _consecutive(tables, columns, 1)
-    return None if place is None else place[0].clear(place[1], count)
-
-
-def _consecutive(tables: Sequence[TceTable | None], columns: Any, iova_column: int) -> tuple[TceTable, int] | None:
-    """The window and first entry of structs with one head that are one page each and follow one another.
-
-    The size comes behind the IOVA. A column between the head and these is not looked at.
-    """
-    count = len(columns)
-    first, last = int(columns[0, iova_column]), int(columns[-1, iova_column])
-    table = next((table for table in tables if table is not None and table.start <= first <= table.last), None)
-    if table is None or first & (table.page - 1) or last > table.last or columns[0, iova_column + 1] != table.page:
-        return None
-    rows = columns - _steps(count, table.page, iova_column)
-    rows[:, 1:iova_column] = 0
+    rows = columns - _steps(count, page)
     if rows.tobytes() != rows[0].tobytes() * count:
         return None
-    return table, (first - table.start) >> table.page_shift
+    return table.clear((first - table.start) >> table.page_shift, count)
+
+
+def _table_of(tables: Sequence[TceTable | None], first: int, size: int) -> TceTable | None:
+    """The window that holds all ``size`` bytes from bus address ``first``."""
+    for table in tables:
+        if table is not None and table.start <= first <= table.last:
+            return table if first + size - 1 <= table.last else None
+    return None
 
 
 def _ready(table: TceTable, index: int, count: int) -> bool:

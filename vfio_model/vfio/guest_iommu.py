@@ -141,7 +141,7 @@ class VFIOGuestIOMMU:
         if self._mapped.unmapped(iova, size):
             self._backend.queue.unmap(iova, size)
 
-    def _pack(self, first: Iova, run: IOMMUTLBRun) -> memoryview | None:
+    def _pack(self, first: Iova, run: IOMMUTLBRun) -> bytes | memoryview | None:
         """The run as MAP_DMA structures, when all of it lies in one RAM block with one permission."""
         perm = int(run.perms) if isinstance(run.perms, int) else uniform_value(run.perms)
         if perm is None or not perm & _RW:
