@@ -8,7 +8,7 @@ from errno import EBADF, EIO
 
 from hostd.clients import OpenFile
 from hostd.device_table import DeviceState, OpenDevice
-from hostd.events import DomainsChanged, SendFile, SendReturn, StartDevice
+from hostd.events import Descriptor, DomainsChanged, SendFile, SendReturn, StartDevice
 from hostd.jobs import Job, RevokeWait, Steps, Until, Wait
 from hostd.state import ServiceState
 from protocols.port.device import SegmentMap
@@ -173,7 +173,11 @@ class IoctlService:
         if old is not None and (old.state is DeviceState.STOPPING or not old.alive):
             yield Until(f"the end of {name}'s last process", lambda: state.devices.get(old.key) is None)
         token = yield from state.settle(state.host.ioctl(self._mm(message), file.handle, message.cmd, message.arg))
-        device = self._start(name, file, _HANDLE.unpack(token)[0])
+        try:
+            device = self._start(name, file, _HANDLE.unpack(token)[0])
+        except OSError:
+            yield from state.settle(state.host.device_closed(_HANDLE.unpack(token)[0]))
+            raise
         yield Until(f"the start of {name}", lambda: device.state is not DeviceState.STARTING)
         if device.state is DeviceState.STOPPING or device.stream is None or device.pidfd is None:
             raise OSError(EIO, device.error or f"{name} died while it started")
@@ -184,16 +188,30 @@ class IoctlService:
         return token
 
     def _start(self, name: str, file: OpenFile, token: int) -> OpenDevice:
+        """:raise OSError: out of descriptors; nothing was started."""
         state = self._state
-        device = state.devices.open(name, file.handle, file.client.handle, token)
         memory = list(file.client.memory.values())
-        offer = state.offers.pop(name, None)
         maps = tuple(segment_map(segment) for segment, _ in memory)
-        fds = tuple(fd.duplicate() for _, fd in memory)
+        fds = _duplicates([fd for _, fd in memory])
+        device = state.devices.open(name, file.handle, file.client.handle, token)
+        offer = state.offers.pop(name, None)
         attached = None if offer is None else (offer.control, offer.pidfd)
         state.emit(StartDevice(device.key, name, file.group, maps, fds, attached))
         state.note("hostd_device_start", name=name, key=device.key, attached=offer is not None)
         return device
+
+
+def _duplicates(descriptors: list[Descriptor]) -> tuple[Descriptor, ...]:
+    """One of each, or none. :raise OSError: out of descriptors."""
+    made: list[Descriptor] = []
+    try:
+        for fd in descriptors:
+            made.append(fd.duplicate())
+    except OSError:
+        for fd in made:
+            fd.close()
+        raise
+    return tuple(made)
 
 
 def queue_key(state: ServiceState, file: OpenFile) -> Hashable:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from hostd.device_regions import DeviceRegions
 from hostd.device_session import DeviceSession
 from hostd.device_surroundings import ProcessSurroundings
-from hostd.remote_dma import MappedDma, MessageDma, translator
+from hostd.remote_dma import MAX_DMA_MESSAGE, MappedDma, MessageDma, translator
 from hostd.remote_memory import RemoteMemory
 from hostd.subscription import Subscription
 from protocols.transport.loop import Loop
@@ -69,6 +69,7 @@ class RemoteDevice:
         if not self._admit(self):
             return False
         self._started = True
+        self._message.limit = max(1, min(MAX_DMA_MESSAGE, self.session.endpoint.state.peer.max_data_xfer_size))
         self.device.realize()
         ats = self.session.endpoint.state.extensions.ats
         self._bind(self._message if ats else MappedDma(self._memory.ram, self._message))

@@ -76,12 +76,14 @@ class MessageDma(PiecewiseDma):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self._call = call
+        self.limit = MAX_DMA_MESSAGE
+        """Bytes of one message; a client may take fewer."""
 
     def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
         """DMA_READ messages."""
         view, done = memoryview(out), 0
         while done < len(view):
-            count = min(len(view) - done, MAX_DMA_MESSAGE)
+            count = min(len(view) - done, self.limit)
             answer = self._call(Command.DMA_READ, DmaAccess(iova + done & _U64, count))
             if not isinstance(answer, DmaAccess) or len(answer.data) != count:
                 view[done:] = bytes(len(view) - done)
@@ -94,7 +96,7 @@ class MessageDma(PiecewiseDma):
         """DMA_WRITE messages."""
         view, done = memoryview(data), 0
         while done < len(view):
-            part = bytes(view[done : done + MAX_DMA_MESSAGE])
+            part = bytes(view[done : done + self.limit])
             answer = self._call(Command.DMA_WRITE, DmaAccess(iova + done & _U64, len(part), part))
             if not isinstance(answer, DmaAccess) or answer.count != len(part):
                 return MemTxResult.DECODE_ERROR

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from errno import EBADF, EIO
+from errno import EBADF, EIO, EMFILE
 
 import pytest
 
@@ -559,3 +559,19 @@ def test_no_backing_page_uses_the_host_physical_space_up() -> None:
         lie = files.DeclareMemory(1 << 51, SIZE, "lie", 0, page_size)
         assert isinstance(world.request(guest.mm_connection, lie, Fd(world.ledger, inode=2)), files.OpenError)
     Guest(world, pid=200, group=27)
+
+
+def test_a_device_that_cannot_be_started_for_want_of_descriptors_holds_nothing() -> None:
+    world = World()
+    guest = Guest(world)
+
+    def none_left() -> Fd:
+        raise OSError(EMFILE, "none left")
+
+    for _, fd in world.service.state.clients.mms[guest.mm].memory.values():
+        fd.duplicate = none_left  # type: ignore[method-assign]
+    answer = guest.answer(guest.send_get_device())
+    assert answer is not None and answer.errno == EMFILE
+    guest.vanish()
+    assert not world.service.status(0.0)["pending"]
+    assert world.service.locked_vm == 0
