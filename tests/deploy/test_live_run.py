@@ -16,7 +16,9 @@ def ran(name: str, folder: Path) -> Verdict:
     return verdict
 
 
-@pytest.mark.parametrize("name", ["window-refused", "memlock-limit", "misbehaving-device", "hostd-restart", "remote-by-message"])
+@pytest.mark.parametrize(
+    "name", ["window-refused", "memlock-limit", "misbehaving-device", "hostd-restart", "remote-by-message"]
+)
 def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     verdict = ran(name, tmp_path)
     assert verdict.last_line == f"PASS {name}", verdict.reason
