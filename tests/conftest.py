@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         base.mkdir(mode=0o700)
         os.environ[BASE] = str(base)
         return
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # started in the background: what tests start must not inherit it
+            signal.signal(number, handler)
     os.environ[SESSION] = f"{os.getpid()}-{time.monotonic_ns()}"
     os.environ[BASE] = tempfile.mkdtemp(prefix="vmt-", dir="/tmp")  # short: a socket path holds 107 bytes
 
