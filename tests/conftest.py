@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[BASE] = str(base)
         return
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        if signal.getsignal(number) is signal.SIG_IGN:  # started in the background: what tests start must not inherit it
+        if signal.getsignal(number) is signal.SIG_IGN:  # a background job: what tests start must not inherit it
             signal.signal(number, handler)
     os.environ[SESSION] = f"{os.getpid()}-{time.monotonic_ns()}"
     os.environ[BASE] = tempfile.mkdtemp(prefix="vmt-", dir="/tmp")  # short: a socket path holds 107 bytes
