@@ -185,7 +185,8 @@ class Guest:
         if self.publisher is None:
             fence = probe()
             if fence is None:
-                raise ConfigError("this kernel has no membarrier(2): remote devices cannot cache", hint="give them dma: message")
+                what = "this kernel has no membarrier(2): remote devices cannot cache"
+                raise ConfigError(what, hint="give them dma: message")
             if self.config.notifier == "inline":
                 self.hub = NotifierServer(self._loop, self._directory, served=True)
             on_x86 = os.uname().machine in ("x86_64", "i686")
