@@ -26,7 +26,7 @@ from guestd.remote import VfioUserDevice, capabilities
 from protocols.port import files
 from protocols.port import messages as port
 from protocols.transport.kernel import Pidfd
-from protocols.transport.loop import Loop
+from protocols.transport.loop import Loop, LoopTimer
 from protocols.transport.unix import StreamConnection
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.transport.zmq import DealerClient
@@ -103,6 +103,7 @@ class HostLink:
         self.reason = ""
         """Why it was lost the last time."""
         self._probe: _Probe | None = None
+        self._next_ask: LoopTimer | None = None
         self._opening = ""
         self._closed = False
 
@@ -196,7 +197,12 @@ class HostLink:
         if self._probe is None:
             self._probe = _Probe(self._options.port_path, self._loop, self._host_answers)
         self._probe.ask()
-        self._loop.call_later(RETRY_NS, self._ask_again)
+        self._ask_later()
+
+    def _ask_later(self) -> None:
+        if self._next_ask is not None:
+            self._next_ask.cancel()
+        self._next_ask = self._loop.call_later(RETRY_NS, self._ask_again)
 
     def _ask_again(self) -> None:
         if self._probe is not None:
@@ -222,7 +228,7 @@ class HostLink:
                 if device is not None:
                     device.lost(PeerLost("hostd", str(error)))
             self._probe = _Probe(self._options.port_path, self._loop, self._host_answers)
-            self._loop.call_later(RETRY_NS, self._ask_again)
+            self._ask_later()
         else:
             self._trace("host_back", devices=len(self.devices))
 

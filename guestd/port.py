@@ -116,6 +116,7 @@ class WirePort:
             self._close_file(file)
             raise
         if not isinstance(answer, files.Opened):
+            self._close_file(file)
             raise self._broken(f"{type(answer).__name__} in answer to {type(request).__name__}")
         file.handle = answer.handle
         self._files[file.handle] = file
