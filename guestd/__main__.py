@@ -17,6 +17,7 @@ from guestd.config import GuestConfig, load
 from guestd.control import ROLE, GuestControl
 from guestd.guest import Guest
 from protocols.transport.eventfile import EventFile
+from protocols.transport.heap import settle
 from protocols.transport.kernel import die_with_parent as arm_death
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
@@ -40,6 +41,7 @@ def serve(directory: Path, config: GuestConfig, *, realtime: bool = False) -> No
             guest.start()
             control = GuestControl(guest, directory, lock, loop, events.trace)
             try:
+                settle()
                 loop.run()
             finally:
                 control.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hostd.log import log
 from protocols.transport.eventfile import EventFile
+from protocols.transport.heap import settle
 from protocols.transport.kernel import die_with_parent
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
@@ -61,6 +62,7 @@ def run(directory: Path, role: str, serve: Callable[[DaemonContext], Callable[[]
     with daemon(directory, role) as context:
         close = serve(context)
         try:
+            settle()
             context.loop.run()
         finally:
             close()

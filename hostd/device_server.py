@@ -26,6 +26,7 @@ from hostd.assigned_device import AssignedDevice, Gate
 from hostd.device_surroundings import ProcessSurroundings
 from hostd.spawn import SpawnProcess
 from protocols.transport.eventfile import EventFile
+from protocols.transport.heap import settle
 from protocols.transport.kernel import Pidfd, die_with_parent
 from protocols.transport.unix import SeqpacketConnection
 from vfio_model.devices import DEVICES
@@ -132,6 +133,7 @@ def _assigned_main(
             SeqpacketConnection(control, "hostd"), make, trace, None if gate is None else Gate(*gate)
         )
         device.on_idle(on_flush)
+        settle()
         device.run()
 
 

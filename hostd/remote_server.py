@@ -17,6 +17,7 @@ from hostd.device_surroundings import ProcessSurroundings
 from hostd.log import log
 from hostd.remote_device import RemoteDevice
 from protocols.transport.eventfile import EventFile
+from protocols.transport.heap import settle
 from protocols.transport.kernel import probe
 from protocols.transport.loop import Loop
 from protocols.transport.unix import StreamConnection, StreamListener
@@ -126,6 +127,7 @@ def serve_listening(model: str, path: str, props: tuple[str, ...], props_json: s
         server.listen(StreamListener(path))
         log(name, f"{model} serves {path}")
         try:
+            settle()
             server.run()
         finally:
             server.close()
