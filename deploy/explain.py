@@ -38,6 +38,8 @@ class Stage(msgspec.Struct):
     steps: list[ExplainStep]
     result: int | None = None
     perm: str = ""
+    page_size: int = 0
+    """Of the stage's DMA window, in bytes; 0 when the walk did not come to one."""
 
     @property
     def failing(self) -> ExplainStep | None:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy import scenario as schema
+from deploy.explain import Explanation
 from deploy.lost import find_lost
 from deploy.probe import Prober
+from deploy.quantity import show_size
 from deploy.replay_step import PendingSignal, ReplayStep
 from deploy.report import StepResult, Totals
 from deploy.scenario import Scenario, Step
@@ -249,7 +251,7 @@ class Runner:
     def _explain(self, wanted: schema.Explain) -> Outcome:
         found = self._system.explain(wanted.device, wanted.iova)
         text = f"{wanted.device} at {wanted.iova:#x}: " + (
-            f"fails in {found.fails}, {found.entry}" if found.fails != "none" else "translates"
+            f"fails in {found.fails}, {found.entry}" if found.fails != "none" else f"translates{_pages(found)}"
         )
         if found.disagreement:
             self.findings.append(f"{wanted.device} at {wanted.iova:#x}: {found.disagreement}")
@@ -299,3 +301,9 @@ def _bounds(wanted: schema.Expect) -> str:
     parts += [f"at least {wanted.at_least}"] if wanted.at_least is not None else []
     parts += [f"at most {wanted.at_most}"] if wanted.at_most is not None else []
     return " and ".join(parts) or "anything"
+
+
+def _pages(found: Explanation) -> str:
+    """The page sizes of both stages, in words."""
+    host = "" if found.host is None else f", the host's {show_size(found.host.page_size)}"
+    return f"; the guest's page is {show_size(found.guest.page_size)}{host}"

@@ -27,6 +27,7 @@ class Walk:
         self.ok = True
         self.result: int | None = None
         self.perm = ""
+        self.page_size = 0
 
     def step(self, what: str, value: str, *, ok: bool = True) -> bool:
         """Note a step; whether the walk goes on."""
@@ -36,7 +37,12 @@ class Walk:
 
     def document(self) -> dict[str, object]:
         """As the control socket gives it."""
-        return {"steps": self.steps, "result": self.result if self.ok else None, "perm": self.perm if self.ok else ""}
+        return {
+            "steps": self.steps,
+            "result": self.result if self.ok else None,
+            "perm": self.perm if self.ok else "",
+            "page_size": self.page_size,
+        }
 
 
 def explain(guest: Guest, address: str, iova: int) -> dict[str, object]:
@@ -88,6 +94,7 @@ def _window(guest: Guest, iova: int) -> SpaprTceTable | None:
 
 def _entry(guest: Guest, walk: Walk, table: SpaprTceTable, iova: int) -> None:
     shift = table.page_shift
+    walk.page_size = 1 << shift
     walk.step("DMA window", f"LIOBN {table.liobn:#x}, {table.window}, pages of {1 << shift >> 10} KiB")
     index = table.index(iova)
     tce = table.get(index) or 0
