@@ -145,8 +145,20 @@ class HostLink:
         watch_losses(device)
 
     def forget(self, name: str) -> None:
-        """The device was unplugged."""
-        self.devices.pop(name, None)
+        """The device was unplugged and is closed; the last of a group takes the group out of the container."""
+        config, _ = self.devices.pop(name, (None, None))
+        container = self.container
+        if config is None or container is None or container.lost:
+            return
+        path = config.group_path
+        if any(other.group_path == path for other, _ in self.devices.values()):
+            return
+        try:
+            container.remove_group(path)
+        except (OSError, PeerLost) as error:
+            self._trace("vfio_error", reason=f"{name}: its group did not leave the container: {error}")
+        if not container.groups:
+            self.container = None
 
     def _connect_port(self) -> None:
         options = self._options

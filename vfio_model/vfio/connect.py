@@ -61,6 +61,15 @@ class VFIOContainer:
         self.groups[path] = group
         return group
 
+    def remove_group(self, path: str) -> None:
+        """The last device of the group at ``path`` was closed: the group leaves. With the last group everything is
+        unmapped, unregistered and closed.
+        """
+        if list(self.groups) == [path]:
+            self.close()
+        elif path in self.groups:
+            self.port.close(self.groups.pop(path).handle)
+
     def get_device(self, group: str, name: str) -> DeviceConnection:
         """``VFIO_GROUP_GET_DEVICE_FD`` of ``name`` in a group that was added.
 
