@@ -18,6 +18,9 @@ from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
 from vfio_model.uapi.vfio import (
     DmaMap,
     DmaUnmap,
+    EehOp,
+    EehPeOp,
+    EehState,
     Ioctl,
     IommuType,
     SpaprRegisterMemory,
@@ -36,6 +39,7 @@ MAP, UNMAP = Ioctl.VFIO_IOMMU_MAP_DMA, Ioctl.VFIO_IOMMU_UNMAP_DMA
 REGISTER, UNREGISTER = Ioctl.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, Ioctl.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY
 CREATE, REMOVE = Ioctl.VFIO_IOMMU_SPAPR_TCE_CREATE, Ioctl.VFIO_IOMMU_SPAPR_TCE_REMOVE
 GET_INFO = Ioctl.VFIO_IOMMU_SPAPR_TCE_GET_INFO
+EEH = Ioctl.VFIO_EEH_PE_OP
 
 TOPOLOGY = HostTopology(
     groups=(
@@ -128,7 +132,8 @@ class TestCore:
     def test_api_version_and_extensions(self, world: World) -> None:
         assert world.container.get_api_version() == 0
         assert world.container.check_extension(V2) == 1
-        assert [world.container.check_extension(number) for number in (1, 2, 3, 5, 8, 99)] == [0] * 6
+        assert world.container.check_extension(IommuType.VFIO_EEH) == 1
+        assert [world.container.check_extension(number) for number in (1, 2, 3, 8, 99)] == [0] * 5
 
     def test_open_names_only_what_exists(self, world: World) -> None:
         port = world.client.port
@@ -143,7 +148,7 @@ class TestCore:
         assert errno_of(lambda: world.client.port.close(world.group.handle)) == "EBADF"
 
     def test_unknown_ioctls(self, world: World) -> None:
-        for cmd in (0x3BFF, Ioctl.VFIO_IOMMU_ENABLE, Ioctl.VFIO_IOMMU_DISABLE, Ioctl.VFIO_EEH_PE_OP):
+        for cmd in (0x3BFF, Ioctl.VFIO_IOMMU_ENABLE, Ioctl.VFIO_IOMMU_DISABLE):
             assert world.errno(cmd, bytes(40)) == "ENOTTY"
         assert errno_of(lambda: world.client.port.ioctl(world.group.handle, MAP, bytes(32))) == "ENOTTY"
 
@@ -155,6 +160,7 @@ class TestCore:
         group = VfioGroup(port, port.open("/dev/vfio/26"))
         group.set_container(container.handle)
         assert errno_of(lambda: container.set_iommu(IommuType.VFIO_TYPE1_IOMMU)) == "EINVAL"
+        assert errno_of(lambda: container.set_iommu(IommuType.VFIO_EEH)) == "EINVAL", "an extension, but no type"
         assert errno_of(lambda: container.set_iommu(99)) == "ENODEV"
         container.set_iommu(V2)
         assert errno_of(lambda: container.set_iommu(V2)) == "EINVAL", "it has a type already"
@@ -481,6 +487,60 @@ class TestWindows:
         assert mapped.client.locked_vm() == 256
         mapped.container.unregister_memory(HVA, 16 * MIB)
         assert mapped.client.locked_vm() == 0
+
+
+class TestEeh:
+    def arg(self, op: int, *, argsz: int = 40, flags: int = 0, kind: int = 0, func: int = 4) -> bytes:
+        return EehPeOp(argsz, flags, op, kind, func).pack()
+
+    def state(self, world: World) -> EehState:
+        return world.container.eeh_pe_op(EehOp.VFIO_EEH_PE_GET_STATE)
+
+    def test_a_group_recovers_as_documented(self, world: World) -> None:
+        container, seen = world.container, [self.state(world)]
+        container.eeh_pe_op(EehOp.VFIO_EEH_PE_ENABLE)
+        container.eeh_inject_err(0, 4)
+        seen.append(self.state(world))
+        for op in (
+            EehOp.VFIO_EEH_PE_UNFREEZE_IO,
+            EehOp.VFIO_EEH_PE_RESET_HOT,
+            EehOp.VFIO_EEH_PE_RESET_DEACTIVATE,
+            EehOp.VFIO_EEH_PE_CONFIGURE,
+        ):
+            assert container.eeh_pe_op(op) == 0, "only GET_STATE returns a state"
+            seen.append(self.state(world))
+        assert seen == [0, 2, 4, 1, 0, 0]
+
+    def test_errors_in_order(self, world: World) -> None:
+        inject = EehOp.VFIO_EEH_PE_INJECT_ERR
+        assert world.errno(EEH, self.arg(0, flags=1)[:11]) == "EFAULT"
+        for bad in (self.arg(0, argsz=11), self.arg(0, flags=1), self.arg(10), self.arg(inject, argsz=39)):
+            assert world.errno(EEH, bad) == "EINVAL"
+        assert world.errno(EEH, self.arg(inject, argsz=39)[:12]) == "EINVAL"
+        assert world.errno(EEH, self.arg(inject)[:39]) == "EFAULT"
+        assert world.errno(EEH, self.arg(inject, kind=2)) == "EINVAL"
+        assert world.errno(EEH, self.arg(inject, func=20)) == "EINVAL"
+        assert self.state(world) == 0, "what failed has stopped nothing"
+        assert world.ioctl(EEH, self.arg(4, argsz=12)[:12]) == bytes(4), "the union is not needed"
+
+    def test_a_group_without_a_pe_comes_first(self, running: Running) -> None:
+        assert connect(running, running.client(), 35).errno(EEH, b"") == "ENODEV"
+
+    def test_only_its_process_may(self, mapped: World) -> None:
+        stranger = mapped.running.client().port
+        assert errno_of(lambda: stranger.ioctl(mapped.container.handle, EEH, self.arg(4))) in ("EPERM", "EBADF")
+
+    def test_all_groups_in_turn(self, world: World) -> None:
+        second = world.open_group(27)
+        second.set_container(world.container.handle)
+        world.container.eeh_inject_err(1, 0)
+        world.container.eeh_pe_op(EehOp.VFIO_EEH_PE_UNFREEZE_IO)
+        assert self.state(world) == EehState.VFIO_EEH_PE_STATE_STOPPED_DMA
+        world.group.unset_container()
+        assert self.state(world) == EehState.VFIO_EEH_PE_STATE_STOPPED_DMA, "the second was done too"
+        world.open_group(35).set_container(world.container.handle)
+        assert world.errno(EEH, self.arg(EehOp.VFIO_EEH_PE_UNFREEZE_DMA)) == "ENODEV"
+        assert world.errno(EEH, self.arg(4)) == "ENODEV", "the second is normal again, the third has no PE"
 
 
 def test_closing_gives_everything_back(mapped: World) -> None:

@@ -29,14 +29,18 @@ from vfio_model.uapi.vfio import VFIO_API_VERSION, Ioctl, IommuType, Struct
 S = TypeVar("S", bound=Struct)
 
 OFFERED = frozenset({IommuType.VFIO_SPAPR_TCE_v2_IOMMU})
-"""What CHECK_EXTENSION says yes to. VFIO_EEH is not: a PE can be frozen by the host, but its user has no EEH ioctl."""
+"""What SET_IOMMU takes."""
+EXTENSIONS = OFFERED | {IommuType.VFIO_EEH}
+"""What CHECK_EXTENSION says yes to."""
 _GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU = (
     int(Ioctl.VFIO_GET_API_VERSION),
     int(Ioctl.VFIO_CHECK_EXTENSION),
     int(Ioctl.VFIO_SET_IOMMU),
 )
-KNOWN = frozenset({IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU})
-"""Types that exist and that this host does not serve."""
+KNOWN = frozenset(
+    {IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU, IommuType.VFIO_EEH}
+)
+"""Numbers that exist and that no container of this host can have as its type."""
 
 
 class IommuDriver(Domain, Protocol):
@@ -74,7 +78,7 @@ class VfioContainer:
         if cmd == _GET_API_VERSION:
             return pack_int(VFIO_API_VERSION)
         if cmd == _CHECK_EXTENSION:
-            return pack_int(int(unpack_int(arg) in OFFERED))
+            return pack_int(int(unpack_int(arg) in EXTENSIONS))
         if cmd == _SET_IOMMU:
             self._set_iommu(unpack_int(arg))
             return b""

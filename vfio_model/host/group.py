@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vfio_model.host.mm import Mm
-from vfio_model.host.pe import PeBlock
+from vfio_model.host.pe import PeBlock, Stop
 from vfio_model.host.pending import Revocation
 from vfio_model.host.platform import PlatformName
 from vfio_model.host.topology import DeviceSpec, GroupSpec
@@ -76,6 +76,8 @@ class Group:
         self.devices = {device.name: HostDevice(device, self, make_pe(device.name)) for device in spec.devices}
         self.container: GroupContainer | None = None
         self.handle: int | None = None
+        self.stops = Stop.NOTHING
+        """What EEH has stopped."""
 
     @property
     def id(self) -> int:
@@ -97,7 +99,11 @@ class Group:
         for device in self.devices.values():
             device.pe.set_window(slot, record)
 
-    def set_frozen(self, frozen: bool) -> None:
-        """Freeze or thaw the PE."""
-        for device in self.devices.values():
-            device.pe.set_frozen(frozen)
+    def stop(self, stops: Stop) -> bool:
+        """Stop exactly ``stops`` of the PE; returns whether DMA that was allowed is refused from now on."""
+        before, after = bool(self.stops & ~Stop.IO), bool(stops & ~Stop.IO)
+        self.stops = stops
+        if after != before:
+            for device in self.devices.values():
+                device.pe.set_frozen(after)
+        return after and not before

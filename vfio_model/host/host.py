@@ -19,7 +19,7 @@ from vfio_model.host.explain import Step, explain
 from vfio_model.host.group import Group, HostDevice
 from vfio_model.host.hpa import HpaSpace, Segment
 from vfio_model.host.mm import Mm
-from vfio_model.host.pe import PE_SIZE, PeBlock
+from vfio_model.host.pe import PE_SIZE, PeBlock, Stop
 from vfio_model.host.pending import Batch, Pending, Revocation
 from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.table_memory import TableMemory
@@ -187,7 +187,7 @@ class Host:
         if file.container is not None:
             file.container.detach(file, revocation)
         file.handle = None
-        file.set_frozen(False)
+        file.stop(Stop.NOTHING)
 
     def _file(self, handle: int) -> VfioContainer | Group:
         try:
@@ -323,8 +323,8 @@ class Host:
         return self._change(device.group, lambda: device.pe.set_bus_master(enabled), revokes=not enabled)
 
     def freeze(self, group: Group) -> Pending[None] | None:
-        """Refuse all DMA of the group (EEH freeze)."""
-        return self._change(group, lambda: group.set_frozen(True), revokes=True)
+        """Stop the group's I/O and DMA, as the host does when it finds an error (EEH freeze)."""
+        return self._change(group, lambda: group.stop(group.stops | Stop.BOTH), revokes=True)
 
     def explain(self, device: HostDevice, iova: int, is_write: bool | None = None) -> list[Step]:
         """How a DMA of ``device`` to ``iova`` would go now; see :mod:`vfio_model.host.explain`."""
@@ -342,10 +342,10 @@ class Host:
         raise OSError(ENODEV, f"this host has no device {name}")
 
     def unfreeze(self, group: Group) -> None:
-        """Let the group do DMA again."""
-        group.set_frozen(False)
+        """Lift every stop of the group, whether the host or EEH's user imposed it."""
+        group.stop(Stop.NOTHING)
 
-    def _change(self, group: Group, change: Callable[[], None], *, revokes: bool) -> Pending[None] | None:
+    def _change(self, group: Group, change: Callable[[], object], *, revokes: bool) -> Pending[None] | None:
         change()
         revocation = Revocation()
         if revokes and group.lanes:

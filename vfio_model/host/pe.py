@@ -6,6 +6,8 @@ shared memory: hostd writes it, the device process looks at it in every DMA sect
 
 from __future__ import annotations
 
+from enum import IntFlag
+
 from vfio_model.host.layout import (
     PE_BUS_MASTER,
     PE_FROZEN,
@@ -23,6 +25,17 @@ PE_SIZE = PE_WORDS * 8
 """Bytes of a PE block."""
 
 
+class Stop(IntFlag):
+    """What of a PE is stopped. A reset that is active stops everything, whatever else is lifted meanwhile."""
+
+    NOTHING = 0
+    IO = 1
+    """Loads and stores to its devices: told to who asks for the state; nothing here stands between them."""
+    DMA = 2
+    BOTH = 3
+    RESET = 4
+
+
 class PeBlock:
     """The writer's side. Every change bumps the generation; whether it is a revocation is the caller's to know."""
 
@@ -34,11 +47,11 @@ class PeBlock:
 
     @property
     def frozen(self) -> bool:
-        """Whether all DMA of the PE is refused (EEH)."""
+        """Whether all DMA of the PE is refused (:attr:`Stop.DMA` or :attr:`Stop.RESET`)."""
         return self.words[PE_STATE] != PE_NORMAL
 
     def set_frozen(self, frozen: bool) -> None:
-        """Freeze or thaw the PE."""
+        """Refuse all DMA of the PE, or no longer."""
         self._store(PE_STATE, PE_FROZEN if frozen else PE_NORMAL)
 
     def set_bus_master(self, enabled: bool) -> None:

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable
 from errno import EBUSY, EFAULT, EINVAL, ENODEV, ENOENT, ENOSPC, ENOTTY, ENXIO, EPERM
 
-from vfio_model.host.container import copy_in, fields_in
+from vfio_model.host.container import copy_in, fields_in, pack_int
+from vfio_model.host.eeh import pe_op
 from vfio_model.host.group import Group
 from vfio_model.host.mm import Mm, Region
 from vfio_model.host.pending import Revocation
@@ -350,6 +351,17 @@ class SpaprTceContainer:
 
         revocation.later(lanes, finish)
 
+    # Errors
+
+    def _eeh_pe_op(self, mm: Mm, arg: bytes, revocation: Revocation) -> bytes:
+        """On each group in turn; the first that fails or is not in the normal state ends it."""
+        state = 0
+        for group in self.groups:
+            state = pe_op(group, arg, revocation)
+            if state:
+                break
+        return pack_int(state)
+
 
 def _nothing() -> None:
     """The end of a revocation that only has to wait."""
@@ -363,4 +375,5 @@ _HANDLERS: dict[int, _Handler] = {
     Ioctl.VFIO_IOMMU_UNMAP_DMA: SpaprTceContainer._unmap,
     Ioctl.VFIO_IOMMU_SPAPR_TCE_CREATE: SpaprTceContainer._create,
     Ioctl.VFIO_IOMMU_SPAPR_TCE_REMOVE: SpaprTceContainer._tce_remove,
+    Ioctl.VFIO_EEH_PE_OP: SpaprTceContainer._eeh_pe_op,
 }

@@ -85,6 +85,31 @@ class DmaMapFlags(IntFlag):
     VFIO_DMA_MAP_FLAG_WRITE = 2
 
 
+class EehOp(IntEnum):
+    """``op`` of VFIO_EEH_PE_OP."""
+
+    VFIO_EEH_PE_DISABLE = 0
+    VFIO_EEH_PE_ENABLE = 1
+    VFIO_EEH_PE_UNFREEZE_IO = 2
+    VFIO_EEH_PE_UNFREEZE_DMA = 3
+    VFIO_EEH_PE_GET_STATE = 4
+    VFIO_EEH_PE_RESET_DEACTIVATE = 5
+    VFIO_EEH_PE_RESET_HOT = 6
+    VFIO_EEH_PE_RESET_FUNDAMENTAL = 7
+    VFIO_EEH_PE_CONFIGURE = 8
+    VFIO_EEH_PE_INJECT_ERR = 9
+
+
+class EehState(IntEnum):
+    """What VFIO_EEH_PE_GET_STATE returns. Stopped is both, I/O and DMA; the header has no 3."""
+
+    VFIO_EEH_PE_STATE_NORMAL = 0
+    VFIO_EEH_PE_STATE_RESET = 1
+    VFIO_EEH_PE_STATE_STOPPED = 2
+    VFIO_EEH_PE_STATE_STOPPED_DMA = 4
+    VFIO_EEH_PE_STATE_UNAVAIL = 5
+
+
 VFIO_IOMMU_SPAPR_INFO_DDW = 1
 VFIO_GROUP_FLAGS_VIABLE = 1
 VFIO_GROUP_FLAGS_CONTAINER_SET = 2
@@ -312,6 +337,25 @@ class SpaprTceRemove(Struct):
     start_addr: int = 0
 
 
+EEH_PE_OP_MIN_SIZE = 12
+"""``offsetofend(struct vfio_eeh_pe_op, op)``: all that the operations without an error to inject need."""
+
+
+@dataclass(slots=True)
+class EehPeOp(Struct):
+    """``struct vfio_eeh_pe_op``; from ``type`` on the ``struct vfio_eeh_pe_err`` of its union."""
+
+    FORMAT = struct.Struct("=III4xIIQQ")
+    SIZE = 40
+    argsz: int = 0
+    flags: int = 0
+    op: int = 0
+    type: int = 0
+    func: int = 0
+    addr: int = 0
+    mask: int = 0
+
+
 for _struct in (GroupStatus, DeviceInfo, RegionInfo, IrqInfo, IrqSet, DmaMap, DmaUnmap, SpaprTceInfo,
-                SpaprRegisterMemory, SpaprTceCreate, SpaprTceRemove):  # fmt: skip
+                SpaprRegisterMemory, SpaprTceCreate, SpaprTceRemove, EehPeOp):  # fmt: skip
     assert _struct.FORMAT.size == _struct.SIZE, _struct.__name__

@@ -18,6 +18,9 @@ from vfio_model.uapi.vfio import (
     DmaMap,
     DmaMapFlags,
     DmaUnmap,
+    EehOp,
+    EehPeOp,
+    EehState,
     GroupStatus,
     Ioctl,
     SpaprRegisterMemory,
@@ -127,6 +130,18 @@ class SpaprContainer:
         """``VFIO_IOMMU_SPAPR_TCE_REMOVE`` of the window that contains ``start_addr``."""
         arg = SpaprTceRemove(start_addr=start_addr).pack()
         self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_TCE_REMOVE, arg)
+
+    def eeh_pe_op(self, op: EehOp) -> EehState:
+        """``VFIO_EEH_PE_OP`` on every group in turn: for GET_STATE the first state that is not normal; else normal.
+
+        An error to inject goes through :meth:`eeh_inject_err`.
+        """
+        return EehState(self._int(Ioctl.VFIO_EEH_PE_OP, EehPeOp(op=op).pack()))
+
+    def eeh_inject_err(self, type_: int, func: int, addr: int = 0, mask: int = 0) -> None:
+        """``VFIO_EEH_PE_INJECT_ERR``; ``type_`` and ``func`` as ``<asm/eeh.h>`` numbers them."""
+        arg = EehPeOp(op=EehOp.VFIO_EEH_PE_INJECT_ERR, type=type_, func=func, addr=addr, mask=mask).pack()
+        self._int(Ioctl.VFIO_EEH_PE_OP, arg)
 
 
 class VfioGroup:
