@@ -21,9 +21,11 @@ from vfio_model.iommu.spapr.hcalls import HCallHandler, HCallResult, TceHcalls
 from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
+from vfio_model.machine.device_tree import DeviceTree, phb_properties, vio_properties
 from vfio_model.machine.irqs import IrqLines
 from vfio_model.machine.pci_rtas import ConfigRtas
 from vfio_model.machine.phb import SpaprPhb
+from vfio_model.machine.vio import VioBus, VioKind
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
@@ -79,6 +81,7 @@ class PseriesMachine:
         self.phbs: dict[int, SpaprPhb] = {}
         """PHBs by BUID."""
         self._dma: dict[int, PhbDma] = {}
+        self.vio = VioBus(self.tables, self.system, sum(block.size for block in ram), trace=trace)
         self._hcalls: dict[int, HCallHandler] = {
             **TceHcalls(self.tables, self.system, multi_tce=self.options.multi_tce, trace=trace).handlers,
             int(regs.HCall.H_RTAS): self._h_rtas,
@@ -86,6 +89,7 @@ class PseriesMachine:
         self._rtas: dict[int, RtasHandler] = {
             **DdwRtas(self._dma, self.tables, trace=trace).handlers,
             **ConfigRtas(self.phbs).handlers,
+            **self.vio.handlers,
         }
         for index in range(self.options.phbs):
             self.add_phb(index)
@@ -123,27 +127,26 @@ class PseriesMachine:
         return self.phbs[regs.phb_buid(index)]
 
     def add_vio_table(self, unit: int, window_size: int = regs.VIO_WINDOW_SIZE) -> AddressSpace:
-        """The TCE table of a VIO device; its LIOBN is the unit address. Returns the device's DMA address space.
+        """The DMA address space of a VIO device of which no more than its window is known, as from a recorded log.
 
-        :raise ConfigError: when the LIOBN is taken or belongs to PCI.
+        :raise ConfigError: see :meth:`~vfio_model.machine.vio.VioBus.add`.
         """
-        if unit in self.tables or regs.is_pci_liobn(unit) or unit > U32_MAX:
-            raise ConfigError(f"VIO unit {unit:#x} cannot have a TCE table")
-        table = SpaprTceTable(unit, self.system, trace=self.trace)
-        root = MemoryRegion(f"vio-{unit:x}", U64_MAX)
-        root.add_subregion(0, table.root)
-        table.enable(regs.TCE_PAGE_SHIFT, 0, window_size >> regs.TCE_PAGE_SHIFT)
-        self.tables[unit] = table
-        return AddressSpace(root.name, root)
+        assert window_size, "a table has a window"
+        dma = self.vio.add(VioKind("vio", window_size), unit).dma
+        assert dma is not None, "a kind with a window has a table"
+        return dma.address_space
 
     def reset(self) -> None:
-        """Reset every PHB and the VIO tables."""
+        """Reset every PHB and every VIO device."""
         for phb in self.phbs.values():
             phb.reset()
-        for table in self.tables.values():
-            if not regs.is_pci_liobn(table.liobn):
-                table.reset()
+        self.vio.reset()
         self.irqs.reset()
+
+    def device_tree(self) -> DeviceTree:
+        """What the guest is told about DMA, by node: each PHB and each VIO device."""
+        phbs: DeviceTree = {f"/{phb.name}": phb_properties(phb.dma) for phb in self.phbs.values()}
+        return phbs | {device.node: vio_properties(device) for device in self.vio}
 
     # -- what a CPU does -----------------------------------------------------------------------------------------
 
