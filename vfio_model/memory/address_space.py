@@ -7,6 +7,7 @@ address space is a DMA implementation itself: without an IOMMU ``dma.read is sys
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable
 from weakref import WeakSet
@@ -41,6 +42,8 @@ class AddressSpace:
         self.bounce = BounceBudget(bounce_budget)
         self.mappings = MappingTable()
         """Mappings that show or pass through this space, by the addresses they have here."""
+        self.log_global = False
+        """Whether everything written is being tracked."""
         self._listeners: list[MemoryListener] = []
         self._bound: WeakSet[DMASpace] = WeakSet()
         self._next_view: FlatView = EMPTY_VIEW
@@ -96,6 +99,17 @@ class AddressSpace:
         for listener in self._listeners:
             listener.commit()
 
+    def shows(self, region: object) -> bool:
+        """Whether a byte of ``region`` answers somewhere."""
+        return any(r.region is region for r in self.view.ranges)
+
+    def discarded(self, region: object, first: int, last: int) -> None:
+        """Ring every mapping over offsets ``first``..``last`` (inclusive) of ``region``: that RAM is gone."""
+        for r in self.view.ranges:
+            low, high = max(first, r.offset), min(last, r.offset + r.size - 1)
+            if r.region is region and low <= high:
+                self.mappings.invalidate(r.start + low - r.offset, r.start + high - r.offset)
+
     def destroy(self) -> None:
         """Show nothing any more: listeners are told, bound devices decode nothing."""
         self.root = None
@@ -107,13 +121,18 @@ class AddressSpace:
     # -- listeners
 
     def register_listener(self, listener: MemoryListener) -> None:
-        """Add ``listener`` and replay the existing sections to it. If it raises it is not registered."""
+        """Add ``listener`` and replay the existing sections to it. If it raises it is not registered.
+
+        :raise OSError: EIO when everything is being tracked and ``listener`` cannot join.
+        """
         assert listener not in self._listeners, "a listener registers once per address space"
         self._listeners.append(listener)
         self._listeners.sort(key=lambda one: one.priority)
         replayed = False
         try:
             listener.begin()
+            if self.log_global and not listener.log_global_start():
+                raise OSError(errno.EIO, f"{self.name}: a listener cannot track what is written")
             for section in self.sections():
                 listener.region_add(section)
             listener.commit()
@@ -129,6 +148,27 @@ class AddressSpace:
             listener.region_del(section)
         listener.commit()
         self._listeners.remove(listener)
+
+    def log_global_start(self) -> bool:
+        """Have every listener track all that is written, lowest priority first.
+
+        :returns: False when one cannot; those that had started are stopped again.
+        """
+        assert not self.log_global, "global logging starts once"
+        for count, listener in enumerate(self._listeners):
+            if not listener.log_global_start():
+                for started in reversed(self._listeners[:count]):
+                    started.log_global_stop()
+                return False
+        self.log_global = True
+        return True
+
+    def log_global_stop(self) -> None:
+        """The tracking ends, highest priority first."""
+        assert self.log_global, "global logging was started"
+        self.log_global = False
+        for listener in reversed(self._listeners):
+            listener.log_global_stop()
 
     def sections(self) -> list[MemoryRegionSection]:
         """What the space shows now, by ascending address."""

@@ -7,12 +7,15 @@ last. Sizes go up to 2**64. Every change takes effect at the end of the outermos
 
 from __future__ import annotations
 
+import errno
 from typing import Protocol
 from weakref import WeakSet
 
+from vfio_model.memory.discard import RamDiscardManager
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.topology import TopologyView, mark_dirty, transaction
 from vfio_model.memory.types import MemTxResult
+from vfio_model.ranges import Range
 
 __all__ = ["AliasRegion", "IORegion", "MemoryRegion", "RAMRegion", "RegionOps", "transaction"]
 
@@ -119,6 +122,33 @@ class RAMRegion(MemoryRegion):
         self.block = block
         self.readonly = readonly
         self.ram_device = ram_device
+        self._discard_manager: RamDiscardManager | None = None
+
+    @property
+    def discard_manager(self) -> RamDiscardManager | None:
+        """What says which parts are there, or None: all of it is, always."""
+        return self._discard_manager
+
+    def set_discard_manager(self, manager: RamDiscardManager | None) -> None:
+        """Attach ``manager``, or with None detach the one that is there; only while no address space shows the region.
+
+        :raise OSError: EBUSY when the region has a manager already.
+        """
+        assert not any(space.shows(self) for space in self.watchers), f"region {self.name} is mapped"
+        assert manager is None or manager.size == self.size, f"region {self.name}: a manager covers all of it"
+        previous = self._discard_manager
+        if manager is not None and previous is not None:
+            raise OSError(errno.EBUSY, f"region {self.name} has a discard manager")
+        self._discard_manager = manager
+        if manager is not None:
+            manager.on_discarded = self._discarded
+        elif previous is not None:
+            previous.on_discarded = lambda _part: None
+
+    def _discarded(self, part: Range) -> None:
+        """Mappings of bytes that are no longer there must be given back, wherever they are shown."""
+        for space in list(self.watchers):
+            space.discarded(self, part.start, part.last)
 
 
 class IORegion(MemoryRegion):

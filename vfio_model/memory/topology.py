@@ -22,6 +22,12 @@ class TopologyView(Protocol):
     serial: int
     """Creation order: commits go by it."""
 
+    def shows(self, region: object) -> bool:
+        """Whether a byte of ``region`` answers somewhere."""
+
+    def discarded(self, region: object, first: int, last: int) -> None:
+        """The RAM at offsets ``first``..``last`` (inclusive) of ``region`` is gone."""
+
     def render_pending(self) -> bool:
         """Render the new view; False when it shows nothing new."""
 

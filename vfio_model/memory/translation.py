@@ -15,6 +15,8 @@ from vfio_model.memory.space import Space
 from vfio_model.memory.types import MEMTXATTRS_UNSPECIFIED, IOMMUAccessFlags
 from vfio_model.ranges import U64_MAX
 
+DISCARDED = "iommu map to discarded memory (e.g., unplugged via virtio-mem)"
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -96,6 +98,9 @@ def ram_target(entry: IOMMUTLBEntry) -> Translation | str:
     found = translate(entry.target_as, entry.translated_addr, is_write, entry.addr_mask + 1)
     if found is None or not isinstance(found.region, RAMRegion):
         return f"iommu map to non memory area {entry.translated_addr:x}"
+    manager = found.region.discard_manager
+    if manager is not None and manager.populated_length(found.offset) < found.length:
+        return f"{DISCARDED}: {entry.translated_addr:x}"
     if found.length & entry.addr_mask:
         return "iommu has granularity incompatible with target AS"
     return found

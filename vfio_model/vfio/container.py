@@ -27,6 +27,8 @@ from vfio_model.vfio.ioctl import BatchError, VfioPort
 _RW = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
 _RO = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
 _MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
+DMA_MAX_MAPPINGS = 65535
+"""What the kernel's type 1 driver allows by default (``dma_entry_limit``)."""
 _pack_map, _pack_unmap = DmaMap.FORMAT.pack, DmaUnmap.FORMAT.pack
 
 
@@ -35,6 +37,8 @@ class VFIOIOMMU(Protocol):
 
     windows: HostWindows
     queue: MappingQueue
+    dma_max_mappings: int
+    """How many mappings the host lets this container have at a time."""
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Make the host able to map all of ``section``.
@@ -80,7 +84,11 @@ class MappingQueue:
         self._append(_MAP, structs, count)
 
     def unmap(self, iova: Iova, size: int) -> None:
-        """Queue the removal of what is mapped in ``size`` bytes from ``iova``."""
+        """Queue the removal of what is mapped in ``size`` bytes from ``iova``; all 2**64 go as two halves."""
+        if size == 1 << 64:  # the structure's size has 64 bits
+            half = 1 << 63
+            self._append(_UNMAP, _pack_unmap(DmaUnmap.SIZE, 0, iova, half), 1)
+            iova, size = Iova(iova + half), half
         self._append(_UNMAP, _pack_unmap(DmaUnmap.SIZE, 0, iova, size), 1)
 
     def flush(self) -> OSError | None:

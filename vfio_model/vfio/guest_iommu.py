@@ -16,7 +16,7 @@ from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX, Gpa, Iova
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.container import VFIOIOMMU
-from vfio_model.vfio.ram_span import ram_span
+from vfio_model.vfio.ram_span import ram_span, refusal
 
 _UNMAP = IOMMUNotifierFlag.UNMAP
 _WO = int(IOMMUAccessFlags.WO)
@@ -109,7 +109,8 @@ class VFIOGuestIOMMU:
             return
         span = ram_span(self._system, Gpa(entry.translated_addr))
         if span is None or span.size < size:
-            self._trace("vfio_error", reason="iommu map to non memory area", iova=iova, gpa=entry.translated_addr)
+            reason = refusal(self._system, Gpa(entry.translated_addr), size)
+            self._trace("vfio_error", reason=reason, iova=iova, gpa=entry.translated_addr)
             self._unmap(iova, size)  # whatever the entry was before, it is that no longer
             return
         self._mapped.mapped(iova, size)

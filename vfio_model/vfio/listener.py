@@ -3,7 +3,7 @@
 Two listeners with two jobs. :class:`PreregListener` watches the *system* address space and preregisters RAM with
 an sPAPR v2 container; it must be registered first, because nothing can be mapped before. :class:`VFIOListener`
 watches the *device's* address space: an IOMMU section gets a host window, a notifier and a replay; a RAM section
-is mapped as it is.
+is mapped as it is, or as far as it is populated when parts of its region may be absent.
 
 An error before ``initialized`` is kept (the first one) and fails the device's realize. Later, the section that the
 host refused stays without mappings and its notifier's flush reports the refusal, so that the hypercall that made
@@ -13,6 +13,7 @@ the section can undo it and answer with an error; QEMU would exit there.
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 from vfio_model.errors import PeerLost
 from vfio_model.memory.address_space import AddressSpace
@@ -23,6 +24,7 @@ from vfio_model.ranges import Hva, Iova, Range, align_down, align_up, is_aligned
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.container import VFIOIOMMU
 from vfio_model.vfio.guest_iommu import VFIOGuestIOMMU
+from vfio_model.vfio.managed_ram import ManagedRAM, too_many
 from vfio_model.vfio.spapr import SpaprV2
 
 BIT63 = 1 << 63
@@ -103,6 +105,7 @@ class VFIOListener(MemoryListener):
     ) -> None:
         self._backend, self._system, self._host_page_size, self._trace = backend, system, host_page_size, trace
         self._guest_iommus: list[VFIOGuestIOMMU] = []
+        self._managed: list[ManagedRAM] = []
         self.error: OSError | None = None
         self.initialized = False
 
@@ -182,8 +185,11 @@ class VFIOListener(MemoryListener):
         region, wanted = ram_of(section), self._interior(section)
         if region is None or wanted is None:
             return
+        error: OSError | None
         if self._backend.windows.lookup(wanted) is None:
-            error: OSError | None = OSError(errno.EINVAL, f"no host window holds {wanted}")
+            error = OSError(errno.EINVAL, f"no host window holds {wanted}")
+        elif region.discard_manager is not None:
+            error = self._follow(section, wanted)
         else:
             into_region = wanted.start - section.offset_within_address_space + section.offset_within_region
             vaddr = Hva(region.block.hva + into_region)
@@ -198,8 +204,38 @@ class VFIOListener(MemoryListener):
             ret=error.errno if error else 0,
         )
 
+    def _follow(self, section: MemoryRegionSection, wanted: Range) -> OSError | None:
+        """Map what is populated of ``wanted``, now and from now on."""
+        into = wanted.start - section.offset_within_address_space
+        inner = replace(
+            section,
+            offset_within_region=section.offset_within_region + into,
+            offset_within_address_space=wanted.start,
+            size=wanted.size,
+        )
+        managed = ManagedRAM(self._backend, inner)
+        window = self._backend.windows.lookup(wanted)
+        assert window is not None, "a window was looked up before"
+        smallest = window.iova_pgsizes & -window.iova_pgsizes
+        assert managed.manager.get_min_granularity() >= smallest > 0, "a granule is at least one page of the IOMMU"
+        if too_many(self._backend, [*self._managed, managed]):
+            limit = self._backend.dma_max_mappings
+            return OSError(errno.ENOSPC, f"{wanted} may need more mappings than the host allows ({limit})")
+        try:
+            managed.manager.register_listener(managed, inner)
+        except OSError as error:
+            return error
+        self._managed.append(managed)
+        return None
+
     def _unmap_ram(self, section: MemoryRegionSection) -> None:
         wanted = self._interior(section)
+        region = ram_of(section)
+        if region is not None and region.discard_manager is not None:
+            for managed in [m for m in self._managed if m.section.mr is region and m.section.range == wanted]:
+                self._managed.remove(managed)
+                managed.manager.unregister_listener(managed)
+            return
         if wanted is not None and self._backend.windows.lookup(wanted) is not None:
             self._backend.queue.unmap(Iova(wanted.start), wanted.size)
             self._backend.queue.flush()

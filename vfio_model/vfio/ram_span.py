@@ -7,6 +7,7 @@ from typing import NamedTuple
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import RAMRegion
+from vfio_model.memory.translation import DISCARDED
 from vfio_model.ranges import Gpa, Hva
 
 
@@ -25,9 +26,28 @@ class RAMSpan(NamedTuple):
 
 
 def ram_span(system: AddressSpace, gpa: Gpa) -> RAMSpan | None:
-    """The RAM at ``gpa``, or None when something else (or nothing) answers there."""
+    """The RAM at ``gpa``, or None when something else (or nothing) answers there, or that part was discarded.
+
+    A span ends where a discarded part begins.
+    """
     found = system.view.lookup(gpa)
     if found is None or not isinstance(found.region, RAMRegion):
         return None
     into = gpa - found.start
-    return RAMSpan(found.region.block, found.offset + into, found.last - gpa + 1, found.readonly)
+    size = found.last - gpa + 1
+    manager = found.region.discard_manager
+    if manager is not None:
+        size = min(size, manager.populated_length(found.offset + into))
+        if not size:
+            return None
+    return RAMSpan(found.region.block, found.offset + into, size, found.readonly)
+
+
+def refusal(system: AddressSpace, gpa: Gpa, size: int) -> str:
+    """Why ``size`` bytes from ``gpa`` are no span, in QEMU's words."""
+    found = system.view.lookup(gpa)
+    if found is not None and isinstance(found.region, RAMRegion) and (manager := found.region.discard_manager):
+        shown = min(size, found.last - gpa + 1)
+        if manager.populated_length(gpa - found.start + found.offset) < shown:
+            return DISCARDED
+    return "iommu map to non memory area"

@@ -18,7 +18,7 @@ from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.ranges import Range
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import IommuType, SpaprTceInfo
-from vfio_model.vfio.container import MappingQueue
+from vfio_model.vfio.container import DMA_MAX_MAPPINGS, MappingQueue
 from vfio_model.vfio.host_window import HostWindows, VFIOHostDMAWindow
 from vfio_model.vfio.ioctl import SpaprContainer
 
@@ -46,6 +46,7 @@ class SpaprV2:
         self.host_page_size = host_page_size
         self.windows = HostWindows()
         self.queue = MappingQueue(container.port, container.handle, trace=trace)
+        self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.info = SpaprTceInfo()
         self.smallest_ram_page = 1 << 63
         self._trace = trace
