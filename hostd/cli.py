@@ -55,8 +55,9 @@ def cli() -> None:
 @click.option("--hpa", type=click.Choice(["contiguous", "scatter"]), help="How memory lies in the host-physical space.")
 @click.option(
     "--fault",
-    type=click.Choice(["skip-revoke-wait"]),
-    help="Inject a fault: skip-revoke-wait answers an unmap while DMA through the old entry may still be under way.",
+    type=click.Choice(["skip-revoke-wait", "no-membarrier"]),
+    help="Inject a fault: skip-revoke-wait answers an unmap while DMA through the old entry may still be under way; "
+    "no-membarrier goes on as on a kernel without membarrier(2), where an unmap asks each device.",
 )
 def container(
     directory: Path,
@@ -74,7 +75,7 @@ def container(
     """
     arm(die_with_parent)
     host = read_topology(topology, hpa)
-    options = ContainerOptions(on_stuck, deadline, fault == "skip-revoke-wait")
+    options = ContainerOptions(on_stuck, deadline, fault == "skip-revoke-wait", fault == "no-membarrier")
 
     def serve(context: DaemonContext) -> Callable[[], None]:
         return ContainerServer(context.loop, context.directory, host, context.trace, options, context.lock).close

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hostd.descriptor import OwnedFd, pid_of_pidfd
 from hostd.device_server import SpawnedDevice, SpawnOptions, spawn_device
-from hostd.events import Descriptor, DeviceDied, DeviceFailed, DeviceReady, Event
+from hostd.events import Descriptor, DeviceDied, DeviceFailed, DeviceQuiet, DeviceReady, Event
 from protocols.port import device as port
 from protocols.transport.channel import FdChannel
 from protocols.transport.kernel import PeerLanes, Pidfd
@@ -163,6 +163,8 @@ class DeviceProcesses:
             stream, process.stream = process.stream, None
             pidfd = OwnedFd(os.dup(process.pidfd.fd))
             self._emit(DeviceReady(process.key, stream, pidfd, process.pid, process.lane_set))
+        elif isinstance(message, port.Quiet):
+            self._emit(DeviceQuiet(process.key, message.seq))
         elif isinstance(message, port.Failed):
             self._failed(process, message.reason)
 

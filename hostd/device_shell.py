@@ -23,8 +23,8 @@ from vfio_model.host.host import Host
 from vfio_model.trace import Trace
 
 OnStuck = Literal["kill", "warn", "stop-guest"]
-"""What happens to a device that stays in one DMA section past the deadline. ``stop-guest`` stops the client's process
-(SIGSTOP), so that both sides can be looked at."""
+"""What happens to a device that stays in one DMA section (or owes an answer) past the deadline. ``stop-guest`` stops
+the client's process (SIGSTOP), so that both sides can be looked at."""
 
 
 class DeviceShell:
@@ -108,7 +108,7 @@ class DeviceShell:
         state = process_state(process.pid)
         action = "warn" if state in ("T", "t") else self._on_stuck
         who = f"device {effect.name} (pid {process.pid}, state {state or '?'})"
-        log("hostd", f"{effect.request} waits for {who}: {effect.seconds:.1f} s in one DMA section: {action}")
+        log("hostd", f"{effect.request} waits for {who}: {effect.seconds:.1f} s {effect.meanwhile}: {action}")
         self._trace("hostd_on_stuck", name=effect.name, pid=process.pid, action=action, request=effect.request)
         if action == "kill":
             self._processes.kill(effect.key)

@@ -92,6 +92,14 @@ class DeviceFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceQuiet:
+    """Device ``key`` answered Quiesce ``seq`` from outside every DMA section."""
+
+    key: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceDied:
     """The process of device ``key`` is dead and reaped."""
 
@@ -113,7 +121,18 @@ class Tick:
     now: float
 
 
-Event = Connected | FileMessage | Closed | PortMessage | DeviceReady | DeviceFailed | DeviceDied | ServerDied | Tick
+Event = (
+    Connected
+    | FileMessage
+    | Closed
+    | PortMessage
+    | DeviceReady
+    | DeviceFailed
+    | DeviceQuiet
+    | DeviceDied
+    | ServerDied
+    | Tick
+)
 
 
 # -- effects ---------------------------------------------------------------------------------------------------------
@@ -186,14 +205,15 @@ class StopDevice:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """Device ``key`` has been inside one DMA section for ``seconds`` while ``request`` waits for it. ``client`` is
-    the pid of who asked."""
+    """Device ``key`` has been inside one DMA section for ``seconds`` while ``request`` waits for it, or owes an answer
+    for so long: ``meanwhile`` says which. ``client`` is the pid of who asked."""
 
     key: int
     name: str
     request: str
     seconds: float
     client: int
+    meanwhile: str
 
 
 @dataclass(frozen=True, slots=True)

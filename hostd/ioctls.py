@@ -9,7 +9,7 @@ from errno import EBADF, EIO
 from hostd.clients import OpenFile
 from hostd.device_table import DeviceState, OpenDevice
 from hostd.events import Descriptor, DomainsChanged, SendFile, SendReturn, StartDevice
-from hostd.jobs import Job, RevokeWait, Steps, Until, Wait
+from hostd.jobs import DmaWait, Job, Steps, Until, Wait
 from hostd.state import ServiceState
 from protocols.port.device import SegmentMap
 from protocols.port.files import DeviceFd
@@ -74,9 +74,9 @@ class IoctlService:
         try:
             result = self._begin(message, file)
             if isinstance(result, Pending):
-                revoke = state.begin_revoke(result.lane_devices)
-                if not revoke.start():
-                    steps = self._revoked_steps(peer, message, RevokeWait(revoke), result)
+                wait = state.begin_revoke(result.lane_devices)
+                if wait is not None:
+                    steps = self._revoked_steps(peer, message, wait, result)
                     state.jobs.submit(key, Job(ioctl_name(message.cmd), steps, file.client.pid))
                     return
                 result = result.finish()
@@ -88,7 +88,7 @@ class IoctlService:
         self._answer(peer, message, result)
 
     def _revoked_steps(
-        self, peer: bytes, message: IoctlMessage, wait: RevokeWait, pending: Pending[bytes] | Pending[Batch]
+        self, peer: bytes, message: IoctlMessage, wait: DmaWait, pending: Pending[bytes] | Pending[Batch]
     ) -> Steps:
         yield wait
         try:

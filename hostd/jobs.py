@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vfio_model.memory.revoke import Revoke
+from vfio_model.memory.revoke import LaneSet, Revoke
 
 
 class Wait(Protocol):
@@ -33,6 +33,7 @@ class RevokeWait:
     """DMA sections that began before a right was taken away."""
 
     what = "DMA sections"
+    meanwhile = "in one DMA section"
 
     def __init__(self, revoke: Revoke) -> None:
         self.revoke = revoke
@@ -40,6 +41,41 @@ class RevokeWait:
     def over(self) -> bool:
         """Look at the lanes again."""
         return self.revoke.poll()
+
+    @property
+    def late(self) -> list[str]:
+        """Devices that are still inside, read again now."""
+        return self.revoke.late
+
+
+class QuiesceWait:
+    """The same where there is no fence: each device (by key) was sent Quiesce ``seq``, and answers from outside every
+    DMA section. Its lanes say nothing without a fence, only whether it lives."""
+
+    what = "an answer"
+    meanwhile = "without an answer"
+
+    def __init__(self, seq: int, asked: dict[int, LaneSet]) -> None:
+        self.seq, self._asked = seq, asked
+
+    def answered(self, key: int, seq: int) -> None:
+        """Device ``key`` has sent Quiet. An answer to another question is none."""
+        if seq == self.seq:
+            self._asked.pop(key, None)
+
+    def over(self) -> bool:
+        """Whether each has answered or is dead."""
+        self._asked = {key: lanes for key, lanes in self._asked.items() if lanes.alive()}
+        return not self._asked
+
+    @property
+    def late(self) -> list[str]:
+        """Devices that live and have not answered."""
+        return [lanes.name for lanes in self._asked.values() if lanes.alive()]
+
+
+DmaWait = RevokeWait | QuiesceWait
+"""Both ways in which a revoke waits for devices."""
 
 
 class Until:

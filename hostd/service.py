@@ -29,6 +29,7 @@ from hostd.events import (
     Connected,
     DeviceDied,
     DeviceFailed,
+    DeviceQuiet,
     DeviceReady,
     Effect,
     Event,
@@ -40,7 +41,7 @@ from hostd.events import (
 )
 from hostd.files import FileService, stop_device
 from hostd.ioctls import IoctlService
-from hostd.jobs import Job, RevokeWait, Steps
+from hostd.jobs import DmaWait, Job, QuiesceWait, Steps
 from hostd.state import ServiceState
 from vfio_model.host.host import Buffers, Host
 from vfio_model.host.topology import HostTopology
@@ -70,10 +71,11 @@ class ServiceOptions:
 
 
 class ContainerService:
-    """See the module's head. ``buffers`` gives the memory of tables and PE blocks."""
+    """See the module's head. ``buffers`` gives the memory of tables and PE blocks. Without a ``fence`` a revoke asks
+    each device instead of looking at its lanes."""
 
     def __init__(
-        self, topology: HostTopology, buffers: Buffers, fence: Fence, options: ServiceOptions = ServiceOptions()
+        self, topology: HostTopology, buffers: Buffers, fence: Fence | None, options: ServiceOptions = ServiceOptions()
     ) -> None:
         self._options = options
         clients = Clients(options.new_handle)
@@ -113,6 +115,8 @@ class ContainerService:
             self._device_ready(event)
         elif isinstance(event, DeviceFailed):
             self._device_failed(event)
+        elif isinstance(event, DeviceQuiet):
+            self._device_quiet(event)
         elif isinstance(event, DeviceDied):
             self._device_died(event)
         elif isinstance(event, ServerDied):
@@ -139,6 +143,11 @@ class ContainerService:
         self.state.note("hostd_device_failed", name=device.name, key=device.key, reason=event.reason)
         stop_device(self.state, device.key, event.reason)
 
+    def _device_quiet(self, event: DeviceQuiet) -> None:
+        for job in self.state.jobs.pending():
+            if isinstance(job.wait, QuiesceWait):
+                job.wait.answered(event.key, event.seq)
+
     def _device_died(self, event: DeviceDied) -> None:
         """The process is gone: its lanes pass, and the device is closed as if its file had been."""
         state = self.state
@@ -161,30 +170,30 @@ class ContainerService:
 
     @property
     def revoking(self) -> bool:
-        """Whether a Tick could end something: an operation waits for DMA sections."""
+        """Whether a Tick could end something, or find it late: an operation waits for DMA sections."""
         jobs = self.state.jobs
-        return not jobs.empty and any(isinstance(job.wait, RevokeWait) for job in jobs.pending())
+        return not jobs.empty and any(isinstance(job.wait, DmaWait) for job in jobs.pending())
 
     def _look_for_late(self, now: float) -> None:
-        """Name the devices that are inside one section past the deadline. The lane is read again before anybody is
-        called late: it was perhaps this process that was off the processor."""
+        """Name the devices that are inside one section, or owe an answer, past the deadline. The lane is read again
+        before anybody is called late: it was perhaps this process that was off the processor."""
         for job in self.state.jobs.pending():
-            if not isinstance(job.wait, RevokeWait):
+            if not isinstance(job.wait, DmaWait):
                 continue
             if job.since is None or job.waited is not job.wait:
                 job.since, job.waited = now, job.wait
                 job.late.clear()
             if now - job.since >= self._options.deadline:
-                for name in job.wait.revoke.late:
-                    self._late(job, name, now - job.since)
+                for name in job.wait.late:
+                    self._late(job, name, now - job.since, job.wait.meanwhile)
 
-    def _late(self, job: Job, name: str, seconds: float) -> None:
+    def _late(self, job: Job, name: str, seconds: float, meanwhile: str) -> None:
         device = self.state.devices.named(name)
         if device is None or name in job.late:
             return
         job.late.add(name)
         self.state.note("vfio_revoke_late", name=name, request=job.label, seconds=round(seconds, 3))
-        self.state.emit(Late(device.key, name, job.label, seconds, job.client))
+        self.state.emit(Late(device.key, name, job.label, seconds, job.client, meanwhile))
 
     def status(self, now: float) -> dict[str, object]:
         """What a person wants to know, as JSON: mms with their locked memory, files, devices, what is pending and
@@ -231,8 +240,8 @@ class ContainerService:
 
 def _describe(job: Job, now: float) -> dict[str, object]:
     what = "" if job.wait is None else job.wait.what
-    if isinstance(job.wait, RevokeWait):
-        inside = job.wait.revoke.late
+    if isinstance(job.wait, DmaWait):
+        inside = job.wait.late
         what = f"{what} of {', '.join(inside)}" if inside else what
     seconds = 0.0 if job.since is None else now - job.since
     return {"request": job.label, "waits_for": what, "seconds": round(seconds, 3), "late": sorted(job.late)}

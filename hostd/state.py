@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from hostd.clients import Clients
 from hostd.device_table import DeviceTable
-from hostd.events import Descriptor, Effect, Note
-from hostd.jobs import JobQueue, RevokeWait, Wait
+from hostd.events import Descriptor, Effect, Note, SendDevice
+from hostd.jobs import DmaWait, JobQueue, QuiesceWait, RevokeWait, Wait
+from protocols.port.device import Quiesce
 from vfio_model.host.host import Host
 from vfio_model.host.pending import Pending
 from vfio_model.memory.revoke import Fence, Revoke
@@ -34,11 +36,11 @@ class Offer:
 
 @dataclass(eq=False)
 class ServiceState:
-    """``fence`` and the lanes of devices are ports to the machine; ``skip_wait`` is the fault injection of the
-    revoke test."""
+    """``fence`` (None: the machine has none, each device is asked instead) and the lanes of devices are ports to the
+    machine; ``skip_wait`` is the fault injection of the revoke test."""
 
     host: Host
-    fence: Fence
+    fence: Fence | None
     clients: Clients
     skip_wait: bool = False
     devices: DeviceTable = field(default_factory=DeviceTable)
@@ -47,6 +49,7 @@ class ServiceState:
     effects: list[Effect] = field(default_factory=list)
     revokes: int = 0
     """Revocations that were begun."""
+    quiesce_seqs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     cause: int = 0
     """Cause id of the operation that is being begun."""
 
@@ -70,11 +73,31 @@ class ServiceState:
 
     def wait_for(self, lane_devices: tuple[str, ...]) -> Generator[Wait, None, None]:
         """Until no DMA section of these devices that began before now is still open."""
-        revoke = self.begin_revoke(lane_devices)
-        if not revoke.start():
-            yield RevokeWait(revoke)
+        wait = self.begin_revoke(lane_devices)
+        if wait is not None:
+            yield wait
 
-    def begin_revoke(self, lane_devices: tuple[str, ...]) -> Revoke:
-        """A revocation over the lanes of these devices, not started yet."""
+    def begin_revoke(self, lane_devices: tuple[str, ...]) -> DmaWait | None:
+        """Begin a revocation over these devices; the new entries are stored.
+
+        :return: what is left to wait for; None: it is over.
+        """
         self.revokes += 1
-        return Revoke(self.fence, self.devices.lanes(lane_devices), skip_wait=self.skip_wait)
+        if self.fence is None:
+            return self._begin_quiesce(lane_devices)
+        revoke = Revoke(self.fence, self.devices.lanes(lane_devices), skip_wait=self.skip_wait)
+        return None if revoke.start() else RevokeWait(revoke)
+
+    def _begin_quiesce(self, lane_devices: tuple[str, ...]) -> QuiesceWait | None:
+        """Ask each device that has a process, and perhaps DMA under way: those that are being stopped too. One that
+        starts has no client yet, and no DMA."""
+        asked = {
+            device.key: device.lanes
+            for device in self.devices
+            if device.name in lane_devices and device.lanes is not None
+        }
+        seq = next(self.quiesce_seqs)
+        for key in asked:
+            self.emit(SendDevice(key, Quiesce(seq)))
+        wait = QuiesceWait(seq, asked)
+        return None if self.skip_wait or wait.over() else wait

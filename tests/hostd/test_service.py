@@ -13,6 +13,7 @@ from hostd.events import (
     Connected,
     DeviceDied,
     DeviceFailed,
+    DeviceQuiet,
     DeviceReady,
     Disconnect,
     DomainsChanged,
@@ -34,7 +35,7 @@ from protocols.port import device as device_port
 from protocols.port import files, messages
 from vfio_model.host.host import private_buffers
 from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
-from vfio_model.memory.revoke import NoFence
+from vfio_model.memory.revoke import Fence, NoFence
 from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl, SpaprRegisterMemory
 
 HVA = 1 << 40
@@ -81,12 +82,12 @@ class Lanes:
 class World:
     """A service, the shell's side of its effects, and shorthands for clients."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, fence: Fence | None = NoFence(), **options: object) -> None:
         numbers = itertools.count(1000)
         self.service = ContainerService(
             TOPOLOGY,
             private_buffers,
-            NoFence(),
+            fence,
             ServiceOptions(new_handle=lambda: next(numbers), **options),  # type: ignore[arg-type]
         )
         self.effects: list[Effect] = []
@@ -323,6 +324,48 @@ def test_the_death_of_a_device_ends_the_wait_for_its_lane() -> None:
     assert not list(world.service.state.devices)
     guest.map()
     assert guest.open_device() != key
+
+
+def asked(world: World) -> list[tuple[int, int]]:
+    """Key and sequence number of each Quiesce that was sent."""
+    sent = [effect for effect in world.effects if isinstance(effect, SendDevice)]
+    return [(effect.key, effect.message.seq) for effect in sent if isinstance(effect.message, device_port.Quiesce)]
+
+
+def test_without_a_fence_an_unmap_is_answered_when_its_device_has_answered() -> None:
+    world = World(fence=None)
+    guest, other = Guest(world), Guest(world, pid=200, group=27)
+    assert guest.answer(guest.send_unmap()) is not None, "no device is open: nobody is asked"
+    guest.map()
+    key, stranger = guest.open_device(), other.open_device()
+    unmap = guest.send_unmap()
+    behind = guest.send(guest.container, Ioctl.VFIO_GET_API_VERSION, b"")
+    [(device, seq)] = asked(world)
+    assert device == key, "the device of another container is not asked"
+    assert not other.ioctl(other.container, Ioctl.VFIO_GET_API_VERSION, b"").errno, "another container goes on"
+    for event in (DeviceQuiet(key, seq - 1), DeviceQuiet(stranger, seq), Tick(1.0)):
+        world.do(event)
+        assert guest.answer(unmap) is None and guest.answer(behind) is None
+    world.do(DeviceQuiet(key, seq))
+    assert [effect.message.seq for effect in world.effects[-2:] if isinstance(effect, SendReturn)] == [unmap, behind]
+    assert not world.service.revoking
+    world.do(DeviceQuiet(key, seq))  # once more: harmless
+
+
+def test_without_a_fence_a_device_that_does_not_answer_is_late_and_its_death_ends_the_wait() -> None:
+    world = World(fence=None, deadline=5.0)
+    guest = Guest(world)
+    key = guest.open_device()
+    unmap = guest.send_unmap()
+    world.do(Tick(10.0))
+    late = [effect for effect in world.do(Tick(15.0)) if isinstance(effect, Late)]
+    assert [(effect.key, effect.name, effect.meanwhile) for effect in late] == [(key, guest.name, "without an answer")]
+    pending = world.service.status(16.0)["pending"]
+    assert isinstance(pending, list) and pending[0]["waits_for"] == f"an answer of {guest.name}"
+    world.lanes[key].living = False
+    world.do(DeviceDied(key, "by SIGKILL"))
+    answer = guest.answer(unmap)
+    assert answer is not None and not answer.errno
 
 
 def test_a_close_is_answered_when_the_file_is_released() -> None:

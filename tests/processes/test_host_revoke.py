@@ -22,7 +22,7 @@ from protocols.port import files, messages
 from protocols.transport.kernel import EventFd
 from tests.processes.conftest import HostProcess, wait_dead
 from tests.processes.port_client import Opened, RawDevice, RawFile, RawPort, wait_readable
-from tests.processes.test_host_dma import program
+from tests.processes.test_host_dma import burst, program
 from vfio_model.devices.dma_burst import regs
 from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl
 
@@ -231,8 +231,12 @@ def test_the_death_of_the_client_during_a_revoke_gives_everything_back(
     wait_dead(gate.server.pidfd.fd)
 
 
-def test_random_stress_moves_no_byte_after_an_unmap(host: HostProcess, client: Callable[..., RawPort]) -> None:
+@pytest.mark.parametrize("fault", [(), ("--fault", "no-membarrier")], ids=["membarrier", "without"])
+def test_random_stress_moves_no_byte_after_an_unmap(
+    start_host: Callable[..., HostProcess], client: Callable[..., RawPort], fault: tuple[str, ...]
+) -> None:
     """A saturating device, and as many maps and unmaps as come in a while: after each unmap the page stays as it is."""
+    start_host(*fault)
     opened = Opened(client())
     device = opened.device()
     device.bus_master()
@@ -270,6 +274,58 @@ def test_traces_name_who_was_late(
     late = [record["fields"] for record in records if record["event"] == "vfio_revoke_late"]
     assert [fields["name"] for fields in late] == [NAME]
     assert late[0]["request"] == "VFIO_IOMMU_UNMAP_DMA"
+
+
+def test_without_membarrier_the_device_is_asked_and_what_is_unmapped_is_refused(
+    start_host: Callable[..., HostProcess], client: Callable[..., RawPort]
+) -> None:
+    host = start_host("--fault", "no-membarrier")
+    opened = Opened(client())
+    device = opened.device()
+    device.bus_master()
+    for number in range(1, ROUNDS + 1):
+        opened.container.map_dma(IOVA, opened.hva, PAGE)
+        assert burst(device, IOVA, 8, 1, regs.COMMAND_WRITE, pattern=number) == 1
+        opened.container.unmap_dma(IOVA, PAGE)
+        assert opened.ram.words[0] == number
+        assert burst(device, IOVA, 8, 1, regs.COMMAND_WRITE, pattern=99) == 0
+        assert opened.ram.words[0] == number
+    assert host.text().count("no membarrier(2)") == 1
+
+
+def test_without_membarrier_an_unmap_waits_for_a_device_that_is_inside_a_section(
+    start_host: Callable[..., HostProcess], client: Callable[..., RawPort], gated: Callable[[], Gated]
+) -> None:
+    host = start_host("--fault", "no-membarrier")
+    gate = gated()
+    opened, device = open_gated(host, client(), gate)
+    for number in range(1, ROUNDS + 1):
+        begin_write(opened, device, gate, number)
+        seq = send_unmap(opened)
+        status = host.until(lambda status: bool(status["pending"]))
+        assert status["pending"][0]["waits_for"] == f"an answer of {NAME}"  # type: ignore[index]
+        assert opened.port.poll_return(0.05) is None
+        assert opened.ram.words[0] == 0
+        gate.let_go()
+        answer = opened.port.wait_return()
+        assert (answer.seq, answer.errno) == (seq, 0)
+        assert opened.ram.words[0] == number, "the section was over, with its bytes, before the unmap returned"
+        opened.ram.words[0] = 0
+
+
+def test_without_membarrier_a_device_that_does_not_answer_is_killed_and_the_unmap_ends(
+    start_host: Callable[..., HostProcess], client: Callable[..., RawPort], gated: Callable[[], Gated]
+) -> None:
+    host = start_host("--fault", "no-membarrier", "--deadline", SHORT)
+    gate = gated()
+    opened, device = open_gated(host, client(), gate)
+    begin_write(opened, device, gate, 7)
+    seq = send_unmap(opened)
+    answer = opened.port.wait_return()
+    assert (answer.seq, answer.errno) == (seq, 0)
+    wait_dead(gate.server.pidfd.fd)
+    assert opened.ram.words[0] == 0
+    assert f"waits for device {NAME}" in host.text() and "without an answer: kill" in host.text()
 
 
 GUEST = """
