@@ -199,7 +199,7 @@ def test_explain_reads_the_live_tables(host: HostProcess, client: Callable[..., 
     failing = [step for step in ask_explain(host, 0x1234)["steps"] if not step["ok"]]  # type: ignore[attr-defined]
     assert [step["what"] for step in failing] == ["TCE 0x1"]
     outside = [step for step in ask_explain(host, 1 << 62)["steps"] if not step["ok"]]  # type: ignore[attr-defined]
-    assert [step["what"] for step in outside] == ["window"]
+    assert [step["what"] for step in outside] == ["windows"]
 
 
 def ask_explain(host: HostProcess, iova: int) -> dict[str, object]:
