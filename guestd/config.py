@@ -74,6 +74,17 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"{self.id}: an emulated device needs a model")
 
 
+class MonitorConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A monitor on the AF_UNIX stream socket ``path``: guestd connects to it, or listens there when ``server``.
+
+    ``control`` speaks QMP; ``readline`` is the line of a person, HMP.
+    """
+
+    path: str
+    server: bool = False
+    mode: Literal["control", "readline"] = "control"
+
+
 class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -86,6 +97,7 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     port: str = ""
     """Where ioctls go; empty: ``hostd.zmq`` in the runtime directory."""
     name: str = "guest"
+    monitors: list[MonitorConfig] = []
 
     @property
     def memlock_bytes(self) -> int:
