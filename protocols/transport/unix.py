@@ -3,7 +3,8 @@
 SEQPACKET (:class:`SeqpacketListener`, :class:`SeqpacketConnection`): one send is one message with its descriptors. It
 is the open file of the port; SO_PEERCRED and a pidfd say who is there, EOF is ``release()``. STREAM
 (:class:`StreamConnection`): vfio-user's framing, the header read by a recvmsg of exactly 16 bytes with a control buffer
-and the body after it, because a larger recvmsg glues messages together and gives descriptors to the wrong one.
+and the body after it, because a larger recvmsg glues messages together and gives descriptors to the wrong one. Plain bytes
+without descriptors, for text protocols: :class:`ByteConnection`.
 
 Everything is non-blocking. What cannot be sent at once waits in a bounded outbox that :meth:`flush` empties when the
 socket is writable. No descriptor is ever lost: what arrives truncated or with a broken message is closed here.
@@ -330,6 +331,37 @@ class StreamConnection(_Connection):
         self._fds = []
 
 
+MAX_READ = 64 << 10
+"""Bytes that :meth:`ByteConnection.receive` takes at once."""
+
+
+class ByteConnection(_Connection):
+    """A stream of bytes: lines, JSON. Whoever reads finds the ends of messages itself."""
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], name: str = "peer") -> ByteConnection:
+        """Connect to a listener.
+
+        :raise PeerLost: when nobody listens there.
+        """
+        return cls(_connect(path, socket.SOCK_STREAM, name), name)
+
+    def receive(self) -> bytes | None:
+        """What has come, at most 64 KiB of it, or None when there is nothing.
+
+        :raise PeerLost: at EOF.
+        """
+        try:
+            data = self._sock.recv(MAX_READ, _DONTWAIT)
+        except BlockingIOError:
+            return None
+        except _GONE as error:
+            raise PeerLost(self.name, "receiving") from error
+        if not data:
+            raise PeerLost(self.name, "receiving")
+        return data
+
+
 def _connect(path: str | os.PathLike[str], kind: socket.SocketKind, name: str) -> socket.socket:
     text = check_path(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -438,6 +470,17 @@ class StreamListener(_Listener):
         """The next connection, or None."""
         sock = self._accept()
         return None if sock is None else StreamConnection(sock, name)
+
+
+class ByteListener(_Listener):
+    """Where clients of a text protocol connect."""
+
+    kind = socket.SOCK_STREAM
+
+    def accept(self, name: str = "client") -> ByteConnection | None:
+        """The next connection, or None."""
+        sock = self._accept()
+        return None if sock is None else ByteConnection(sock, name)
 
 
 def seqpacket_pair(left: str = "left", right: str = "right") -> tuple[SeqpacketConnection, SeqpacketConnection]:

@@ -15,7 +15,14 @@ import pytest
 from protocols.port import files
 from protocols.transport import unix
 from protocols.transport.channel import FdChannel
-from protocols.transport.unix import SeqpacketConnection, SeqpacketListener, StreamConnection, StreamListener
+from protocols.transport.unix import (
+    ByteConnection,
+    ByteListener,
+    SeqpacketConnection,
+    SeqpacketListener,
+    StreamConnection,
+    StreamListener,
+)
 from vfio_model.errors import ConfigError, LocalProtocolError, PeerLost, RemoteProtocolError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -265,3 +272,19 @@ def test_without_a_descriptor_left_who_connects_is_turned_away(runtime_dir: Path
     assert accepted is not None
     for each in (accepted, later, turned_away, listener):
         each.close()
+
+
+def test_a_stream_of_bytes_ends_with_its_peer(runtime_dir: Path) -> None:
+    listener = ByteListener(runtime_dir / "text")
+    client = ByteConnection.connect(runtime_dir / "text")
+    server = listener.accept()
+    assert server is not None and listener.accept() is None
+    assert server.receive() is None
+    client.send(b"one")
+    client.send(b"two")
+    assert server.receive() == b"onetwo"
+    client.close()
+    with pytest.raises(PeerLost):
+        server.receive()
+    server.close()
+    listener.close()
