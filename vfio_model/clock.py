@@ -14,18 +14,24 @@ from collections.abc import Callable
 class Timer:
     """One timer; :meth:`mod` arms it for an absolute virtual time in ns, :meth:`cancel` disarms it."""
 
-    __slots__ = ("_callback", "_clock", "_ticket")
+    __slots__ = ("_callback", "_clock", "_expire_ns", "_ticket")
 
     def __init__(self, clock: VirtualClock, callback: Callable[[], None]) -> None:
-        self._clock, self._callback, self._ticket = clock, callback, 0
+        self._clock, self._callback, self._ticket, self._expire_ns = clock, callback, 0, 0
 
     @property
     def pending(self) -> bool:
         """Whether the timer is armed."""
         return self._ticket != 0
 
+    @property
+    def remaining_ns(self) -> int | None:
+        """Virtual time until it fires; None when it is not armed."""
+        return max(self._expire_ns - self._clock.now_ns, 0) if self._ticket else None
+
     def mod(self, expire_ns: int) -> None:
         """Arm for ``expire_ns`` (absolute), replacing an earlier moment. It fires at exactly that time, not before."""
+        self._expire_ns = expire_ns
         self._ticket = self._clock._push(expire_ns, self)
 
     def cancel(self) -> None:

@@ -9,6 +9,7 @@
     │   └── RemoteProtocolError    the peer broke it: it loses its connection, nobody else notices
     ├── PeerLost               the other process is gone (EOF, dead pidfd)
     ├── DeadlineExceeded       a wait ran out: names peer, request and seconds
+    ├── VMStateError           a migration stream cannot be loaded: what, and where in it
     └── InternalGuestError     the guest cannot go on (state ``internal-error``); its process lives
 
 Errors at the VFIO uapi are ``OSError`` with an errno, as ioctl(2) gives them. What a guest or a device can cause is
@@ -64,3 +65,11 @@ class DeadlineExceeded(VfioModelError):
 
 class InternalGuestError(VfioModelError):
     """The guest machine cannot continue (QEMU's run state ``internal-error``); guestd itself lives on."""
+
+
+class VMStateError(VfioModelError):
+    """A migration stream cannot be loaded. ``where`` names the frame or section and the byte in it."""
+
+    def __init__(self, what: str, *, where: str = "") -> None:
+        self.what, self.where = what, where
+        super().__init__(f"{where}: {what}" if where else what)

@@ -115,9 +115,9 @@ class SpaprTceTable:
         """The window's bus addresses, or None while disabled."""
         return Range.sized(self.bus_offset, self.nb_table << self.page_shift) if self.nb_table else None
 
-    def enable(self, page_shift: int, bus_offset: int, nb_table: int) -> None:
-        """Open a window of ``nb_table`` empty pages at ``bus_offset``. No change when already open or ``nb_table`` is
-        0.
+    def enable(self, page_shift: int, bus_offset: int, nb_table: int, content: memoryview | None = None) -> None:
+        """Open a window of ``nb_table`` empty pages at ``bus_offset``, or of pages as ``content`` says, one u64 each. No
+        change when already open or ``nb_table`` is 0.
 
         ``nb_table`` is a 32-bit number: a larger one loses its high bits and may become 0.
 
@@ -130,6 +130,8 @@ class SpaprTceTable:
         if not nb_table:
             return
         self.entries = self._allocate(nb_table)
+        if content is not None:
+            self.entries[:] = content
         self.nb_table, self.page_shift, self.bus_offset = nb_table, page_shift, bus_offset
         self.trace("spapr_iommu_new_table", liobn=self.liobn, table=0, fd=-1)
         self.iommu = SpaprTceRegion(self, nb_table << page_shift)
