@@ -37,9 +37,7 @@ COMMAND_MASTER = 0x004
 COMMAND_PARITY = 0x040
 COMMAND_SERR = 0x100
 COMMAND_INTX_DISABLE = 0x400
-COMMAND_WRITABLE = (
-    COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_PARITY | COMMAND_SERR | COMMAND_INTX_DISABLE
-)
+COMMAND_WRITABLE = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_PARITY | COMMAND_SERR | COMMAND_INTX_DISABLE
 
 STATUS_INTERRUPT = 0x0008
 STATUS_CAP_LIST = 0x0010
@@ -177,6 +175,24 @@ class ConfigSpace:
         for first, past, callback in self._watchers:
             if offset < past and first < end:
                 callback()
+
+    def difference(self, data: bytes) -> int | None:
+        """The first offset at which ``data`` differs in what no guest can change, the interrupt status apart; None when
+        it could be this space's content. Another size differs at its end.
+        """
+        if len(data) != self.size:
+            return min(len(data), self.size)
+        volatile = {STATUS: STATUS_INTERRUPT}
+        for at, (mine, theirs) in enumerate(zip(self._bytes, data, strict=True)):
+            changeable = self._writable[at] | self._w1c[at] | volatile.get(at, 0)
+            if (mine ^ theirs) & ~changeable:
+                return at
+        return None
+
+    def load(self, data: bytes) -> None:
+        """Take ``data``, the bytes of a space like this one. No callback runs."""
+        assert self.difference(data) is None, "what is loaded was checked"
+        self._bytes[:] = data
 
     def _possible(self, offset: int, size: int) -> bool:
         return size in (1, 2, 4) and 0 <= offset <= self.size - size and (offset & 3) + size <= 4

@@ -17,10 +17,10 @@ that decodes nothing, when the bit in the command register changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from vfio_model.clock import VirtualClock
-from vfio_model.errors import ConfigError
+from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace
 from vfio_model.memory.region import MemoryRegion
 from vfio_model.memory.types import MemTxResult
@@ -38,6 +38,18 @@ from vfio_model.pci.config_space import (
 from vfio_model.pci.msi import MsiCapability
 from vfio_model.ranges import Range
 from vfio_model.trace import Trace
+from vfio_model.vmstate.fields import Field as StateField
+from vfio_model.vmstate.fields import State, Type, VMStateDescription
+
+PCI_DEVICE = VMStateDescription(
+    "PCIDevice",
+    3,
+    (StateField("config_size"), StateField("config", Type.U8, array="config_size"), StateField("intx", Type.BOOL)),
+    minimum_version=3,
+)
+"""What every function has: configuration space with its BARs and MSI capability, and what it wishes of its pin."""
+PARENT = StateField("parent_obj", struct=PCI_DEVICE)
+"""The first field of every device's state."""
 
 SUBSYSTEM_VENDOR_QUMRANET = 0x1AF4
 SUBSYSTEM_QEMU = 0x1100
@@ -94,6 +106,8 @@ class PCIDevice:
     BUS_MASTER_GATED: bool = True
     """Whether DMA stops while bus mastering is off, as on hardware."""
     PROPS: Mapping[str, Prop] = {}
+    VMSTATE: VMStateDescription = VMStateDescription("pci-device", 1, (PARENT,))
+    """What migrates; see :meth:`export_state`."""
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         """:raise ConfigError: for a property that the device has not got, or of another type."""
@@ -277,6 +291,29 @@ class PCIDevice:
         self.reset_enter()
         self.reset_hold()
         self.reset_exit()
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """What :attr:`VMSTATE` describes. A subclass adds its own fields."""
+        config = bytes(self.config)
+        return {"parent_obj": {"config_size": len(config), "config": config, "intx": self._intx}}
+
+    def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
+        """Whether :meth:`import_state` could take ``state``; nothing changes.
+
+        :raise VMStateError: it is of another device, or of no state that this one can be in.
+        """
+        at = self.config.difference(state["parent_obj"]["config"])
+        if at is not None:
+            raise VMStateError(f"another device's configuration space: it differs at {at:#x}", where=where)
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Take a checked ``state``, after a reset. A subclass loads its own fields first: DMA may begin in here."""
+        parent = state["parent_obj"]
+        self.config.load(parent["config"])
+        self._intx = parent["intx"]
+        self._command_written()
 
 
 def _checked_props(cls: type[PCIDevice], given: Mapping[str, object]) -> dict[str, object]:

@@ -19,8 +19,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from vfio_model.errors import PeerLost
 from vfio_model.memory.types import MemTxResult
@@ -40,10 +40,11 @@ from vfio_model.pci.config_space import (
     SUBSYSTEM_VENDOR_ID,
     VENDOR_ID,
 )
-from vfio_model.pci.device import DeviceHost, PCIDevice
+from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
 from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_MULTIPLE_CAPABLE_SHIFT
 from vfio_model.uapi.vfio import PciIrq, PciRegion
 from vfio_model.vfio.region import DeviceConnection
+from vfio_model.vmstate.fields import VMStateDescription
 
 _CONFIG: Final = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
 _INTX: Final = int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX)
@@ -101,6 +102,8 @@ class DeviceFacts:
 
 class VFIOPCIDevice(PCIDevice):
     """``connection`` as a function of the guest's bus. ``name`` is the guest's id of it, for the trace."""
+
+    VMSTATE = VMStateDescription("vfio-pci", 1, (PARENT,))
 
     def __init__(self, host: DeviceHost, connection: DeviceConnection, *, name: str) -> None:
         """:raise OSError: as :class:`DeviceFacts`. :raise PeerLost: the device went away meanwhile."""
@@ -260,6 +263,18 @@ class VFIOPCIDevice(PCIDevice):
             self.connection.set_irqs(_MSI, handlers)
         elif self.INTERRUPT_PIN:
             self.connection.set_irqs(_INTX, (functools.partial(self._signalled, 0),))
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Configuration space as the guest left it; the device hears of what concerns it. Its own state is its own
+        stream.
+        """
+        super().import_state(state)
+        if self.dead is None:
+            with self._bearing("migrated state"):
+                self._set_irqs()
+                self._forward(COMMAND, 2)
 
     # -- reset ---------------------------------------------------------------------------------------------------
 

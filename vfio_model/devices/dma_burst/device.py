@@ -14,13 +14,16 @@ anew for each slice: bus mastering, an IOMMU or the topology may have changed in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from vfio_model.devices.dma_burst import regs
+from vfio_model.errors import VMStateError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
-from vfio_model.pci.device import DeviceHost, PCIDevice
+from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
 from vfio_model.ranges import U32_MAX, U64_MAX
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 SLICE = 64
 """Accesses between two looks at the rest of the process, in the background."""
@@ -38,6 +41,18 @@ class DMABurstDevice(PCIDevice):
     INTERRUPT_PIN = 1
     MSI_VECTORS = 1
     BARS = (BarSpec(0, regs.BAR_SIZE, access=(4, 8)),)
+    VMSTATE = VMStateDescription(
+        "dma-burst",
+        1,
+        (
+            PARENT,
+            *(Field(each.name, Type.U64) for each in regs.REGISTERS if each.offset != regs.COMMAND),
+            Field("running_command", Type.U64),
+            Field("next", Type.U64),
+            Field("list_length"),
+            Field("list_entries", Type.U64, array="list_length"),
+        ),
+    )
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         super().__init__(host, **props)
@@ -260,3 +275,34 @@ class DMABurstDevice(PCIDevice):
     def unrealize(self) -> None:
         """The same when the device is taken out."""
         self._abandon()
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """Registers, and the run in progress: its command, its list, where it is."""
+        registers = {each.name: self._registers[each.offset] for each in regs.REGISTERS if each.offset != regs.COMMAND}
+        return {
+            **super().export_state(),
+            **registers,
+            "running_command": self._command,
+            "next": self._next,
+            "list_length": len(self._iovas),
+            "list_entries": list(self._iovas),
+        }
+
+    def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
+        """A list has as many entries as a guest could have given."""
+        super().check_state(state, where=where)
+        if state["list_length"] > regs.MAX_LIST:
+            raise VMStateError(f"a list of {state['list_length']} addresses", where=where)
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """The same; a run that was in progress goes on."""
+        for register in regs.REGISTERS:
+            if register.offset != regs.COMMAND:
+                self._registers[register.offset] = state[register.name]
+        self._command, self._next, self._iovas = state["running_command"], state["next"], state["list_entries"]
+        super().import_state(state)
+        if self.running and not self._scheduled:
+            self._scheduled = True
+            self.run_when_idle(self._background_slice)

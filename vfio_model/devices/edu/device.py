@@ -10,14 +10,16 @@ A reset keeps registers and buffer (QEMU's edu has no reset), but cancels a pend
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from vfio_model.clock import Timer
 from vfio_model.devices.edu import regs
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
-from vfio_model.pci.device import DeviceHost, PCIDevice, Prop
+from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice, Prop
 from vfio_model.ranges import U32_MAX, U64_MAX
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 NS_PER_MS = 1_000_000
 
@@ -34,6 +36,21 @@ class EduDevice(PCIDevice):
     MSI_VECTORS = 1
     ENDIANNESS = "native"
     PROPS = {"dma_mask": Prop(int, regs.DMA_MASK_DEFAULT, "which address bits the device drives on its bus")}
+    VMSTATE = VMStateDescription(
+        "edu",
+        1,
+        (
+            PARENT,
+            Field("dma_mask", Type.U64, equal=True),
+            Field("inversion"),
+            Field("factorial"),
+            Field("status"),
+            Field("irq_status"),
+            *(Field(name, Type.U64) for name in ("dma_src", "dma_dst", "dma_count", "dma_command")),
+            Field("buffer", Type.U8, array=regs.BUFFER_SIZE),
+            Field("dma_remaining_ns", Type.U64),
+        ),
+    )
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         super().__init__(host, **props)
@@ -162,3 +179,29 @@ class EduDevice(PCIDevice):
     def unrealize(self) -> None:
         """The same when the device is taken out."""
         self._cancel()
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """Registers, buffer, and how long a pending transfer still waits."""
+        return {
+            **super().export_state(),
+            "dma_mask": self.dma_mask,
+            "inversion": self._inversion,
+            "factorial": self._factorial,
+            "status": self._status,
+            "irq_status": self.irq_status,
+            **{regs.BY_OFFSET[offset].name: value for offset, value in self._dma.items()},
+            "buffer": bytes(self.buffer),
+            "dma_remaining_ns": self._timer.remaining_ns or 0,
+        }
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """The same; a transfer that was pending waits for the rest of its time here."""
+        self._inversion, self._factorial = state["inversion"], state["factorial"]
+        self._status, self.irq_status = state["status"], state["irq_status"]
+        self._dma = {offset: state[regs.BY_OFFSET[offset].name] for offset in self._dma}
+        self.buffer[:] = state["buffer"]
+        super().import_state(state)
+        if self.dma_running:
+            self._timer.mod(self.host.clock.now_ns + state["dma_remaining_ns"])

@@ -10,11 +10,15 @@ As QEMU's device, it takes the IOMMU's address space itself: bus mastering need 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vfio_model.devices.iommu_testdev import regs
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
-from vfio_model.pci.device import DeviceHost, PCIDevice
+from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
 from vfio_model.ranges import U32_MAX, wrap64
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 CHUNK = 64 * 1024
 """Bytes moved at a time: the guest chooses the length, not how much memory it costs."""
@@ -27,6 +31,11 @@ class IOMMUTestDevice(PCIDevice):
     DEVICE_ID = regs.DEVICE_ID
     BARS = (BarSpec(0, regs.BAR_SIZE, access=(4, 4)),)
     BUS_MASTER_GATED = False
+    VMSTATE = VMStateDescription(
+        "iommu-testdev",
+        1,
+        (PARENT, *(Field(each.name) for each in regs.REGISTERS if each.access == "RW"), Field("armed", Type.BOOL)),
+    )
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         super().__init__(host, **props)
@@ -102,6 +111,19 @@ class IOMMUTestDevice(PCIDevice):
         """Registers go to their reset values, the device is disarmed."""
         super().reset_hold()
         self._clear()
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """Registers, and whether it is armed."""
+        registers = {regs.BY_OFFSET[offset].name: value for offset, value in self._registers.items()}
+        return {**super().export_state(), **registers, "armed": self._armed}
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """The same."""
+        self._registers = {offset: state[regs.BY_OFFSET[offset].name] for offset in self._registers}
+        self._armed = state["armed"]
+        super().import_state(state)
 
 
 def _inconsistent(attributes: int) -> bool:

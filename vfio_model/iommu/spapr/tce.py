@@ -116,8 +116,8 @@ class SpaprTceTable:
         return Range.sized(self.bus_offset, self.nb_table << self.page_shift) if self.nb_table else None
 
     def enable(self, page_shift: int, bus_offset: int, nb_table: int, content: memoryview | None = None) -> None:
-        """Open a window of ``nb_table`` empty pages at ``bus_offset``, or of pages as ``content`` says, one u64 each. No
-        change when already open or ``nb_table`` is 0.
+        """Open a window of ``nb_table`` empty pages at ``bus_offset``, or of what ``content`` (u64s) holds. No change
+        when already open or ``nb_table`` is 0.
 
         ``nb_table`` is a 32-bit number: a larger one loses its high bits and may become 0.
 
