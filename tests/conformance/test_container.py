@@ -159,7 +159,7 @@ class TestCore:
         assert errno_of(container.get_info) == "EINVAL", "no type yet"
         group = VfioGroup(port, port.open("/dev/vfio/26"))
         group.set_container(container.handle)
-        assert errno_of(lambda: container.set_iommu(IommuType.VFIO_TYPE1_IOMMU)) == "EINVAL"
+        assert errno_of(lambda: container.set_iommu(IommuType.VFIO_TYPE1_IOMMU)) == "ENODEV"
         assert errno_of(lambda: container.set_iommu(IommuType.VFIO_EEH)) == "EINVAL", "an extension, but no type"
         assert errno_of(lambda: container.set_iommu(99)) == "ENODEV"
         container.set_iommu(V2)

@@ -17,30 +17,23 @@ also returning the container to an initial state") and the kernel's ``Documentat
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from errno import EFAULT, EINVAL, ENODEV, ENOTTY
 from typing import Protocol, TypeVar
 
 from vfio_model.host.group import Domain, Group
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Revocation
-from vfio_model.uapi.vfio import VFIO_API_VERSION, Ioctl, IommuType, Struct
+from vfio_model.uapi.containers import DRIVER_PROPERTIES, DRIVERS, IOMMU_TYPES, KIND_OF_TYPE, ContainerKind
+from vfio_model.uapi.vfio import VFIO_API_VERSION, Ioctl, Struct
 
 S = TypeVar("S", bound=Struct)
 
-OFFERED = frozenset({IommuType.VFIO_SPAPR_TCE_v2_IOMMU})
-"""What SET_IOMMU takes."""
-EXTENSIONS = OFFERED | {IommuType.VFIO_EEH}
-"""What CHECK_EXTENSION says yes to."""
 _GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU = (
     int(Ioctl.VFIO_GET_API_VERSION),
     int(Ioctl.VFIO_CHECK_EXTENSION),
     int(Ioctl.VFIO_SET_IOMMU),
 )
-KNOWN = frozenset(
-    {IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_SPAPR_TCE_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU, IommuType.VFIO_EEH}
-)
-"""Numbers that exist and that no container of this host can have as its type."""
 
 
 class IommuDriver(Domain, Protocol):
@@ -65,20 +58,23 @@ class IommuDriver(Domain, Protocol):
 
 
 class VfioContainer:
-    """A container file. ``make_driver(type)`` builds what SET_IOMMU asks for."""
+    """A container file. ``make_driver(kind)`` builds what SET_IOMMU asks for, which is one of ``kinds``."""
 
-    def __init__(self, handle: int, make_driver: Callable[[IommuType], IommuDriver]) -> None:
+    def __init__(
+        self, handle: int, kinds: Collection[ContainerKind], make_driver: Callable[[ContainerKind], IommuDriver]
+    ) -> None:
         self.handle = handle
         self.groups: list[Group] = []
         self.driver: IommuDriver | None = None
-        self._make_driver = make_driver
+        self._kinds, self._make_driver = kinds, make_driver
+        self._kind: ContainerKind | None = None
 
     def ioctl(self, mm: Mm, cmd: int, arg: bytes, revocation: Revocation) -> bytes:
         """:raise OSError: ENOTTY for what is no ioctl of this container, EINVAL for one that needs a type first."""
         if cmd == _GET_API_VERSION:
             return pack_int(VFIO_API_VERSION)
         if cmd == _CHECK_EXTENSION:
-            return pack_int(int(unpack_int(arg) in EXTENSIONS))
+            return pack_int(int(self._extension(unpack_int(arg))))
         if cmd == _SET_IOMMU:
             self._set_iommu(unpack_int(arg))
             return b""
@@ -86,19 +82,28 @@ class VfioContainer:
             raise OSError(ENOTTY if cmd not in Ioctl.__members__.values() else EINVAL, "the container has no type yet")
         return self.driver.ioctl(mm, cmd, arg, revocation)
 
+    def _extension(self, number: int) -> bool:
+        """What VFIO_CHECK_EXTENSION answers: before there is a type any driver may say yes, then only the type's."""
+        driver = DRIVERS[self._kind] if self._kind is not None and self.driver is not None else None
+        asked = [kind for kind in self._kinds if driver in (None, DRIVERS[kind])]
+        return any(number == IOMMU_TYPES[kind] or number in DRIVER_PROPERTIES[DRIVERS[kind]] for kind in asked)
+
     def _set_iommu(self, wanted: int) -> None:
         if not self.groups or self.driver is not None:
             raise OSError(EINVAL, "no group is attached" if not self.groups else "the container has a type already")
-        if wanted not in OFFERED:
-            raise OSError(EINVAL if wanted in KNOWN else ENODEV, f"IOMMU type {wanted} is not served by this host")
-        driver = self._make_driver(IommuType(wanted))
+        if not self._extension(wanted):
+            raise OSError(ENODEV, f"this host has no driver for IOMMU type {wanted}")
+        kind = KIND_OF_TYPE.get(wanted)
+        if kind is None:
+            raise OSError(EINVAL, f"{wanted} is a property of a driver and no type")
+        driver = self._make_driver(kind)
         for group in self.groups:
             try:
                 driver.attach(group)
             except OSError:
                 self._undo_attach(driver)
                 raise
-        self.driver = driver
+        self.driver, self._kind = driver, kind
 
     def _undo_attach(self, driver: IommuDriver) -> None:
         revocation = Revocation()

@@ -25,6 +25,7 @@ from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.topology import HostTopology
 from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import (
     VFIO_GROUP_FLAGS_CONTAINER_SET,
     VFIO_GROUP_FLAGS_VIABLE,
@@ -32,7 +33,6 @@ from vfio_model.uapi.vfio import (
     DmaUnmap,
     GroupStatus,
     Ioctl,
-    IommuType,
     SpaprRegisterMemory,
     SpaprTceCreate,
     SpaprTceInfo,
@@ -50,6 +50,9 @@ OnDeviceClose = Callable[[Group, HostDevice, int], None]
 
 CONTAINER_PATH = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
+
+_DRIVERS: dict[ContainerKind, Callable[[TableMemory, int], IommuDriver]] = {"spapr-v2": SpaprTceContainer}
+"""What makes the driver of a kind, from its table memory and the host's page size."""
 
 STRUCT_SIZES: dict[int, int] = {
     Ioctl.VFIO_IOMMU_SPAPR_TCE_GET_INFO: SpaprTceInfo.SIZE,
@@ -92,6 +95,7 @@ class Host:
         self._trace = trace
         self._domains = itertools.count(1)
         self._clients = itertools.count(1)
+        self._kinds = [kind for kind in topology.containers if kind in _DRIVERS]
         self._space = HpaSpace(topology.hpa, topology.host_page_size)
         self._segments: dict[str, Segment] = {}
         self._files: dict[int, tuple[VfioContainer | Group, Mm]] = {}
@@ -100,10 +104,10 @@ class Host:
     def _make_pe(self, device: str) -> PeBlock:
         return PeBlock(self._buffers(f"pe.{device}", PE_SIZE))
 
-    def _make_driver(self, kind: IommuType) -> IommuDriver:
+    def _make_driver(self, kind: ContainerKind) -> IommuDriver:
         page = self.topology.host_page_size
         words = self._buffers(f"domain.{next(self._domains)}", self.topology.domain_bytes)
-        return SpaprTceContainer(TableMemory(words, page), page)
+        return _DRIVERS[kind](TableMemory(words, page), page)
 
     # Clients and their memory
 
@@ -154,7 +158,7 @@ class Host:
         """
         handle = next(self._handles)
         if path == CONTAINER_PATH:
-            self._files[handle] = (VfioContainer(handle, self._make_driver), mm)
+            self._files[handle] = (VfioContainer(handle, self._kinds, self._make_driver), mm)
             return handle
         number = path.removeprefix(GROUP_PREFIX)
         group = self.groups.get(int(number)) if number.isascii() and number.isdigit() else None
@@ -219,9 +223,7 @@ class Host:
             raise OSError(ENOTTY, f"ioctl {cmd:#x} is none of a group")
         return handler(self, file, arg, revocation)
 
-    def ioctl_many(
-        self, mm: Mm, handle: int, cmd: int, args: bytes | memoryview, count: int
-    ) -> Batch | Pending[Batch]:
+    def ioctl_many(self, mm: Mm, handle: int, cmd: int, args: bytes | memoryview, count: int) -> Batch | Pending[Batch]:
         """``count`` structs of one ioctl, back to back and executed in order; stops at the first that fails.
 
         What follows the structs in ``args`` is ignored. :raise OSError: EBADF; EINVAL for an ioctl that takes no batch

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from vfio_model.errors import ConfigError
 from vfio_model.host.hpa import Placement
 from vfio_model.host.platform import MAX_LEVELS, PlatformName
+from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
 
 GroupIommu = Literal["powernv", "pseries", "emulated", "none"]
 
@@ -66,6 +67,8 @@ class HostTopology:
     host_page_size: int = 64 * KIB
     hpa: Placement = "contiguous"
     domain_bytes: int = 256 * MIB
+    containers: tuple[ContainerKind, ...] = ("spapr-v2", "spapr-v1")
+    """The kinds of container that VFIO_CHECK_EXTENSION and VFIO_SET_IOMMU know."""
 
     def validate(self) -> HostTopology:
         """Itself, once everything in it makes sense. :raise ConfigError: naming the group and the field."""
@@ -75,6 +78,10 @@ class HostTopology:
             raise ConfigError(f"host_page_size {self.host_page_size}", where="host", hint="a power of two, 4K to 64K")
         if self.domain_bytes % self.host_page_size or self.domain_bytes < 2 * self.host_page_size:
             raise ConfigError(f"domain_bytes {self.domain_bytes}", where="host", hint="at least two whole pages")
+        if not self.containers:
+            raise ConfigError("containers is empty", where="host", hint="one or more of " + ", ".join(CONTAINER_KINDS))
+        for kind in self.containers:
+            _choice("containers", kind, CONTAINER_KINDS, "host")
         numbers = [group.id for group in self.groups]
         names = [device.name for group in self.groups for device in group.devices]
         _unique("group", [str(number) for number in numbers])
