@@ -78,11 +78,41 @@ class IommuType(IntEnum):
     VFIO_SPAPR_TCE_v2_IOMMU = 7
     VFIO_NOIOMMU_IOMMU = 8
     VFIO_UNMAP_ALL = 9
+    VFIO_UPDATE_VADDR = 10
 
 
 class DmaMapFlags(IntFlag):
     VFIO_DMA_MAP_FLAG_READ = 1
     VFIO_DMA_MAP_FLAG_WRITE = 2
+    VFIO_DMA_MAP_FLAG_VADDR = 4
+    """Give a mapping whose vaddr was invalidated a new one; of a type 1 container."""
+
+
+class DmaUnmapFlags(IntFlag):
+    VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP = 1
+    VFIO_DMA_UNMAP_FLAG_ALL = 2
+    VFIO_DMA_UNMAP_FLAG_VADDR = 4
+
+
+class IommuInfoFlags(IntFlag):
+    VFIO_IOMMU_INFO_PGSIZES = 1
+    VFIO_IOMMU_INFO_CAPS = 2
+
+
+class IommuInfoCap(IntEnum):
+    """``id`` of a capability of VFIO_IOMMU_GET_INFO."""
+
+    VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE = 1
+    VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION = 2
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL = 3
+
+
+class DirtyPagesFlags(IntFlag):
+    """What VFIO_IOMMU_DIRTY_PAGES is asked to do: exactly one."""
+
+    VFIO_IOMMU_DIRTY_PAGES_FLAG_START = 1
+    VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP = 2
+    VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP = 4
 
 
 class EehOp(IntEnum):
@@ -279,6 +309,103 @@ class DmaUnmap(Struct):
     size: int = 0
 
 
+@dataclass(slots=True)
+class Bitmap(Struct):
+    """``struct vfio_bitmap``: one bit for each page of ``pgsize`` bytes, ``size`` bytes of bitmap at ``data``.
+
+    ``data`` is an address of the caller's; over the port it is an offset in the argument, where the bytes travel.
+    """
+
+    FORMAT = struct.Struct("=QQQ")
+    SIZE = 24
+    pgsize: int = 0
+    size: int = 0
+    data: int = 0
+
+
+IOMMU_INFO_MIN_SIZE = 16
+"""``offsetofend(struct vfio_iommu_type1_info, iova_pgsizes)``."""
+
+
+@dataclass(slots=True)
+class Type1Info(Struct):
+    """``struct vfio_iommu_type1_info``; capabilities follow at ``cap_offset``, 0 when there are none."""
+
+    FORMAT = struct.Struct("=IIQII")
+    SIZE = 24
+    argsz: int = 0
+    flags: int = 0
+    iova_pgsizes: int = 0
+    cap_offset: int = 0
+    pad: int = 0
+
+
+@dataclass(slots=True)
+class InfoCapHeader(Struct):
+    """``struct vfio_info_cap_header``; ``next`` is an offset from the start of the info, 0 at the last."""
+
+    FORMAT = struct.Struct("=HHI")
+    SIZE = 8
+    id: int = 0
+    version: int = 1
+    next: int = 0
+
+
+@dataclass(slots=True)
+class CapMigration(Struct):
+    """``struct vfio_iommu_type1_info_cap_migration`` behind its header."""
+
+    FORMAT = struct.Struct("=I4xQQ")
+    SIZE = 24
+    flags: int = 0
+    pgsize_bitmap: int = 0
+    max_dirty_bitmap_size: int = 0
+
+
+@dataclass(slots=True)
+class IovaRange(Struct):
+    """``struct vfio_iova_range``, both ends inclusive."""
+
+    FORMAT = struct.Struct("=QQ")
+    SIZE = 16
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(slots=True)
+class DirtyBitmap(Struct):
+    """``struct vfio_iommu_type1_dirty_bitmap`` without its data."""
+
+    FORMAT = struct.Struct("=II")
+    SIZE = 8
+    argsz: int = 0
+    flags: int = 0
+
+
+@dataclass(slots=True)
+class DirtyBitmapGet(Struct):
+    """``struct vfio_iommu_type1_dirty_bitmap_get``: which bytes, and their ``vfio_bitmap``."""
+
+    FORMAT = struct.Struct("=QQQQQ")
+    SIZE = 40
+    iova: int = 0
+    size: int = 0
+    pgsize: int = 0
+    bitmap_size: int = 0
+    data: int = 0
+
+
+DIRTY_BITMAP_PAGES_MAX = (1 << 31) - 1
+"""Pages in one dirty bitmap."""
+
+
+def dirty_bitmap_bytes(pages: int) -> int:
+    """Bytes of the bitmap of ``pages`` pages: whole 64-bit words."""
+    return (pages + 63) // 64 * 8
+
+
+DIRTY_BITMAP_SIZE_MAX = dirty_bitmap_bytes(DIRTY_BITMAP_PAGES_MAX)
+
 SPAPR_TCE_INFO_MIN_SIZE = 16
 """``offsetofend(struct vfio_iommu_spapr_tce_info, dma32_window_size)``: all that a caller from before DDW knows."""
 
@@ -357,5 +484,6 @@ class EehPeOp(Struct):
 
 
 for _struct in (GroupStatus, DeviceInfo, RegionInfo, IrqInfo, IrqSet, DmaMap, DmaUnmap, SpaprTceInfo,
-                SpaprRegisterMemory, SpaprTceCreate, SpaprTceRemove, EehPeOp):  # fmt: skip
+                SpaprRegisterMemory, SpaprTceCreate, SpaprTceRemove, EehPeOp, Bitmap, Type1Info, InfoCapHeader,
+                CapMigration, IovaRange, DirtyBitmap, DirtyBitmapGet):  # fmt: skip
     assert _struct.FORMAT.size == _struct.SIZE, _struct.__name__
