@@ -3,8 +3,8 @@
 SEQPACKET (:class:`SeqpacketListener`, :class:`SeqpacketConnection`): one send is one message with its descriptors. It
 is the open file of the port; SO_PEERCRED and a pidfd say who is there, EOF is ``release()``. STREAM
 (:class:`StreamConnection`): vfio-user's framing, the header read by a recvmsg of exactly 16 bytes with a control buffer
-and the body after it, because a larger recvmsg glues messages together and gives descriptors to the wrong one. Plain bytes
-without descriptors, for text protocols: :class:`ByteConnection`.
+and the body after it, because a larger recvmsg glues messages together and gives descriptors to the wrong one. Plain
+bytes without descriptors, for text protocols: :class:`ByteConnection`.
 
 Everything is non-blocking. What cannot be sent at once waits in a bounded outbox that :meth:`flush` empties when the
 socket is writable. No descriptor is ever lost: what arrives truncated or with a broken message is closed here.
