@@ -5,7 +5,7 @@ here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 IrqListener = Callable[[int, bool], None]
 """``(irq, level)``: the line went up or down."""
@@ -19,6 +19,11 @@ class IrqLines:
         """How often each line went up."""
         self._high: set[int] = set()
         self.listeners: list[IrqListener] = []
+
+    @property
+    def high(self) -> frozenset[int]:
+        """The lines that are up."""
+        return frozenset(self._high)
 
     def level(self, irq: int) -> bool:
         """Whether the line is up."""
@@ -40,6 +45,13 @@ class IrqLines:
         """Up and down."""
         self.set(irq, True)
         self.set(irq, False)
+
+    def restore(self, high: Iterable[int], raised: Mapping[int, int]) -> None:
+        """Exactly the lines ``high`` are up, and they went up as often as ``raised`` says."""
+        wanted = set(high)
+        for irq in sorted(self._high | wanted):
+            self.set(irq, irq in wanted)
+        self.raised = Counter(raised)
 
     def reset(self) -> None:
         """Every line goes down; counts stay."""

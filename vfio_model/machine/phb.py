@@ -8,17 +8,25 @@ four level lines after the usual swizzle. Placement follows QEMU's ``spapr-pci-h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vfio_model.clock import VirtualClock
 from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.ddw import PhbDma
 from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.machine.irqs import IrqLines
+from vfio_model.machine.msi import MsiNumbers, PhbMsi
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bus import BusOptions, PCIBus, Window
+from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.vfio import EehOp, EehState
+
+EehPort = Callable[[EehOp], EehState]
+"""``VFIO_EEH_PE_OP`` on the one group of the one container behind a bridge; raises ``OSError`` as the ioctl does."""
 
 
 class MsiWindow:
@@ -54,6 +62,7 @@ class SpaprPhb:
         irqs: IrqLines,
         clock: VirtualClock,
         bus: BusOptions,
+        msi: MsiNumbers,
         trace: Trace = NULL_TRACE,
     ) -> None:
         self.index, self.buid = index, regs.phb_buid(index)
@@ -61,8 +70,12 @@ class SpaprPhb:
         self._irqs, self._trace = irqs, trace
         self._asserting: tuple[set[int], ...] = tuple(set() for _ in range(regs.PCI_PINS))
         self.dma = PhbDma(index, options, system, trace=trace)
-        msi = IORegion(f"{self.name}.msi", regs.MSI_WINDOW_SIZE, MsiWindow(irqs, trace))
-        self.dma.root.add_subregion(regs.MSI_WINDOW, msi)
+        self.msi = PhbMsi(msi)
+        """The message interrupts of its functions."""
+        self.eeh: Callable[[], EehPort | None] = lambda: None
+        """The way to EEH, if there is one now; set by whoever connects containers."""
+        messages = IORegion(f"{self.name}.msi", regs.MSI_WINDOW_SIZE, MsiWindow(irqs, trace))
+        self.dma.root.add_subregion(regs.MSI_WINDOW, messages)
         self.address_space = AddressSpace(self.name, self.dma.root)
         self.memory = MemoryRegion(f"{self.name}.mmio", U64_MAX)
         self.io = MemoryRegion(f"{self.name}.io", regs.PCI_IO_SIZE)
@@ -104,11 +117,29 @@ class SpaprPhb:
         self._trace("spapr_pci_lsi_set", busname=self.name, pin=line, irq=irq)
         self._irqs.set(irq, bool(asserting))
 
+    def function(self, config_addr: int) -> PCIDevice | None:
+        """The function that a ``config_addr`` cell names, or None."""
+        if config_addr >> 16 & 0xFF != self.bus.number:
+            return None
+        return self.bus.devices.get(config_addr >> 8 & 0xFF)
+
     def reset(self) -> None:
-        """PHB reset: windows first, then the devices with their TCE tables, in three phases."""
+        """PHB reset: windows first, then the devices with their TCE tables, in three phases, then EEH is enabled again,
+        and nobody has a message interrupt.
+        """
         self.bus.reset_enter()
         self.dma.dma_reset()
         for table in self.dma.tables:
             table.reset()
         self.bus.reset_hold()
         self.bus.reset_exit()
+        self._enable_eeh()
+        self.msi.reset()
+
+    def _enable_eeh(self) -> None:
+        port = self.eeh()
+        if port is not None:
+            try:
+                port(EehOp.VFIO_EEH_PE_ENABLE)
+            except OSError as error:
+                self._trace("warning", reason=f"{self.name}: EEH was not enabled: {error}")

@@ -22,7 +22,10 @@ from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.machine.device_tree import DeviceTree, phb_properties, vio_properties
+from vfio_model.machine.eeh_rtas import EehRtas
 from vfio_model.machine.irqs import IrqLines
+from vfio_model.machine.msi import MsiNumbers
+from vfio_model.machine.msi_rtas import MsiRtas
 from vfio_model.machine.pci_rtas import ConfigRtas
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.machine.vio import VioBus, VioKind
@@ -58,6 +61,7 @@ class PseriesMachine:
     :raise ConfigError: for an impossible number of PHBs.
     """
 
+    TYPE = "pseries"
     big_endian = True
 
     def __init__(
@@ -81,6 +85,7 @@ class PseriesMachine:
         self.phbs: dict[int, SpaprPhb] = {}
         """PHBs by BUID."""
         self._dma: dict[int, PhbDma] = {}
+        self._msi = MsiNumbers()
         self.vio = VioBus(self.tables, self.system, sum(block.size for block in ram), trace=trace)
         self._hcalls: dict[int, HCallHandler] = {
             **TceHcalls(self.tables, self.system, multi_tce=self.options.multi_tce, trace=trace).handlers,
@@ -89,6 +94,8 @@ class PseriesMachine:
         self._rtas: dict[int, RtasHandler] = {
             **DdwRtas(self._dma, self.tables, trace=trace).handlers,
             **ConfigRtas(self.phbs).handlers,
+            **MsiRtas(self.phbs, trace=trace).handlers,
+            **EehRtas(self.phbs).handlers,
             **self.vio.handlers,
         }
         for index in range(self.options.phbs):
@@ -112,6 +119,7 @@ class PseriesMachine:
             irqs=self.irqs,
             clock=self.clock,
             bus=BusOptions(big_endian=True, allow_zero_bars=True, idle=self._idle),
+            msi=self._msi,
             trace=self.trace,
         )
         self.phbs[phb.buid], self._dma[phb.buid] = phb, phb.dma

@@ -52,6 +52,12 @@ class MsiCapability:
         control = self._config.get("msi.control")
         return min(1 << ((control & CONTROL_MULTIPLE_ENABLE) >> CONTROL_MULTIPLE_ENABLE_SHIFT), self.vectors)
 
+    def set_message(self, address: int, data: int) -> None:
+        """Write address and data as the platform does, without the guest."""
+        self._config.set("msi.address_lo", address & 0xFFFFFFFF)
+        self._config.set("msi.address_hi", address >> 32)
+        self._config.set("msi.data", data)
+
     def message(self, vector: int) -> tuple[int, int]:
         """(address, 32-bit data) of ``vector``; a vector that was not given shares with another (taken modulo)."""
         config = self._config

@@ -1,0 +1,86 @@
+"""The RTAS calls by which a guest asks for message interrupts (LoPAPR "ibm,change-msi",
+"ibm,query-interrupt-source-number").
+
+The platform writes the bridge's message page and the first number into the function's capability; enabling it is the
+guest's own configuration write. No function here has MSI-X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.regs import RtasStatus, RtasToken
+from vfio_model.iommu.spapr.rtas import HW_ERROR, PARAM_ERROR, RtasHandler
+from vfio_model.machine.phb import SpaprPhb
+from vfio_model.pci.msi import MsiCapability
+from vfio_model.trace import NULL_TRACE, Trace
+
+_SUCCESS = int(RtasStatus.SUCCESS)
+CHANGE_FN, CHANGE_MSI_FN = 1, 3
+"""Functions of ``ibm,change-msi`` that can be answered: whatever the function has, and MSI."""
+TYPE_MSI = 1
+"""The kind of interrupt that was given, in the last cell of ``ibm,change-msi``."""
+TRIGGER_EDGE = 1
+
+
+class MsiRtas:
+    """The calls over the PHBs, by BUID."""
+
+    def __init__(self, phbs: Mapping[int, SpaprPhb], *, trace: Trace = NULL_TRACE) -> None:
+        self._phbs, self._trace = phbs, trace
+        self.handlers: dict[int, RtasHandler] = {
+            int(RtasToken.IBM_CHANGE_MSI): self.change_msi,
+            int(RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER): self.query_source,
+        }
+
+    def change_msi(self, args: Sequence[int], nret: int) -> list[int]:
+        """config_addr, buid_hi, buid_lo, function, requested, sequence -> given, next sequence, kind.
+
+        Nothing requested takes back what was given; a request for more than the function can use is answered with how
+        many it can, and gives nothing.
+        """
+        if len(args) < 6:
+            return PARAM_ERROR
+        config_addr, buid, function, requested, sequence = args[0], args[1] << 32 | args[2], *args[3:6]
+        phb, msi = self._find(buid, config_addr)
+        if phb is None or msi is None or function not in (CHANGE_FN, CHANGE_MSI_FN):
+            return PARAM_ERROR
+        if not requested:
+            return self._take_back(phb, msi, config_addr)
+        count, first = min(requested, msi.allocated), 0
+        if requested <= count:
+            block = phb.msi.give(config_addr, requested)
+            if block is None:
+                return HW_ERROR
+            first = block.first
+            msi.set_message(regs.MSI_WINDOW, first)
+        self._trace("spapr_pci_rtas_ibm_change_msi", cfg=config_addr, func=function, req=count, first=first)
+        return [_SUCCESS, count, sequence + 1, TYPE_MSI]
+
+    @staticmethod
+    def _take_back(phb: SpaprPhb, msi: MsiCapability, config_addr: int) -> list[int]:
+        if not phb.msi.release(config_addr):
+            return PARAM_ERROR
+        msi.set_message(0, 0)
+        return [_SUCCESS, 0]
+
+    def query_source(self, args: Sequence[int], nret: int) -> list[int]:
+        """config_addr, buid_hi, buid_lo, which of the function's -> number, trigger."""
+        if len(args) < 4:
+            return PARAM_ERROR
+        config_addr, which = args[0], args[3]
+        phb = self._phbs.get(args[1] << 32 | args[2])
+        if phb is None or phb.function(config_addr) is None:
+            return PARAM_ERROR
+        block = phb.msi.given.get(config_addr)
+        if block is None or which >= block.num:
+            return HW_ERROR
+        number = block.first + which
+        self._trace("spapr_pci_rtas_ibm_query_interrupt_source_number", ioa=which, intr=number)
+        return [_SUCCESS, number, TRIGGER_EDGE]
+
+    def _find(self, buid: int, config_addr: int) -> tuple[SpaprPhb | None, MsiCapability | None]:
+        phb = self._phbs.get(buid)
+        device = phb.function(config_addr) if phb is not None else None
+        return phb, device.msi if device is not None else None
