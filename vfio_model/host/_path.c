@@ -1,6 +1,6 @@
 /* The fast half of the assigned path (vfio_model/host/dma.py), in one call: lane odd, state and root, TCE, copy, lane even.
  *
- * A Path serves an access inside one page of the single-level window and the segment that know() told it of. Whatever
+ * A Path serves an access inside one page of the window and the segment that know() told it of. Whatever
  * is not plainly good goes to the slow half, a Python callable, which finds the fault or moves the bytes, and may call
  * know() anew. The layout of the shared words is that of vfio_model/host/layout.py and vfio_model/memory/lane.py.
  *
@@ -15,6 +15,11 @@
 
 #define STATE 8
 #define BUS_MASTER 9
+#define DIRTY 13
+#define PERM 3u
+#define LEAF 4u
+#define FIRST_HPA (UINT64_C(1) << 32)
+#define DIRTY_SHIFT 12
 #define MAY_READ 1u
 #define MAY_WRITE 2u
 #define SECTION_BYTES (256 * 1024)
@@ -22,17 +27,53 @@
 typedef struct {
     PyObject_HEAD
     PyObject *slow_read, *slow_write, *ok;
-    Py_buffer pe_buffer, lane_buffer, tces_buffer, ram_buffer;
-    int bound, knows; /* which pairs of buffers are held */
+    Py_buffer pe_buffer, lane_buffer, dirty_buffer, tces_buffer, ram_buffer;
+    int bound, noted, knows; /* which buffers are held: the first pair, the third, the last pair */
     const uint64_t *pe, *tces;
     uint64_t *counter;
     char *ram;
+    uint8_t *dirty;
+    uint64_t dirty_size;
     uint64_t root_word, record, start, shift, low, base, entries, room;
+    /* Of a window with several levels, whose `tces` are all words of the domain. */
+    uint64_t words, table;
+    unsigned levels, level_shift;
 } Path;
 
 static inline uint64_t load(const uint64_t *word)
 {
     return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+/* The entry of page `index` in a table of several levels, as it is now; 0 where there is none. Under a leaf of a higher
+ * level it is what a page of the window's size would have. */
+static uint64_t walk(const Path *p, uint64_t index)
+{
+    const uint64_t mask = (UINT64_C(1) << p->level_shift) - 1;
+    uint64_t table = p->table;
+
+    for (unsigned level = p->levels - 1;; level--) {
+        const unsigned below = p->level_shift * level;
+        const uint64_t at = table + (index >> below & mask);
+        uint64_t entry;
+        if (at >= p->words)
+            return 0;
+        entry = load(p->tces + at);
+        if (!level || !entry)
+            return entry;
+        if (entry & LEAF)
+            return (entry & ~(uint64_t)LEAF) | (index & ((UINT64_C(1) << below) - 1)) << p->shift;
+        table = (entry & ~(uint64_t)PERM) >> 3;
+    }
+}
+
+/* After the copy, before the lane is even: the pages that were written, so that they are copied again. */
+static void note(const Path *p, uint64_t hpa, uint64_t size)
+{
+    uint64_t page = (hpa - FIRST_HPA) >> DIRTY_SHIFT, last = (hpa + size - 1 - FIRST_HPA) >> DIRTY_SHIFT;
+
+    for (; page <= last && page < p->dirty_size; page++)
+        __atomic_store_n(p->dirty + page, 1, __ATOMIC_RELEASE);
 }
 
 /* One DMA section. Returns whether all of the access was done; else nothing was. */
@@ -46,12 +87,16 @@ static int section(const Path *p, uint64_t iova, void *bytes, uint64_t size, int
     __atomic_store_n(p->counter, count + 1, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     if (load(p->pe + p->root_word) == p->record && !load(p->pe + STATE) && load(p->pe + BUS_MASTER)) {
-        uint64_t tce = load(p->tces + index), at = (tce & ~p->low) - p->base + within;
+        uint64_t tce = p->levels == 1 ? load(p->tces + index) : walk(p, index);
+        uint64_t at = (tce & ~p->low) - p->base + within;
         if (tce & (to_ram ? MAY_WRITE : MAY_READ) && at <= p->room && size <= p->room - at) {
-            if (to_ram)
-                memmove(p->ram + at, bytes, size);
-            else
+            if (!to_ram) {
                 memmove(bytes, p->ram + at, size);
+            } else {
+                memmove(p->ram + at, bytes, size);
+                if (load(p->pe + DIRTY) && size)
+                    note(p, p->base + at, size);
+            }
             moved = 1;
         }
     }
@@ -109,14 +154,18 @@ static PyObject *path_forget(Path *p, PyObject *unused)
 
 static PyObject *path_know(Path *p, PyObject *args)
 {
-    unsigned long long root_word, record, start, shift, base;
+    unsigned long long root_word, record, start, shift, base, entries = 0, table = 0;
+    unsigned levels = 1, level_shift = 0;
     PyObject *tces, *ram;
 
-    if (!PyArg_ParseTuple(args, "KKKKKOO", &root_word, &record, &start, &shift, &base, &tces, &ram))
+    if (!PyArg_ParseTuple(args, "KKKKKOO|(IIKK)", &root_word, &record, &start, &shift, &base, &tces, &ram, &levels,
+                          &level_shift, &table, &entries))
         return NULL;
     drop(p);
     if (root_word >= (uint64_t)p->pe_buffer.len / 8 || shift < 2 || shift > 63)
         return PyErr_Format(PyExc_ValueError, "root word %llu, page shift %llu", root_word, shift);
+    if (levels < 1 || (levels > 1 && (level_shift < 1 || level_shift > 62 || level_shift * (levels - 1) > 62)))
+        return PyErr_Format(PyExc_ValueError, "%u levels of %u bits", levels, level_shift);
     if (PyObject_GetBuffer(tces, &p->tces_buffer, PyBUF_SIMPLE))
         return NULL;
     if (PyObject_GetBuffer(ram, &p->ram_buffer, PyBUF_WRITABLE)) {
@@ -130,7 +179,9 @@ static PyObject *path_know(Path *p, PyObject *args)
     }
     p->root_word = root_word, p->record = record, p->start = start, p->shift = shift, p->base = base;
     p->low = (UINT64_C(1) << shift) - 1;
-    p->tces = p->tces_buffer.buf, p->entries = (uint64_t)p->tces_buffer.len / 8;
+    p->tces = p->tces_buffer.buf, p->words = (uint64_t)p->tces_buffer.len / 8;
+    p->levels = levels, p->level_shift = level_shift, p->table = table;
+    p->entries = levels == 1 ? p->words : entries;
     p->ram = p->ram_buffer.buf, p->room = (uint64_t)p->ram_buffer.len;
     return Py_BuildValue("");
 }
@@ -163,13 +214,21 @@ static void path_dealloc(Path *p)
         PyBuffer_Release(&p->pe_buffer);
         PyBuffer_Release(&p->lane_buffer);
     }
+    if (p->noted)
+        PyBuffer_Release(&p->dirty_buffer);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(p);
     Py_DECREF(type);
 }
 
-/* Takes the PE's words and the lanes' for as long as the object lives. */
-static int bind(Path *p, PyObject *pe, PyObject *lanes, unsigned long long slot)
+/* Takes the PE's words, the lanes' and the dirty map, which may be None, for as long as the object lives. */
+static int bind(Path *p, PyObject *pe, PyObject *lanes, unsigned long long slot, PyObject *dirty)
 {
+    if (dirty != Py_None) {
+        if (PyObject_GetBuffer(dirty, &p->dirty_buffer, PyBUF_WRITABLE))
+            return -1;
+        p->noted = 1;
+        p->dirty = p->dirty_buffer.buf, p->dirty_size = (uint64_t)p->dirty_buffer.len;
+    }
     if (PyObject_GetBuffer(pe, &p->pe_buffer, PyBUF_SIMPLE))
         return -1;
     if (PyObject_GetBuffer(lanes, &p->lane_buffer, PyBUF_WRITABLE)) {
@@ -177,7 +236,7 @@ static int bind(Path *p, PyObject *pe, PyObject *lanes, unsigned long long slot)
         return -1;
     }
     p->bound = 1;
-    if (p->pe_buffer.len / 8 <= BUS_MASTER || slot >= (uint64_t)p->lane_buffer.len / 8 ||
+    if (p->pe_buffer.len / 8 <= DIRTY || slot >= (uint64_t)p->lane_buffer.len / 8 ||
         ((uintptr_t)p->pe_buffer.buf | (uintptr_t)p->lane_buffer.buf) & 7) {
         PyErr_Format(PyExc_ValueError, "PE words or lane words too short or not aligned");
         return -1;
@@ -189,13 +248,13 @@ static int bind(Path *p, PyObject *pe, PyObject *lanes, unsigned long long slot)
 
 static PyObject *path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *pe, *lanes, *slow_read, *slow_write, *ok;
+    PyObject *pe, *lanes, *slow_read, *slow_write, *ok, *dirty = Py_None;
     unsigned long long slot;
     Path *p;
 
     if (kwargs && PyDict_Size(kwargs))
         return PyErr_Format(PyExc_TypeError, "Path takes positional arguments only");
-    if (!PyArg_ParseTuple(args, "OOKOOO", &pe, &lanes, &slot, &slow_read, &slow_write, &ok))
+    if (!PyArg_ParseTuple(args, "OOKOOO|O", &pe, &lanes, &slot, &slow_read, &slow_write, &ok, &dirty))
         return NULL;
     p = (Path *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!p)
@@ -203,7 +262,7 @@ static PyObject *path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     p->slow_read = Py_NewRef(slow_read);
     p->slow_write = Py_NewRef(slow_write);
     p->ok = Py_NewRef(ok);
-    if (bind(p, pe, lanes, slot)) {
+    if (bind(p, pe, lanes, slot, dirty)) {
         Py_DECREF((PyObject *)p);
         return NULL;
     }

@@ -7,7 +7,7 @@ from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
 class Path:
     """The fast half of :class:`vfio_model.host.dma.AssignedImpl` on the lane whose counter is ``lanes[slot]``.
 
-    ``pe`` and ``lanes`` (words) are held as long as the object lives.
+    ``pe`` and ``lanes`` (words) and ``dirty`` (the bytes of a dirty map, or None) are held as long as the object lives.
 
     :raise ValueError: when they are too short or not aligned.
     """
@@ -20,6 +20,7 @@ class Path:
         slow_read: Callable[[int, WriteBuffer], MemTxResult],
         slow_write: Callable[[int, ReadBuffer], MemTxResult],
         ok: MemTxResult,
+        dirty: memoryview | None = None,
         /,
     ) -> Path: ...
     def read(self, iova: int, out: WriteBuffer, /) -> MemTxResult:
@@ -29,10 +30,22 @@ class Path:
         """As :meth:`read`, with ``slow_write``."""
 
     def know(
-        self, root_word: int, record: int, start: int, shift: int, base: int, tces: memoryview, ram: memoryview, /
+        self,
+        root_word: int,
+        record: int,
+        start: int,
+        shift: int,
+        base: int,
+        tces: memoryview,
+        ram: memoryview,
+        levels: tuple[int, int, int, int] = ...,
+        /,
     ) -> None:
         """Serve the window that word ``root_word`` of the PE publishes as ``record``: its first bus address, page shift
         and TCEs; and the segment whose byte 0 lies at ``base``. The two views are held until :meth:`forget`.
+
+        With more than one level ``tces`` are the words of the whole domain, and ``levels`` says how many there are, the
+        bits that each indexes, the word of the topmost table, and the pages of the window.
         """
 
     def forget(self) -> None:

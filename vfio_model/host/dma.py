@@ -20,7 +20,16 @@ from vfio_model.batch import variant
 from vfio_model.host.dma_many import make_many
 from vfio_model.host.explain import Step, explain
 from vfio_model.host.hpa import HpaMap
-from vfio_model.host.layout import PE_BUS_MASTER, PE_STATE, TCE_PERM, TCE_READ, TCE_WRITE
+from vfio_model.host.layout import (
+    DIRTY_SHIFT,
+    FIRST_HPA,
+    PE_BUS_MASTER,
+    PE_DIRTY,
+    PE_STATE,
+    TCE_PERM,
+    TCE_READ,
+    TCE_WRITE,
+)
 from vfio_model.host.segments import Segments
 from vfio_model.host.walk import Window, find_window, load_tce
 from vfio_model.memory.lane import SECTION_BYTES, Lane
@@ -36,7 +45,7 @@ __all__ = ["AssignedImpl", "Segments"]
 
 _OK, _DECODE_ERROR = MemTxResult.OK, MemTxResult.DECODE_ERROR
 _MOVED, _FAULT, _UNKNOWN = range(3)
-assert (PE_STATE, PE_BUS_MASTER, SECTION_BYTES) == (8, 9, 262144), "the fast path has these as literals"
+assert (PE_STATE, PE_BUS_MASTER, PE_DIRTY, SECTION_BYTES) == (8, 9, 13, 262144), "the fast path has these as literals"
 _NO_PLACE, _NO_RAM = HpaMap(0, 12, 0, 0), memoryview(b"")
 Find = Callable[[int], tuple[Any, memoryview, int] | None]
 Read = Callable[[int, WriteBuffer], MemTxResult]
@@ -47,10 +56,17 @@ class _Walker:
     """The general path: any number of pages, levels, windows and segments, in sections of at most 256 KiB."""
 
     def __init__(
-        self, pe: memoryview, domain: memoryview, find: Find, lane: Lane, on_unknown_hpa: Callable[[], None]
+        self,
+        pe: memoryview,
+        domain: memoryview,
+        find: Find,
+        lane: Lane,
+        on_unknown_hpa: Callable[[], None],
+        dirty: memoryview | None = None,
     ) -> None:
         self.pe, self.domain, self.find, self.lane = pe, domain, find, lane
         self.on_unknown_hpa = on_unknown_hpa
+        self.dirty = memoryview(b"") if dirty is None else dirty
         self.known: dict[int, Window] = {}
         self.record = 0
         """The window record that the last section went through."""
@@ -105,6 +121,13 @@ class _Walker:
         finally:
             lane[slot] += 1
 
+    def note(self, hpa: int, size: int) -> None:
+        """Mark ``size`` bytes from ``hpa``, which were just written, in the dirty map; inside the section."""
+        dirty = self.dirty
+        first, last = (hpa - FIRST_HPA) >> DIRTY_SHIFT, (hpa + size - 1 - FIRST_HPA) >> DIRTY_SHIFT
+        for page in range(first, min(last + 1, len(dirty))):
+            dirty[page] = 1
+
     def _pages(self, window: Window, iova: int, view: memoryview, need: int) -> tuple[int, int]:
         page, size, done = 1 << window.page_shift, len(view), 0
         while done < size:
@@ -112,13 +135,16 @@ class _Walker:
             tce = load_tce(self.domain, window, iova + done)
             if not tce & need:
                 return done, _FAULT
-            found = self.find((tce & -page & ~TCE_PERM) + within)
+            hpa = (tce & -page & ~TCE_PERM) + within
+            found = self.find(hpa)
             if found is None:
                 return done, _UNKNOWN
             _, ram, at = found
             count = min(page - within, size - done, len(ram) - at)
             if need == TCE_WRITE:
                 ram[at : at + count] = view[done : done + count]
+                if self.pe[PE_DIRTY]:
+                    self.note(hpa, count)
             else:
                 view[done : done + count] = ram[at : at + count]
             done += count
@@ -126,13 +152,27 @@ class _Walker:
 
 
 class _Near:
-    """The window (of one level) and segment used last; ``fast`` where the segment's memory is one run.
+    """The window and segment used last; ``fast`` where the segment's memory is one run.
 
     ``first`` is the number of the window's first page; because the window is aligned to its size, a page's number XOR
-    ``first`` is its index in ``tces``, and lies beyond their end exactly for pages outside the window.
+    ``first`` is its index in the window, which has ``entries`` pages, and lies beyond their end exactly for pages
+    outside. With one level ``tces`` are its entries, with several the words of the whole domain.
     """
 
-    __slots__ = ("base", "fast", "first", "low", "place", "ram", "record", "root_word", "shift", "tces")
+    __slots__ = (
+        "base",
+        "entries",
+        "fast",
+        "first",
+        "low",
+        "place",
+        "ram",
+        "record",
+        "root_word",
+        "shift",
+        "tces",
+        "window",
+    )
 
     def __init__(
         self, window: Window | None, domain: memoryview, place: HpaMap = _NO_PLACE, ram: memoryview = _NO_RAM
@@ -140,9 +180,11 @@ class _Near:
         self.root_word, self.record = (window.root_word, window.record) if window else (PE_STATE, -1)
         self.shift = window.page_shift if window else 12
         self.low = (1 << self.shift) - 1
-        entries = (window.last - window.start + 1) >> self.shift if window else 0
+        self.window = window
+        self.entries = (window.last - window.start + 1) >> self.shift if window else 0
         self.first = window.start >> self.shift if window else 0
-        self.tces = domain[window.table : window.table + entries] if window else domain[:0]
+        one = window is not None and window.levels == 1
+        self.tces = domain[window.table : window.table + self.entries] if window and one else domain[:]
         self.place, self.base, self.ram = place, place.base, ram
         self.fast = window is not None and place.contiguous
 
@@ -154,7 +196,7 @@ class AssignedImpl:
     for tests: it is called inside the section between translation and copy, and takes the fast path away.
     ``on_unknown_hpa()`` is called outside any section when a TCE points at memory that ``segments`` does not hold; it
     may add some, and the access is tried once more. ``compiled`` False keeps to Python even where the compiled half was
-    built.
+    built. ``dirty`` is the process's dirty map, as bytes.
     """
 
     read: Read
@@ -171,11 +213,12 @@ class AssignedImpl:
         on_unknown_hpa: Callable[[], None] = lambda: None,
         budget: BounceBudget | None = None,
         compiled: bool = True,
+        dirty: memoryview | None = None,
     ) -> None:
         self.pe, self.domain, self.segments, self.lane = pe_words, domain_words, segments, lane
         self.budget = budget or BounceBudget()
         find = segments.find if gate is None else _gated(segments.find, gate)
-        self._walker = _Walker(pe_words, domain_words, find, lane, on_unknown_hpa)
+        self._walker = _Walker(pe_words, domain_words, find, lane, on_unknown_hpa, dirty)
         if gate is None:
             use_path = compiled and Path is not None and variant.chosen == "compiled"
             make = _make_compiled if use_path else _make_fast
@@ -255,11 +298,11 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
     """``read`` and ``write`` whose fast half runs on cells that the slow half sets, and a look at those cells.
 
     The two fast halves are alike on purpose: a call or a test that they shared would cost more than they do. So are the
-    literal 8 and 9 (PE_STATE, PE_BUS_MASTER) and 262144 (SECTION_BYTES): a global's name is looked up at every access.
+    literal 8, 9 and 13 (PE_STATE, PE_BUS_MASTER, PE_DIRTY) and 262144 (SECTION_BYTES): a global's name is looked up at every access.
     Nothing is learnt from an access that failed.
     """
     slow_read, slow_write = _make_slow(walker)
-    pe, lane, slot = walker.pe, walker.lane.words, walker.lane.slot
+    pe, lane, slot, note = walker.pe, walker.lane.words, walker.lane.slot, walker.note
     nowhere = near = _Near(None, walker.domain)
     dull: set[int] = set()  # window records through which no access is simple
     root_word, record, first = near.root_word, near.record, near.first
@@ -269,7 +312,7 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
     def know(found: _Near) -> None:
         nonlocal near, root_word, record, first, shift, low, tces, page, mask, base, ram, limit
         near, record = found, -1
-        if not found.fast:
+        if not found.fast or found.window is None or found.window.levels > 1:
             dull.add(walker.record)
             return
         root_word, first, shift, low, tces = found.root_word, found.first, found.shift, found.low, found.tces
@@ -308,6 +351,8 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
                 end = at + size
                 if tce & 2 and within + size <= page and at >= 0 and end <= limit and size <= 262144:
                     ram[at:end] = data
+                    if pe[13] and size:
+                        note((tce & mask) + within, size)
                     return _OK
         except IndexError:  # not in this window
             pass
@@ -339,8 +384,10 @@ def _make_compiled(walker: _Walker, segments: Segments) -> tuple[Read, Write, Ca
             return
         near = _look(walker, segments, iova)
         if near.fast and not near.ram.readonly:
-            start = near.first << near.shift
-            path.know(near.root_word, near.record, start, near.shift, near.base, near.tces, near.ram)
+            start, window = near.first << near.shift, near.window
+            assert window is not None, "what is fast has a window"
+            levels = window.levels, window.level_shift, window.table, near.entries
+            path.know(near.root_word, near.record, start, near.shift, near.base, near.tces, near.ram, levels)
         else:
             path.forget()
             dull.add(walker.record)
@@ -364,7 +411,8 @@ def _make_compiled(walker: _Walker, segments: Segments) -> tuple[Read, Write, Ca
         dull.clear()
 
     # Views of our own, so that whoever mapped the areas can release his.
-    path = Path(memoryview(walker.pe), memoryview(walker.lane.words), walker.lane.slot, read, write, _OK)
+    dirty = memoryview(walker.dirty) if len(walker.dirty) else None
+    path = Path(memoryview(walker.pe), memoryview(walker.lane.words), walker.lane.slot, read, write, _OK, dirty)
     segments.on_change(forget)
     return path.read, path.write, lambda: near
 
@@ -379,6 +427,6 @@ def _look(walker: _Walker, segments: Segments, iova: int) -> _Near:
         found = segments.find(tce & -(1 << window.page_shift) & ~TCE_PERM) if window and tce else None
     finally:
         lane[slot] += 1
-    if window is None or window.levels != 1 or window.start & window.last != window.start:
+    if window is None or window.start & window.last != window.start:
         return _Near(None, walker.domain)
     return _Near(window, walker.domain, found[0], found[1]) if found else _Near(None, walker.domain)

@@ -6,6 +6,7 @@ vectors: the addresses become table indices once, before any section, which is a
 and on a window record, which never changes; a section in which anything is unusual moves nothing.
 
 A piece at which a batch stops goes by itself, so that faults are found exactly and another window or segment is learnt.
+So do all pieces that are written while writes are noted in a dirty map.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 
 from vfio_model.batch import variant
 from vfio_model.host.hpa import HpaMap
-from vfio_model.host.layout import PE_BUS_MASTER, PE_STATE, TCE_PERM
+from vfio_model.host.layout import PE_BUS_MASTER, PE_DIRTY, PE_STATE, TCE_PERM, TCE_READ, TCE_WRITE
+from vfio_model.host.walk import Window, load_tces
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
 
@@ -43,6 +45,8 @@ class NearView(Protocol):
     place: HpaMap
     fast: bool
     ram: memoryview
+    entries: int
+    window: Window | None
 
 
 @functools.cache
@@ -135,7 +139,7 @@ class _Batch:
             return 0
         within = addresses & near.low
         where = addresses >> near.shift ^ near.first
-        if where.max() >= len(near.tces) or (within & size - 1).any():
+        if where.max() >= near.entries or (within & size - 1).any():
             return 0
         where = where.view("i8")
         if self._tces[0] is not near.tces:
@@ -162,7 +166,7 @@ class _Batch:
         lane, slot = self.lane.words, self.lane.slot
         lane[slot] += 1
         try:
-            at = self._translate(near, len(rows), size, where, within, 2)
+            at = self._translate(near, len(rows), size, where, within, TCE_WRITE)
             if at is None:
                 return False
             rows[at] = pieces
@@ -174,7 +178,7 @@ class _Batch:
         lane, slot = self.lane.words, self.lane.slot
         lane[slot] += 1
         try:
-            at = self._translate(near, len(rows), size, where, within, 1)
+            at = self._translate(near, len(rows), size, where, within, TCE_READ)
             if at is None:
                 return False
             rows.take(at, 0, out=pieces, mode="clip")
@@ -184,10 +188,12 @@ class _Batch:
 
     def _translate(self, near: NearView, rows: int, size: int, where: Any, within: Any, need: int) -> Any:
         """Row numbers of the pieces, or None when one of them may not or cannot be moved here; inside a section."""
-        pe, np = self.pe, _numpy()
-        if pe[near.root_word] != near.record or pe[PE_STATE] or not pe[PE_BUS_MASTER]:
+        pe, np, window = self.pe, _numpy(), near.window
+        if pe[near.root_word] != near.record or pe[PE_STATE] or not pe[PE_BUS_MASTER] or window is None:
             return None
-        tces = self._tces[1][where]
+        if need == TCE_WRITE and pe[PE_DIRTY]:
+            return None
+        tces = self._tces[1][where] if window.levels == 1 else load_tces(self._tces[1], window, where)
         if not np.bitwise_and.reduce(tces) & need:
             return None
         if within is None and near.fast and size > TCE_PERM:
@@ -225,7 +231,7 @@ class _CompiledBatch(_Batch):
     def run(self, iovas: Any, size: int, view: memoryview, first: int, to_ram: bool) -> int:
         """Move the pieces from ``first`` on; returns how many went before anything unusual came."""
         near, lane, slot = self.near(), self.lane.words, self.lane.slot
-        if not near.fast:
+        if not near.fast or near.window is None or near.window.levels > 1:
             return super().run(iovas, size, view, first, to_ram)
         if size > SECTION_BYTES:
             return 0
@@ -236,7 +242,8 @@ class _CompiledBatch(_Batch):
             end, moved = min(total, done + per), 0
             lane[slot] += 1
             try:
-                if pe[root_word] == record and not pe[PE_STATE] and pe[PE_BUS_MASTER]:
+                noted = to_ram and pe[PE_DIRTY]
+                if pe[root_word] == record and not pe[PE_STATE] and pe[PE_BUS_MASTER] and not noted:
                     moved = move(*window, iovas, size, view, done, end)
             finally:
                 lane[slot] += 1

@@ -17,6 +17,7 @@ from vfio_model.host.layout import (
     PE_STATE,
     PE_WINDOW0,
     PE_WINDOWS,
+    TCE_LEAF,
     TCE_PERM,
     TCE_READ,
     TCE_WRITE,
@@ -86,6 +87,8 @@ def _levels(domain: memoryview, window: Window, iova: int, steps: list[Step]) ->
     for level in range(window.levels - 1, 0, -1):
         number = index >> shift * level & (1 << shift) - 1
         entry: int = domain[table + number]
+        if entry & TCE_LEAF:
+            return _leaf(window, table + number, entry, shift * level, index, steps)
         meaning = f"next table at {entry & ~TCE_PERM:#x}" if entry else "no table below: nothing near was ever mapped"
         steps.append(_step(f"level {level} entry {number:#x}", "domain", table + number, entry, meaning, bool(entry)))
         if not entry:
@@ -96,6 +99,13 @@ def _levels(domain: memoryview, window: Window, iova: int, steps: list[Step]) ->
     meaning = f"page {tce & -(1 << window.page_shift):#x}, {_PERMISSIONS[tce & TCE_PERM]}" if tce else "not mapped"
     steps.append(_step(f"TCE {index:#x}", "domain", table + number, tce, meaning, bool(tce)))
     return tce or None
+
+
+def _leaf(window: Window, word: int, entry: int, bits: int, index: int, steps: list[Step]) -> int:
+    size, address = 1 << bits + window.page_shift, entry & ~(TCE_LEAF | TCE_PERM)
+    meaning = f"page {address:#x} of {size:#x} bytes, {_PERMISSIONS[entry & TCE_PERM]}"
+    steps.append(_step(f"leaf {index >> bits:#x}", "domain", word, entry, meaning, True))
+    return (entry & ~TCE_LEAF) | (index & (1 << bits) - 1) << window.page_shift
 
 
 def _permission(tce: int, is_write: bool | None, steps: list[Step]) -> bool:

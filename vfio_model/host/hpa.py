@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING, Literal
 
+from vfio_model.host.layout import FIRST_HPA
 from vfio_model.ranges import align_up
 
 if TYPE_CHECKING:
@@ -23,11 +24,9 @@ if TYPE_CHECKING:
     U64Array = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 HPA_BITS = 52
-FIRST_HPA = 1 << 32
 MAX_PAGE = 16 << 30
 """The largest backing page there is. One that were larger would use the whole space up for everybody."""
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
-
 
 
 @functools.cache

@@ -25,6 +25,8 @@ PE_WINDOW0 = 10
 PE_WINDOWS = 2
 PE_GENERATION = 12
 """Counts the changes of the words above; for observers and caches of a whole table, not for the DMA path."""
+PE_DIRTY = 13
+"""1 while every write is to be noted in the dirty map of whoever made it."""
 PE_WORDS = 16
 
 PE_NORMAL = 0
@@ -54,4 +56,18 @@ TCE_WRITE = 2
 TCE_PERM = 3
 """Both bits. In a non-leaf entry both are set and the rest is the byte offset of the next table; 0 means nothing
 there.
+"""
+TCE_LEAF = 4
+"""In an entry above the last level: it maps a page as large as the table that would be there covers. Permissions and
+address are as in the last level, the address aligned to that size.
+"""
+
+FIRST_HPA = 1 << 32
+"""No memory lies below."""
+DIRTY_SHIFT = 12
+"""log2 of the bytes of memory that one byte of a dirty map stands for."""
+DIRTY_BYTES = 1 << 32
+"""Bytes of a dirty map. Byte ``n`` stands for the page at ``FIRST_HPA + (n << DIRTY_SHIFT)``: a writer sets it to 1
+after it has written there, while :data:`PE_DIRTY` is set and before its lane is even again. The map is sparse. What
+lies beyond its end counts as written, always.
 """

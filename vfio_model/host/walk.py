@@ -7,10 +7,12 @@ nothing here may be kept beyond it but what a window record said, which never ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vfio_model.host.layout import (
     PE_WINDOW0,
     PE_WINDOWS,
+    TCE_LEAF,
     TCE_PERM,
     WINDOW_LAST,
     WINDOW_LEVEL_SHIFT,
@@ -65,13 +67,37 @@ def find_window(pe: memoryview, domain: memoryview, iova: int, known: dict[int, 
 
 
 def load_tce(domain: memoryview, window: Window, iova: int) -> int:
-    """The TCE of ``iova``, which lies in ``window``; 0 where a table is missing."""
+    """The TCE of ``iova``, which lies in ``window``; 0 where a table is missing. Under a leaf of a higher level it is
+    what a page of the window's size would have.
+    """
     index = (iova - window.start) >> window.page_shift
     table, shift = window.table, window.level_shift
     for level in range(window.levels - 1, 0, -1):
         entry: int = domain[table + (index >> shift * level & (1 << shift) - 1)]
         if not entry:
             return 0
+        if entry & TCE_LEAF:
+            return (entry ^ TCE_LEAF) | (index & (1 << shift * level) - 1) << window.page_shift
         table = (entry & ~TCE_PERM) >> 3
     tce: int = domain[table + (index & (1 << shift) - 1 if window.levels > 1 else index)]
     return tce
+
+
+def load_tces(domain: Any, window: Window, indices: Any) -> Any:
+    """:func:`load_tce` of many page numbers of ``window`` (int64 array), from ``domain`` as a uint64 array. Each entry
+    is loaded once.
+    """
+    if window.levels == 1:
+        return domain[window.table + indices]
+    shift, mask, page_shift = window.level_shift, (1 << window.level_shift) - 1, window.page_shift
+    table, dead, result = indices * 0 + window.table, indices < 0, indices.astype("u8") * 0
+    for level in range(window.levels - 1, 0, -1):
+        entries = domain[table + (indices >> shift * level & mask)]
+        ends = ((entries & (TCE_LEAF | TCE_PERM)) != TCE_PERM) & ~dead
+        if ends.any():
+            inner = (indices & (1 << shift * level) - 1).astype("u8") << page_shift
+            result += ((entries & ~TCE_LEAF) | inner) * (ends & (entries != 0))
+            dead |= ends
+        table = (entries >> 3).view("i8") * ~dead  # the permission bits fall out; the dead stay inside the area
+    tces = domain[table + (indices & mask)] * ~dead
+    return tces + result
