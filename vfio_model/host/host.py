@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator
-from errno import EBADF, EBADFD, EBUSY, EFAULT, EINVAL, ENODEV, ENOENT, ENOTTY, EPERM
+from collections.abc import Callable, Iterator, Sequence
+from errno import EBADF, EBADFD, EBUSY, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM
 
 from vfio_model.host.container import IommuDriver, VfioContainer, copy_in
 from vfio_model.host.explain import Step, explain
 from vfio_model.host.group import Group, HostDevice
 from vfio_model.host.hpa import HpaSpace, Segment
-from vfio_model.host.mm import Mm
+from vfio_model.host.kvm import CAPABILITIES, KvmPorts, KvmVm
+from vfio_model.host.kvm_table import KvmTable
+from vfio_model.host.mm import Mm, Vma
 from vfio_model.host.pe import PE_SIZE, PeBlock, Stop
 from vfio_model.host.pending import Batch, Pending, Revocation
 from vfio_model.host.spapr_tce import SpaprTceContainer
+from vfio_model.host.spapr_v1 import SpaprV1Container
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.topology import HostTopology
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import ContainerKind
+from vfio_model.uapi.kvm import KVM_PATH, KvmCap
 from vfio_model.uapi.vfio import (
     VFIO_GROUP_FLAGS_CONTAINER_SET,
     VFIO_GROUP_FLAGS_VIABLE,
@@ -48,10 +52,17 @@ OnDeviceOpen = Callable[[Group, HostDevice], int]
 OnDeviceClose = Callable[[Group, HostDevice, int], None]
 """The device with this token is closed and none of its DMA is under way any more."""
 
+Memory = Callable[[Mm, Vma], memoryview | None]
+"""``memory(mm, vma)``: the bytes that process ``mm`` has mapped there (format ``B``), to be read."""
+File = VfioContainer | Group | KvmVm | KvmTable
+
 CONTAINER_PATH = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 
-_DRIVERS: dict[ContainerKind, Callable[[TableMemory, int], IommuDriver]] = {"spapr-v2": SpaprTceContainer}
+_DRIVERS: dict[ContainerKind, Callable[[TableMemory, int], IommuDriver]] = {
+    "spapr-v2": SpaprTceContainer,
+    "spapr-v1": SpaprV1Container,
+}
 """What makes the driver of a kind, from its table memory and the host's page size."""
 
 STRUCT_SIZES: dict[int, int] = {
@@ -98,7 +109,10 @@ class Host:
         self._kinds = [kind for kind in topology.containers if kind in _DRIVERS]
         self._space = HpaSpace(topology.hpa, topology.host_page_size)
         self._segments: dict[str, Segment] = {}
-        self._files: dict[int, tuple[VfioContainer | Group, Mm]] = {}
+        self._files: dict[int, tuple[File, Mm]] = {}
+        self._capabilities = CAPABILITIES - {KvmCap[name] for name in topology.kvm_lacks}
+        self.memory: Memory = lambda mm, vma: None
+        """The bytes of a process's mapping, where this host can see them; the owner sets it."""
         self.groups = {spec.id: Group(spec, topology.platform, self._make_pe) for spec in topology.groups}
 
     def _make_pe(self, device: str) -> PeBlock:
@@ -152,13 +166,17 @@ class Host:
     # Files
 
     def open(self, path: str, mm: Mm) -> int:
-        """A handle of ``/dev/vfio/vfio`` or ``/dev/vfio/<group>``.
+        """A handle of ``/dev/vfio/vfio``, of ``/dev/vfio/<group>``, or of a new virtual machine of ``/dev/kvm``.
 
         :raise OSError: ENOENT for another path, EBUSY for a group that is open already.
         """
         handle = next(self._handles)
         if path == CONTAINER_PATH:
             self._files[handle] = (VfioContainer(handle, self._kinds, self._make_driver), mm)
+            return handle
+        if path == KVM_PATH and KvmCap.KVM_CAP_USER_MEMORY in self._capabilities:
+            ports = KvmPorts(self._file, self._memory_of)
+            self._files[handle] = (KvmVm(mm, ports, self._capabilities), mm)
             return handle
         number = path.removeprefix(GROUP_PREFIX)
         group = self.groups.get(int(number)) if number.isascii() and number.isdigit() else None
@@ -184,7 +202,9 @@ class Host:
     def _release(self, handle: int, revocation: Revocation) -> None:
         file = self._file(handle)
         del self._files[handle]
-        if isinstance(file, VfioContainer):
+        if isinstance(file, KvmTable):
+            file.drop()
+        if not isinstance(file, Group):
             return
         for device in file.open_devices:
             self._close_device(device, revocation)
@@ -193,7 +213,7 @@ class Host:
         file.handle = None
         file.stop(Stop.NOTHING)
 
-    def _file(self, handle: int) -> VfioContainer | Group:
+    def _file(self, handle: int) -> File:
         try:
             return self._files[handle][0]
         except KeyError:
@@ -218,8 +238,10 @@ class Host:
         file = self._file(handle)
         if isinstance(file, VfioContainer):
             return file.ioctl(mm, cmd, arg, revocation)
+        if isinstance(file, KvmVm):
+            return file.ioctl(mm, cmd, arg)
         handler = _GROUP_HANDLERS.get(cmd)
-        if handler is None:
+        if handler is None or not isinstance(file, Group):
             raise OSError(ENOTTY, f"ioctl {cmd:#x} is none of a group")
         return handler(self, file, arg, revocation)
 
@@ -249,6 +271,48 @@ class Host:
             except OSError as error:
                 return Batch(done, error.errno or EINVAL, error.strerror or "")
         return Batch(count)
+
+    # Virtual machines
+
+    def _vm(self, mm: Mm, handle: int) -> KvmVm:
+        vm = self._file(handle)
+        if not isinstance(vm, KvmVm):
+            raise OSError(ENOTTY, "the handle is not a virtual machine's")
+        if vm.mm is not mm:
+            raise OSError(EIO, "the virtual machine belongs to another process")
+        return vm
+
+    def create_spapr_tce(self, mm: Mm, vm: int, arg: bytes) -> tuple[int, memoryview]:
+        """``KVM_CREATE_SPAPR_TCE_64``: the table's handle, and the area that holds it
+        (:mod:`vfio_model.host.kvm_table`).
+
+        :raise OSError: EBADF, EIO for another process's machine, and as :meth:`KvmVm.create_table`.
+        """
+        table = self._vm(mm, vm).create_table(arg, self._buffers)
+        handle = next(self._handles)
+        self._files[handle] = (table, mm)
+        return handle, table.words
+
+    def hcall(self, mm: Mm, vm: int, nr: int, args: Sequence[int], links: int) -> int | Pending[int]:
+        """A hypercall of machine ``vm``, see :meth:`KvmVm.hcall`. :raise OSError: EBADF, EIO."""
+        revocation = Revocation()
+        ret = self._vm(mm, vm).hcall(nr, args, links, revocation)
+        return revocation.settle(lambda: ret) if revocation.actions else ret
+
+    def linked_containers(self, vm: int, liobn: int) -> list[int]:
+        """Handles of the containers that a hypercall about ``liobn`` concerns."""
+        file = self._files.get(vm, (None, None))[0]
+        return [container.handle for container in file.containers(liobn)] if isinstance(file, KvmVm) else []
+
+    def _memory_of(self, mm: Mm, hva: int, size: int) -> memoryview | None:
+        vma = mm.find(hva)
+        memory = self.memory(mm, vma) if vma is not None and hva + size <= vma.end else None
+        return None if vma is None or memory is None else memory[hva - vma.hva : hva - vma.hva + size]
+
+    @property
+    def kvm_words(self) -> list[memoryview]:
+        """The areas of all tables of virtual machines."""
+        return [file.words for file, _ in self._files.values() if isinstance(file, KvmTable)]
 
     # Groups
 

@@ -15,6 +15,7 @@ from vfio_model.errors import ConfigError
 from vfio_model.host.hpa import Placement
 from vfio_model.host.platform import MAX_LEVELS, PlatformName
 from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
+from vfio_model.uapi.kvm import KvmCap
 
 GroupIommu = Literal["powernv", "pseries", "emulated", "none"]
 
@@ -48,6 +49,7 @@ class GroupSpec:
     ddw: bool = True
     dma32_start: int = 0
     dma32_size: int = 2 * GIB
+    """Of the 32-bit window; 0 where there is none."""
     dma64_start: int = DMA64_START
     pgsizes: int = DEFAULT_PGSIZES
     max_windows: int = MAX_WINDOWS
@@ -67,6 +69,9 @@ class HostTopology:
     host_page_size: int = 64 * KIB
     hpa: Placement = "contiguous"
     domain_bytes: int = 256 * MIB
+    kvm_lacks: tuple[str, ...] = ()
+    """Names of capabilities that this host's KVM has not got (``KVM_CAP_SPAPR_TCE_VFIO``); without KVM_CAP_USER_MEMORY
+    it has no KVM at all."""
     containers: tuple[ContainerKind, ...] = ("spapr-v2", "spapr-v1")
     """The kinds of container that VFIO_CHECK_EXTENSION and VFIO_SET_IOMMU know."""
 
@@ -82,6 +87,8 @@ class HostTopology:
             raise ConfigError("containers is empty", where="host", hint="one or more of " + ", ".join(CONTAINER_KINDS))
         for kind in self.containers:
             _choice("containers", kind, CONTAINER_KINDS, "host")
+        for name in self.kvm_lacks:
+            _choice("kvm_lacks", name, tuple(KvmCap.__members__), "host")
         numbers = [group.id for group in self.groups]
         names = [device.name for group in self.groups for device in group.devices]
         _unique("group", [str(number) for number in numbers])
@@ -101,9 +108,10 @@ def _check_group(group: GroupSpec) -> None:
         raise ConfigError(f"{len(group.devices)} devices", where=where, hint="at most 64 in one group")
     if group.pgsizes <= 0 or group.pgsizes & 0xFFF or group.pgsizes >> 64 or not group.pgsizes & 4 * KIB:
         raise ConfigError(f"pgsizes {group.pgsizes:#x}", where=where, hint="a bitmap of page sizes with 4K among them")
-    if not _power_of_two(group.dma32_size) or group.dma32_size > 4 * GIB // 2 or group.dma32_size < 4 * KIB:
-        raise ConfigError(f"dma32_size {group.dma32_size:#x}", where=where, hint="a power of two, 4K to 2G")
-    if group.dma32_start < 0 or group.dma32_start % group.dma32_size or group.dma32_start + group.dma32_size > 4 * GIB:
+    size = group.dma32_size
+    if size and (not _power_of_two(size) or not 4 * KIB <= size <= 2 * GIB):
+        raise ConfigError(f"dma32_size {size:#x}", where=where, hint="0 or a power of two, 4K to 2G")
+    if group.dma32_start < 0 or group.dma32_start % (size or 4 * KIB) or group.dma32_start + group.dma32_size > 4 * GIB:
         raise ConfigError(f"dma32_start {group.dma32_start:#x}", where=where, hint="a multiple of dma32_size below 4G")
     if group.dma64_start < 1 << 55 or group.dma64_start >= 1 << 64 or group.dma64_start & (1 << 55) - 1:
         raise ConfigError(f"dma64_start {group.dma64_start:#x}", where=where, hint="a multiple of 1 << 55, not 0")

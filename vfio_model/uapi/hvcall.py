@@ -1,7 +1,7 @@
 """The hypercalls that both sides of the platform answer: return codes, opcodes and limits.
 
-A guest's H_*_TCE are served by the machine model (:mod:`vfio_model.iommu.spapr`) or, with in-kernel acceleration, by the
-host (:mod:`vfio_model.host.kvm`). Sources: LoPAPR ("Hypervisor Call Functions") and Linux
+A guest's H_*_TCE are served by the machine model (:mod:`vfio_model.iommu.spapr`) or, with in-kernel acceleration, by
+the host (:mod:`vfio_model.host.kvm`). Sources: LoPAPR ("Hypervisor Call Functions") and Linux
 ``arch/powerpc/include/asm/hvcall.h``.
 """
 

@@ -1,8 +1,9 @@
 """The part of the KVM uapi that in-kernel TCE tables need: ioctl numbers, capabilities, structures.
 
-Sources: Linux ``include/uapi/linux/kvm.h`` and ``arch/powerpc/include/uapi/asm/kvm.h``; numbers are those of the generic ``asm/ioctl.h``. Every structure has its
-size asserted. Where the header has a file descriptor, or a pointer to a structure, an argument of ours carries an 8-byte
-handle, or the structure itself right behind: see :class:`VfioSpaprTce` and :class:`DeviceAttr`.
+Sources: Linux ``include/uapi/linux/kvm.h`` and ``arch/powerpc/include/uapi/asm/kvm.h``; numbers are those of the
+generic ``asm/ioctl.h``. Every structure has its size asserted. Where the header has a file descriptor, or a pointer to
+a structure, an argument of ours carries an 8-byte handle, or the structure itself right behind: see
+:class:`VfioSpaprTce` and :class:`DeviceAttr`.
 """
 
 from __future__ import annotations
