@@ -7,6 +7,9 @@ is given up.
 
 Before a step each device has taken every register write that was posted to it. In ``realtime`` mode the clock follows
 CLOCK_MONOTONIC in steps of 1 ms and waits for nobody.
+
+While the machine is stopped nothing sees time pass. Steps that are asked for meanwhile add up, and are taken when it
+goes on (as QEMU does with ``clock_step`` of a stopped machine).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Final
 
 from guestd.remote import VfioUserDevice
 from protocols.transport.kernel import EventFd
-from protocols.transport.loop import Loop
+from protocols.transport.loop import Loop, LoopTimer
 from protocols.transport.shm import create_memory
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import DeadlineExceeded, PeerLost
@@ -56,15 +59,19 @@ class GuestClock:
         init_clock(self._area.words, 0)
         self._takers: list[_Taker] = []
         self._running = False
+        self._frozen = False
+        self._owed_ns = 0
+        """Steps asked for while frozen."""
         self._last_ns = 0
+        self._next_tick: LoopTimer | None = None
         self.realtime = realtime
         if realtime:
             self.resume()
 
     @property
     def now_ns(self) -> int:
-        """Virtual time."""
-        return self.virtual.now_ns
+        """Virtual time, with the steps that a stopped machine has not taken yet."""
+        return self.virtual.now_ns + self._owed_ns
 
     def attach(self, device: VfioUserDevice) -> None:
         """Let ``device`` follow, if it can.
@@ -74,9 +81,9 @@ class GuestClock:
         if not device.extensions.clock:
             return
         self._drop_lost()
-        taker = _Taker(device, self.now_ns)
+        taker = _Taker(device, self.virtual.now_ns)
         try:
-            device.clock(self.now_ns, (self._area.fd, taker.ticks.fd, taker.step.fd, taker.done.fd))
+            device.clock(self.virtual.now_ns, (self._area.fd, taker.ticks.fd, taker.step.fd, taker.done.fd))
         except (OSError, PeerLost):
             taker.close()
             raise
@@ -91,8 +98,11 @@ class GuestClock:
 
     def step(self, ns: int = 0) -> int:
         """Advance by ``ns``, or to this process's next timer when 0; the new time. Returns when every device has
-        taken it.
+        taken it; at once while frozen.
         """
+        if self._frozen:
+            self._owed_ns += ns
+            return self.now_ns
         target = self.now_ns + ns if ns else self.virtual.next_expiry_ns() or self.now_ns
         self._drop_lost()
         for taker in self._takers:
@@ -106,7 +116,7 @@ class GuestClock:
 
     def _announce(self, target: int) -> None:
         self.virtual.advance_to(target)
-        write_time(self._area.words, self.now_ns)
+        write_time(self._area.words, self.virtual.now_ns)
         for taker in self._takers:
             if taker.device.lost is None:
                 taker.step.ring()
@@ -131,18 +141,34 @@ class GuestClock:
         self._loop.call_later(0, turn, served=True)
         self._loop.serve_until(lambda: turned, STEP_SECONDS, "guestd", "a turn")
 
-    # -- real time -----------------------------------------------------------------------------------------------
+    # -- stopping, and real time ---------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Let no time pass until :meth:`thaw`. Harmless twice."""
+        self._frozen = True
+        self.stop()
+
+    def thaw(self) -> None:
+        """Go on, with the steps that were asked for meanwhile. Harmless when not frozen."""
+        owed, self._owed_ns, self._frozen = self._owed_ns, 0, False
+        if owed:
+            self.step(owed)
+        if self.realtime:
+            self.resume()
 
     def resume(self) -> None:
         """Follow real time from here on. Harmless when it does."""
         if not self._running:
             self._running = True
             self._last_ns = time.monotonic_ns()
-            self._loop.call_later(TICK_NS, self._tick)
+            self._next_tick = self._loop.call_later(TICK_NS, self._tick)
 
     def stop(self) -> None:
-        """Freeze."""
+        """Follow real time no longer."""
         self._running = False
+        if self._next_tick is not None:
+            self._next_tick.cancel()
+            self._next_tick = None
 
     def _tick(self) -> None:
         if not self._running:
@@ -150,8 +176,8 @@ class GuestClock:
         now = time.monotonic_ns()
         elapsed, self._last_ns = now - self._last_ns, now
         self._drop_lost()
-        self._announce(self.now_ns + elapsed)
-        self._loop.call_later(TICK_NS, self._tick)
+        self._announce(self.virtual.now_ns + elapsed)
+        self._next_tick = self._loop.call_later(TICK_NS, self._tick)
 
     def close(self) -> None:
         """Let go of every device. Harmless twice."""
