@@ -39,12 +39,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfio_model.errors import VMStateError
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.iommu.spapr.vmstate import SPAPR_IOMMU, completed, export_table, import_table
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.machine.vio import VioDma
 from vfio_model.pci.device import PCIDevice
+from vfio_model.ranges import Range
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription, decode, encode
 from vfio_model.vmstate.ram import RamReceiver, RamView
 from vfio_model.vmstate.stream import Frame, FrameKind, FrameReader, FrameWriter, Section
@@ -264,6 +266,21 @@ class MachineLoader:
         for key, entry in self._entries.items():
             if key not in self._states and not entry.optional:
                 raise VMStateError(f"no section {key[0]}, instance {key[1]:#x}", where=frame.where)
+
+        for phb in self._machine.phbs.values():
+            self._check_windows(phb, frame)
+
+    def _check_windows(self, phb: SpaprPhb, frame: Frame) -> None:
+        if OVERLAPPING_WINDOWS in phb.dma.options.quirks:
+            return
+        seen: list[Range] = []
+        for table in phb.dma.tables:
+            state = self._states.get((SPAPR_IOMMU.name, table.liobn))
+            if state is not None and state["mig_nb_table"]:
+                window = Range.sized(state["bus_offset"], state["mig_nb_table"] << state["page_shift"])
+                if any(window.overlaps(other) for other in seen):
+                    raise VMStateError(f"the DMA windows of {phb.name} overlap at {window}", where=frame.where)
+                seen.append(window)
 
     def load(self) -> None:
         """Give the machine the state that was read.

@@ -2,7 +2,8 @@
 
 At most two windows. A new window goes to the default address when none is active, else to the 64-bit address, and
 takes the first table object that is disabled, so that LIOBN ...00 is reused after the default window was removed. Two
-windows never overlap: after the default window went, a second 64-bit window would lie on the first, and is refused.
+windows never overlap: after the default window went, a second 64-bit window would lie on the first, and is refused
+(:data:`~vfio_model.iommu.spapr.quirks.OVERLAPPING_WINDOWS` allows it).
 
 A window exists only when everybody who must follow it does. Opening one runs the memory listeners; if one of them
 fails, or a follower answers its first flush with an error, the window is closed again and the caller told.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import errno
 
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS
 from vfio_model.iommu.spapr.regs import (
     MAX_WINDOWS,
     TCE_PAGE_SHIFT,
@@ -80,7 +82,9 @@ class PhbDma:
         if not nb_table or address + (nb_table << page_shift) > 1 << 64:
             raise OSError(errno.EINVAL, f"a window of 2**{window_shift} bytes in pages of 2**{page_shift}")
         wanted = Range.sized(address, nb_table << page_shift)
-        if any(table.window is not None and table.window.overlaps(wanted) for table in self.tables):
+        if OVERLAPPING_WINDOWS not in self.options.quirks and any(
+            other.window is not None and other.window.overlaps(wanted) for other in self.tables
+        ):
             raise OSError(errno.EEXIST, f"the other window overlaps {wanted}")
         self._open(table, page_shift, address, nb_table)
         return table

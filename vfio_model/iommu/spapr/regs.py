@@ -102,6 +102,8 @@ class DmaOptions:
     dma_win_addr: int = DEFAULT_WINDOW_ADDR
     dma_win_size: int = DEFAULT_WINDOW_SIZE
     dma64_win_addr: int = DMA64_WINDOW_ADDR
+    quirks: frozenset[str] = frozenset()
+    """Selected quirks by name; see :mod:`vfio_model.iommu.spapr.quirks`."""
 
 
 def page_mask(pgsz: int) -> int:

@@ -1,0 +1,78 @@
+"""Where this platform differs from QEMU's pseries machine on purpose, as data.
+
+A quirk that can be *selected* (``quirks: qemu``, or its name) makes the platform do what the peer does; the others are
+listed so that a comparison with the peer can leave them out and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from vfio_model.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Quirk:
+    """One difference. ``versions``: of which versions of ``peer`` it is known; ``selectable``: whether the platform can
+    do as the peer does.
+    """
+
+    name: str
+    peer: str
+    versions: str
+    here: str
+    there: str
+    reason: str
+    selectable: bool = False
+
+
+OVERLAPPING_WINDOWS: Final = "overlapping-windows"
+QUIRKS: tuple[Quirk, ...] = (
+    Quirk(
+        OVERLAPPING_WINDOWS,
+        "QEMU",
+        "2.7 to 11.1",
+        "ibm,create-pe-dma-window answers HW_ERROR when the new window would lie on the one at the 64-bit address",
+        "both windows are opened at the same bus address; devices see the second table's",
+        "a bus address has one meaning, and a host could not map both",
+        selectable=True,
+    ),
+    Quirk(
+        "window-too-large",
+        "QEMU",
+        "11.1",
+        "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, or no memory is left for them",
+        "the process can end: the number of TCEs has 32 bits, and its memory is asked for without looking at the answer",
+        "a guest must not be able to end the process",
+    ),
+    Quirk(
+        "refused-by-the-host",
+        "QEMU",
+        "11.1",
+        "a TCE or window that the host of an assigned device refuses is undone, and the call answers H_RESOURCE, "
+        "H_HARDWARE or HW_ERROR",
+        "the process ends",
+        "a guest must not be able to end the process",
+    ),
+)
+PEERS: Final = {"qemu": "QEMU"}
+"""Words that select every selectable quirk of a peer."""
+
+
+def selected(names: Iterable[str]) -> frozenset[str]:
+    """The quirks that ``names`` select: names of quirks, or of a peer (:data:`PEERS`).
+
+    :raise ConfigError: for a name that selects nothing.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        found = {
+            each.name for each in QUIRKS if each.selectable and (each.name == name or PEERS.get(name) == each.peer)
+        }
+        if not found:
+            known = ", ".join([*PEERS, *(each.name for each in QUIRKS if each.selectable)])
+            raise ConfigError(f"no quirk {name!r} can be selected", hint=f"known: {known}")
+        chosen |= found
+    return frozenset(chosen)
