@@ -44,7 +44,7 @@ QUIRKS: tuple[Quirk, ...] = (
         "QEMU",
         "11.1",
         "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, or no memory is left for them",
-        "the process can end: the number of TCEs has 32 bits, and its memory is asked for without looking at the answer",
+        "the process can end: the number of TCEs has 32 bits, and memory that is not there is fatal",
         "a guest must not be able to end the process",
     ),
     Quirk(
