@@ -16,6 +16,7 @@ import click
 from guestd.config import GuestConfig, load
 from guestd.control import ROLE, GuestControl
 from guestd.guest import Guest
+from guestd.qmp import Monitors
 from protocols.transport.eventfile import EventFile
 from protocols.transport.heap import settle
 from protocols.transport.kernel import die_with_parent as arm_death
@@ -40,10 +41,16 @@ def serve(directory: Path, config: GuestConfig, *, realtime: bool = False) -> No
         try:
             guest.start()
             control = GuestControl(guest, directory, lock, loop, events.trace)
+            monitors = Monitors(control.monitor, loop)
             try:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.on_signal(number, lambda: control.operations.quit("host-signal"))
+                for endpoint in config.monitors:
+                    monitors.start(endpoint)
                 settle()
                 loop.run()
             finally:
+                monitors.close()
                 control.close()
         finally:
             guest.close()

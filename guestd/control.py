@@ -20,7 +20,10 @@ import msgspec
 from guestd.config import DeviceConfig
 from guestd.explain import explain
 from guestd.guest import Guest
+from guestd.operations import Operations
+from guestd.qmp_commands import MonitorCommands
 from protocols.control import messages as control
+from protocols.monitor.messages import CommandFailed
 from protocols.transport.channel import RouterChannel
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
@@ -45,8 +48,9 @@ class GuestControl:
         self._machine = guest.machine
         self._causes = itertools.count((os.getpid() << 32) + 1)
         self.commands = 0
-        self.error: InternalGuestError | None = None
-        """Why the guest cannot go on; from then on it only answers questions."""
+        self.operations = Operations(guest, loop, trace)
+        self.monitor = MonitorCommands(self.operations, version())
+        """QMP's commands, for this socket and for monitors."""
         server = RouterServer(directory / f"{ROLE}.ctl", lock=lock)
         self._channel: Channel = RouterChannel(server, control.REQUESTS, control.RESPONSES, control.Refused)
         self._handlers: dict[type, Handler] = {
@@ -69,6 +73,7 @@ class GuestControl:
             control.DeviceAdd: self._device_add,
             control.DeviceDel: self._device_del,
             control.Reset: self._reset,
+            control.Qmp: self._qmp,
         }
         loop.register(self._channel, self._readable)
 
@@ -108,14 +113,16 @@ class GuestControl:
         handler = self._handlers.get(type(command))
         if handler is None:
             return control.Failed("ConfigError", f"{type(command).__name__} is not for a guest")
-        if self.error is not None and type(command) not in _QUESTIONS:
-            return _failed(self.error)
+        broken = self.operations.error
+        if broken is not None and type(command) not in _QUESTIONS:
+            return _failed(broken)
         try:
             return handler(command)
         except InternalGuestError as error:
-            self.error = error
-            self._trace("internal_error", reason=str(error))
+            self.operations.fail(error)
             return _failed(error)
+        except CommandFailed as refusal:
+            return control.Failed(refusal.error_class, refusal.reason[:4000])
         except (VfioModelError, OSError, OverflowError, MemoryError) as error:
             return _failed(error)
 
@@ -125,14 +132,14 @@ class GuestControl:
         return control.Welcome(ROLE, os.getpid(), version())
 
     def _quit(self, _: control.Quit) -> control.Answer:
-        self._loop.call_soon(self._loop.stop)
+        self.operations.quit()
         return control.Ok()
 
     def status(self) -> dict[str, object]:
         """What ``status`` says."""
-        state = "internal-error" if self.error is not None else "running"
-        about = {"role": ROLE, "pid": os.getpid(), "state": state, "commands": self.commands}
-        return {**about, "reason": str(self.error or ""), **self._guest.status()}
+        operations = self.operations
+        about = {"role": ROLE, "pid": os.getpid(), "state": str(operations.state), "commands": self.commands}
+        return {**about, "reason": str(operations.error or ""), **self._guest.status()}
 
     # -- the machine ---------------------------------------------------------------------------------------------
 
@@ -186,16 +193,23 @@ class GuestControl:
             config = msgspec.json.decode(command.config, type=DeviceConfig)
         except (msgspec.MsgspecError, ValueError) as error:
             raise ConfigError(str(error), where="device-add") from error
-        self._guest.add_device(config)
+        self.operations.add_device(config)
         return control.Ok()
 
     def _device_del(self, command: control.DeviceDel) -> control.Answer:
-        self._guest.remove_device(command.id)
+        self.operations.remove_device(command.id)
         return control.Ok()
 
     def _reset(self, _: control.Reset) -> control.Answer:
-        self._guest.reset()
+        self.operations.reset()
         return control.Ok()
+
+    def _qmp(self, command: control.Qmp) -> control.Answer:
+        try:
+            arguments = msgspec.json.decode(command.arguments, type=dict[str, object])
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ConfigError(str(error), where="arguments") from error
+        return _document(self.monitor.ask(command.execute, arguments))
 
     def close(self) -> None:
         """Stop serving. Harmless twice."""
@@ -204,7 +218,16 @@ class GuestControl:
 
 
 _QUESTIONS = frozenset(
-    (control.Hello, control.Status, control.Ping, control.Quit, control.DeviceList, control.Explain, control.ReadMemory)
+    (
+        control.Hello,
+        control.Status,
+        control.Ping,
+        control.Quit,
+        control.DeviceList,
+        control.Explain,
+        control.ReadMemory,
+        control.Qmp,  # its commands look for themselves
+    )
 )
 """What is still answered when the guest cannot go on."""
 

@@ -78,6 +78,11 @@ class Guest:
         self._follower: SpaceFollower | None = None
 
     @property
+    def directory(self) -> Path:
+        """The runtime directory."""
+        return self._directory
+
+    @property
     def phb(self) -> SpaprPhb:
         """The one host bridge."""
         return self.machine.phb()

@@ -49,7 +49,7 @@ class Operations:
     """On ``guest``, which runs from the start."""
 
     def __init__(self, guest: Guest, loop: Loop, trace: Trace, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
-        self.guest, self._loop, self._trace, self._wall_ns = guest, loop, trace, wall_ns
+        self.guest, self.loop, self._trace, self._wall_ns = guest, loop, trace, wall_ns
         self.state = RunState.RUNNING
         self.error: InternalGuestError | None = None
         """Why the guest cannot go on; from then on it only answers questions."""
@@ -105,7 +105,7 @@ class Operations:
         if self.state is not RunState.SHUTDOWN:
             self.state = RunState.SHUTDOWN
             self.emit("SHUTDOWN", {"guest": False, "reason": reason})
-        self._loop.call_soon(self._loop.stop)
+        self.loop.call_soon(self.loop.stop)
 
     def fail(self, error: InternalGuestError) -> None:
         """The guest cannot go on because of ``error``: it stops, the process lives."""
@@ -136,7 +136,7 @@ class Operations:
         self.check()
         self.guest.remove_device(name)
         named: dict[str, object] = {} if name.startswith(ANONYMOUS) else {"device": name}
-        self._loop.call_soon(lambda: self.emit("DEVICE_DELETED", {**named, "path": device_path(name)}))
+        self.loop.call_soon(lambda: self.emit("DEVICE_DELETED", {**named, "path": device_path(name)}))
 
     def find_device(self, id_or_path: str) -> str:
         """The name of the device with that id or QOM path.

@@ -52,7 +52,6 @@ def _answering() -> Iterator[None]:
         _serving.reset(token)
 
 
-
 class DeviceServices(Protocol):
     """What the guest does for a device that asks. Nothing here may wait."""
 

@@ -152,6 +152,15 @@ class Reset(Message, tag="reset", frozen=True):
     """Reset the machine (enter, hold, exit)."""
 
 
+class Qmp(Message, tag="qmp", frozen=True):
+    """A command of QMP's table (:mod:`protocols.monitor.commands`) with its arguments, a JSON object; answered by what
+    it returns as JSON. A refusal's kind is the QMP error class.
+    """
+
+    execute: Name
+    arguments: Json = b"{}"
+
+
 Command = (
     Hello
     | Status
@@ -173,6 +182,7 @@ Command = (
     | DeviceAdd
     | DeviceDel
     | Reset
+    | Qmp
 )
 
 

@@ -1,0 +1,143 @@
+"""``-device`` and ``device_add``: QEMU's options of a device as a :class:`~guestd.config.DeviceConfig`.
+
+The models of this process go by their names; ``vfio-pci`` is an assigned device (``host=``, and ``group=``, which QEMU
+finds in sysfs), ``vfio-user-pci`` one behind a socket. Messages are QEMU's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Final
+
+import msgspec
+
+from guestd.config import DeviceConfig
+from vfio_model.devices import DEVICES
+from vfio_model.errors import ConfigError
+from vfio_model.pci.address import PCIAddress
+from vfio_model.pci.bus import PCIBus
+
+ROOT_BUS: Final = "pci.0"
+ASSIGNED: Final = "vfio-pci"
+REMOTE: Final = "vfio-user-pci"
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")
+_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.([0-7]))?", re.IGNORECASE)
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+|[0-9]+", re.IGNORECASE)
+_SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+_COMMON: Final = frozenset(("driver", "id", "bus", "addr"))
+
+
+def drivers() -> list[str]:
+    """What may be a ``driver``."""
+    return sorted((*DEVICES, ASSIGNED, REMOTE))
+
+
+def device_config(
+    options: Mapping[str, object], bus: PCIBus, taken: Collection[str], *, anonymous: str, text: bool = False
+) -> DeviceConfig:
+    """The device that ``options`` ask for on ``bus``; ``anonymous`` is its name when they give no id.
+
+    ``text``: values come from a command line, numbers and switches as words.
+
+    :raise ConfigError: with QEMU's message.
+    """
+    driver = options.get("driver")
+    if not isinstance(driver, str):
+        raise ConfigError("Parameter 'driver' is missing")
+    if driver not in drivers():
+        raise ConfigError(f"'{driver}' is not a valid device model name")
+    if options.get("bus", ROOT_BUS) != ROOT_BUS:
+        raise ConfigError(f"Bus '{options['bus']}' not found")
+    name = options.get("id", anonymous)
+    if name != anonymous and (not isinstance(name, str) or not _ID.fullmatch(name)):
+        raise ConfigError(f"Invalid qdev ID '{name}'")
+    if name in taken:
+        raise ConfigError(f"Duplicate device ID '{name}'")
+    devfn = _devfn(driver, options.get("addr", -1), bus)
+    own = {key: value for key, value in options.items() if key not in _COMMON}
+    fields: dict[str, object] = {"id": name, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
+    make = {ASSIGNED: _assigned, REMOTE: _remote}.get(driver)
+    fields |= make(own) if make is not None else {"model": driver, "props": _props(driver, own, text=text)}
+    try:
+        return msgspec.convert(fields, DeviceConfig)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _devfn(driver: str, addr: object, bus: PCIBus) -> int:
+    """``addr=``: slot, or slot.function, hexadecimal; as a number the devfn; -1 for the first free slot."""
+    if addr == -1:
+        return bus.free_devfn(0)
+    if isinstance(addr, int) and not isinstance(addr, bool) and 0 <= addr < 256:
+        devfn = addr
+    else:
+        match = _ADDR.fullmatch(addr) if isinstance(addr, str) else None
+        if match is None or int(match[1], 16) > 31:
+            raise ConfigError(f"Property '{driver}.addr' doesn't take value '{addr}'")
+        devfn = int(match[1], 16) << 3 | int(match[2] or "0")
+    _check_free(bus, devfn)
+    return devfn
+
+
+def _check_free(bus: PCIBus, devfn: int) -> None:
+    slot, zero = devfn >> 3, bus.devices.get(devfn & ~7)
+    if devfn & 7 and zero is not None:
+        raise ConfigError(
+            f"PCI: slot {slot} function 0 already occupied by {driver_of(zero)}, additional functions can no longer be "
+            "exposed to guest."
+        )
+    if devfn in bus.devices:
+        raise ConfigError(f"PCI: slot {slot} already occupied by {driver_of(bus.devices[devfn])}")
+
+
+def driver_of(device: object) -> str:
+    """The driver that ``device`` is of."""
+    return next((name for name, kind in DEVICES.items() if type(device) is kind), ASSIGNED)
+
+
+def _props(driver: str, own: Mapping[str, object], *, text: bool) -> dict[str, object]:
+    known = DEVICES[driver].PROPS
+    found: dict[str, object] = {}
+    for name, value in own.items():
+        if name not in known:
+            raise ConfigError(f"Property '{driver}.{name}' not found")
+        found[name] = _value(name, known[name].type, value, text=text)
+    return found
+
+
+def _value(name: str, kind: type, value: object, *, text: bool) -> object:
+    if text and isinstance(value, str):
+        if kind is int and _NUMBER.fullmatch(value):
+            return int(value, 0)
+        if kind is bool and value in _SWITCH:
+            return _SWITCH[value]
+    if type(value) is not kind:
+        raise ConfigError(f"Parameter '{name}' expects {_TYPE_NAMES[kind]}")
+    return value
+
+
+_TYPE_NAMES: Final[dict[type, str]] = {int: "uint64", bool: "'on' or 'off'", str: "a string"}
+
+
+def _assigned(own: Mapping[str, object]) -> dict[str, object]:
+    for name in own:
+        if name not in ("host", "group"):
+            raise ConfigError(f"Property '{ASSIGNED}.{name}' not found")
+    if "host" not in own:
+        raise ConfigError("No provided host device")
+    group = own.get("group")
+    if isinstance(group, str) and group.isdecimal():
+        group = int(group)
+    host = PCIAddress.parse(str(own["host"]), where="host")
+    return {"attach": "assigned", "host": str(host), "group": group}
+
+
+def _remote(own: Mapping[str, object]) -> dict[str, object]:
+    for name in own:
+        if name not in ("socket", "dma"):
+            raise ConfigError(f"Property '{REMOTE}.{name}' not found")
+    socket = own.get("socket", "")
+    if isinstance(socket, dict):
+        socket = socket.get("path", "")
+    return {"attach": "remote", "socket": socket, **({"dma": own["dma"]} if "dma" in own else {})}
