@@ -1,71 +1,136 @@
-"""After any sequence of guest calls the host's tables are what the guest's say; a dict is the oracle of the guest's."""
+"""After any sequence of guest calls, resets, plugging and migration the host's tables are what the guest's say."""
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+import errno
+from typing import ClassVar
+
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.vfio.direct_chain import LIOBN0, LIOBN1, MIB, Chain
 from vfio_model.host.topology import DeviceSpec, GroupSpec
+from vfio_model.machine.migration import load_device_state, save_device_state
+from vfio_model.ranges import Range
 
 PAGES = 16
+DMA64 = 1 << 59
+ONE_WINDOW = GroupSpec(26, (DeviceSpec("0005:01:00.0"),), max_windows=1)
 tces = st.builds(lambda page, perm: page << 16 | perm, st.integers(0, 40), st.integers(0, 3))
-liobns = st.sampled_from((LIOBN0, LIOBN1, 0x8000_0002))
+liobns = st.sampled_from((LIOBN0, LIOBN0, LIOBN1, LIOBN1, 0x8000_0002))
 iobas = st.builds(
     lambda base, page, low: base + (page << 12) + low,
-    st.sampled_from((0, 1 << 59)),
+    st.sampled_from((0, DMA64)),
     st.integers(0, PAGES),
     st.sampled_from((0, 0, 5)),
 )
-put = st.tuples(st.just("put"), liobns, iobas, tces)
-stuff = st.tuples(st.just("stuff"), liobns, iobas, st.sampled_from((0, 0, 0x30003)), st.integers(0, PAGES + 2))
-indirect = st.tuples(st.just("indirect"), liobns, iobas, st.lists(tces, max_size=PAGES + 2))
-create = st.tuples(st.just("create"), st.sampled_from((12, 16)), st.sampled_from((16, 18)))
-remove = st.tuples(st.just("remove"), liobns)
-reset = st.tuples(st.just("reset"))
-calls = st.lists(st.one_of(put, put, stuff, indirect, indirect, create, remove, reset), max_size=25)
 
 
-def perform(chain: Chain, call: tuple[object, ...]) -> None:
-    match call:
-        case ("put", int(liobn), int(ioba), int(tce)):
-            chain.put(ioba, tce, liobn)
-        case ("stuff", int(liobn), int(ioba), int(value), int(count)):
-            chain.stuff(ioba, value, count, liobn)
-        case ("indirect", int(liobn), int(ioba), list(entries)):
-            chain.indirect(ioba, entries, liobn)
-        case ("create", int(page_shift), int(window_shift)):
-            chain.create_window(page_shift, window_shift)
-        case ("remove", int(liobn)):
-            chain.remove_window(liobn)
-        case _:
-            chain.reset_windows()
+class Guest(RuleBasedStateMachine):
+    """A chain whose machine may move to another one; ``GROUP`` is the host's, None for one with two windows."""
+
+    GROUP: ClassVar[GroupSpec | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = self._chain()
+
+    def _chain(self, *, connect: bool = True) -> Chain:
+        return Chain(ram=2 * MIB, page_size=1 << 16, window=PAGES << 12, group=self.GROUP, connect=connect)
+
+    # -- what a guest does
+
+    @rule(liobn=liobns, ioba=iobas, tce=tces)
+    def put(self, liobn: int, ioba: int, tce: int) -> None:
+        self.chain.put(ioba, tce, liobn)
+
+    @rule(liobn=liobns, ioba=iobas, value=st.sampled_from((0, 0, 0x30003)), count=st.integers(0, PAGES + 2))
+    def stuff(self, liobn: int, ioba: int, value: int, count: int) -> None:
+        self.chain.stuff(ioba, value, count, liobn)
+
+    @rule(liobn=liobns, ioba=iobas, entries=st.lists(tces, max_size=PAGES + 2))
+    def indirect(self, liobn: int, ioba: int, entries: list[int]) -> None:
+        self.chain.indirect(ioba, entries, liobn)
+
+    @rule(page_shift=st.sampled_from((12, 16)), window_shift=st.sampled_from((16, 18)))
+    def create(self, page_shift: int, window_shift: int) -> None:
+        before = self.windows()
+        if self.chain.create_window(page_shift, window_shift)[0]:
+            assert self.windows() == before
+
+    @rule(liobn=liobns)
+    def remove(self, liobn: int) -> None:
+        self.chain.remove_window(liobn)
+
+    @rule(of=st.sampled_from(("windows", "bridge", "machine")))
+    def reset(self, of: str) -> None:
+        machine = self.chain.machine
+        {"windows": self.chain.reset_windows, "bridge": machine.phb().reset, "machine": machine.reset}[of]()
+        assert [start for start, _ in self.windows()] == [0]
+
+    # -- what happens to it
+
+    @precondition(lambda self: self.chain.container is not None)
+    @rule()
+    def unplug(self) -> None:
+        assert self.chain.container is not None
+        self.chain.container.close()
+        self.chain.container = None
+        assert self.chain.mm == 0, "nothing stays locked"
+
+    @precondition(lambda self: self.chain.container is None)
+    @rule()
+    def plug(self) -> None:
+        starts = [start for start, _ in self.windows()]
+        try:
+            self.chain.container = self.chain.connect()
+        except OSError as error:
+            # a host's first window lies at 0, and it may have but one
+            assert starts == [DMA64] or (self.GROUP is ONE_WINDOW and len(starts) == 2)
+            assert error.errno in (errno.EINVAL, errno.ENOSPC)
+            assert self.chain.mm == 0
+
+    @rule()
+    def migrate(self) -> None:
+        here = self.chain
+        there = self._chain(connect=here.container is not None)
+        there.ram.view[:] = here.ram.view
+        load_device_state(there.machine, save_device_state(here.machine))
+        assert there.guest_view() == here.guest_view()
+        self.teardown()
+        self.chain = there
+
+    def teardown(self) -> None:
+        if self.chain.container is not None:
+            self.unplug()
+
+    # -- what always holds
+
+    def windows(self) -> list[tuple[int, int]]:
+        found = [table.window for table in self.chain.machine.tables.values()]
+        return sorted((window.start, window.last) for window in found if window is not None)
+
+    @invariant()
+    def windows_are_apart(self) -> None:
+        windows = self.windows()
+        assert len(windows) <= 2
+        assert len(windows) < 2 or not Range(*windows[0]).overlaps(Range(*windows[1]))
+
+    @invariant()
+    def the_host_has_what_the_guest_has(self) -> None:
+        if self.chain.container is not None:
+            assert self.chain.host_view() == self.chain.guest_view()
+            assert [(start, last) for start, last, _ in self.chain.host_windows()] == self.windows()
 
 
-def windows(chain: Chain) -> list[tuple[int, int]]:
-    found = [table.window for table in chain.machine.tables.values()]
-    return sorted((window.start, window.last) for window in found if window is not None)
+class GuestOfOneWindow(Guest):
+    """The host refuses the second window, cleanly."""
+
+    GROUP = ONE_WINDOW
 
 
-@settings(max_examples=60, deadline=None)
-@given(calls)
-def test_the_host_follows_the_guest(sequence: list[tuple[object, ...]]) -> None:
-    chain = Chain(ram=2 * MIB, page_size=1 << 16, window=PAGES << 12)
-    for call in sequence:
-        perform(chain, call)
-        assert chain.host_view() == chain.guest_view()
-        assert [(start, last) for start, last, _ in chain.host_windows()] == windows(chain)
-    assert chain.container is not None
-    chain.container.close()
-    assert chain.mm == 0
-
-
-@settings(max_examples=30, deadline=None)
-@given(calls)
-def test_a_host_with_one_window_refuses_cleanly(sequence: list[tuple[object, ...]]) -> None:
-    group = GroupSpec(26, (DeviceSpec("0005:01:00.0"),), max_windows=1)
-    chain = Chain(ram=2 * MIB, page_size=1 << 16, window=PAGES << 12, group=group)
-    for call in sequence:
-        perform(chain, call)
-        assert chain.host_view() == chain.guest_view()
-        assert [(start, last) for start, last, _ in chain.host_windows()] == windows(chain)
+TestTheHostFollowsTheGuest = Guest.TestCase
+TestTheHostFollowsTheGuest.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestAHostWithOneWindow = GuestOfOneWindow.TestCase
+TestAHostWithOneWindow.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
