@@ -133,7 +133,8 @@ class TestCore:
         assert world.container.get_api_version() == 0
         assert world.container.check_extension(V2) == 1
         assert world.container.check_extension(IommuType.VFIO_EEH) == 1
-        assert [world.container.check_extension(number) for number in (1, 2, 3, 8, 99)] == [0] * 5
+        assert world.container.check_extension(IommuType.VFIO_SPAPR_TCE_IOMMU) == 1
+        assert [world.container.check_extension(number) for number in (1, 3, 4, 8, 9, 99)] == [0] * 6
 
     def test_open_names_only_what_exists(self, world: World) -> None:
         port = world.client.port

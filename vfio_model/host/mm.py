@@ -50,7 +50,9 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Region:
-    """A preregistered, pinned range. ``page_shift`` bounds the IOMMU page that may map it."""
+    """A range that TCEs point into: a preregistered one, pinned whole, or with ``pages`` 0 one whose pages are pinned
+    one by one (:meth:`Mm.pinning`). ``page_shift`` bounds the IOMMU page that may map it.
+    """
 
     id: int
     ua: int
@@ -90,8 +92,10 @@ class Mm:
         self._regions: list[Region] = []
         self._region_starts: list[int] = []
         self._region_ids = 0
+        self._pinned: dict[int, Region] = {}
+        """By the first address of the mapping."""
         self.regions: dict[int, Region] = {}
-        """Regions by id, those being torn down included."""
+        """Regions by id, those being torn down and those of :meth:`pinning` included."""
 
     # VMAs
 
@@ -119,12 +123,32 @@ class Mm:
         if at == len(self._vmas) or self._vma_starts[at] != hva:
             raise OSError(ENOENT, f"no mapping begins at {hva:#x}")
         del self._vma_starts[at]
+        if pinned := self._pinned.pop(hva, None):
+            self.put(pinned)
         return self._vmas.pop(at)
 
     def find(self, hva: int) -> Vma | None:
         """The mapping that holds ``hva``."""
         at = bisect_right(self._vma_starts, hva) - 1
         return self._vmas[at] if at >= 0 and hva < self._vmas[at].end else None
+
+    def pinning(self, hva: int, size: int) -> Region | None:
+        """The region in which TCEs pin pages one by one, for all ``size`` bytes from ``hva``: the mapping around them.
+
+        Nothing of it is counted, and :meth:`lookup` does not find it. It lives while the mapping is declared, or a TCE
+        points into it. None when no single mapping holds these bytes.
+        """
+        vma = self.find(hva)
+        if vma is None or hva + size > vma.end:
+            return None
+        region = self._pinned.get(vma.hva)
+        if region is None:
+            run = Run(vma.hva, vma.end, vma.segment.hpa, vma.offset - vma.hva)
+            backing = max(self.host_page, min(vma.page_size or vma.segment.page_size, vma.segment.page_size))
+            self._region_ids += 1
+            region = Region(self._region_ids, vma.hva, 0, vma.end, backing.bit_length() - 1, (run,))
+            self._pinned[vma.hva] = self.regions[region.id] = region
+        return region
 
     # Accounting
 
@@ -202,6 +226,8 @@ class Mm:
 
     def _drop_if_over(self, region: Region) -> None:
         if region.used == 0 and region.mapped == 0:
-            at = self._regions.index(region)
-            del self._regions[at], self._region_starts[at], self.regions[region.id]
-            self.unaccount(region.pages)
+            del self.regions[region.id]
+            if region.pages:
+                at = self._regions.index(region)
+                del self._regions[at], self._region_starts[at]
+                self.unaccount(region.pages)

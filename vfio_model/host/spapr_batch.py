@@ -13,15 +13,17 @@ from __future__ import annotations
 import functools
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import ENOMEM
 from typing import Any
 
 from vfio_model.batch import variant
 from vfio_model.batch.dma_map import look_at_dma_maps, map_head
-from vfio_model.host.mm import Mm, Run
+from vfio_model.host.mm import Mm, Region, Run
 from vfio_model.host.tce_table import Dropped, TceTable, take
 from vfio_model.uapi.vfio import DmaUnmap
+
+Lookup = Callable[[Mm, int, int], Region | None]
 
 _LEAST = 8
 """Fewer structs are faster one by one."""
@@ -47,8 +49,13 @@ def _steps(count: int, page: int) -> Any:
     return steps
 
 
-def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count: int) -> bool:
-    """Store all ``count`` mappings; False when something about them is unusual: then nothing was done."""
+def map_pages(
+    tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count: int, lookup: Lookup = Mm.lookup
+) -> bool:
+    """Store all ``count`` mappings; False when something about them is unusual: then nothing was done.
+
+    ``lookup(mm, ua, size)``: what holds all of these bytes in place, if it is one region.
+    """
     if count < _LEAST:
         return False
     seen = look_at_dma_maps(args, count)
@@ -58,7 +65,7 @@ def map_pages(tables: Sequence[TceTable | None], mm: Mm, args: memoryview, count
     table = _table_of(tables, seen.iova, count * seen.size)
     if table is None or seen.size != table.page or (seen.iova | seen.bits) & (table.page - 1):
         return False
-    region = mm.lookup(seen.low, seen.high - seen.low + table.page)
+    region = lookup(mm, seen.low, seen.high - seen.low + table.page)
     if region is None or region.dying or region.page_shift < table.page_shift or len(region.runs) > 1:
         return False
     index = (seen.iova - table.start) >> table.page_shift

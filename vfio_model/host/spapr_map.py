@@ -1,12 +1,13 @@
 """MAP_DMA of one range: the TCEs of many pages, each checked as the kernel checks it, stored a stretch at a time.
 
-A stretch is as many pages as lie in one registered region, in one segment of memory and in one chunk of the table. What
+A stretch is as many pages as lie in one region, in one segment of memory and in one chunk of the table. What
 holds for its first page then holds for all of it, so that the result is that of going page by page.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from errno import EINVAL, ENXIO
 from typing import Any, NamedTuple
 
@@ -26,19 +27,43 @@ class MapRequest(NamedTuple):
     size: int
 
 
-def map_range(table: TceTable, mm: Mm, request: MapRequest) -> tuple[Dropped, OSError | None]:
-    """Store the TCEs of ``request``, whose alignment, flags and window are checked already.
+def find_page(mm: Mm, ua: int, table: TceTable) -> tuple[Region, Run]:
+    """The preregistered region and the run that hold the IOMMU page at ``ua``.
 
-    :return: what TCEs were replaced, and the error that stopped it, if any: EINVAL for a page that no region holds or
-        that is larger than its backing, ENXIO for one whose region is being torn down, ENOMEM without table memory.
-        After an error the entries stored before it are cleared and part of what was dropped.
+    :raise OSError: EINVAL for a page that no region holds or that is larger than its backing, ENXIO for one whose
+        region is being torn down.
+    """
+    region = mm.lookup(ua, table.page)
+    if region is None:
+        raise OSError(EINVAL, f"{ua:#x} is not registered")
+    if region.page_shift < table.page_shift:
+        raise OSError(EINVAL, f"{ua:#x} can be mapped by pages up to {1 << region.page_shift:#x}, not {table.page:#x}")
+    run = region.run_at(ua)
+    if ua + table.page > run.end:
+        raise OSError(EINVAL, f"the IOMMU page at {ua:#x} lies in two mappings")
+    if region.dying:
+        raise OSError(ENXIO, f"the region at {region.ua:#x} is being unregistered")
+    return region, run
+
+
+FindPage = Callable[[Mm, int, TceTable], tuple[Region, Run]]
+
+
+def map_range(
+    table: TceTable, mm: Mm, request: MapRequest, find: FindPage = find_page
+) -> tuple[Dropped, OSError | None]:
+    """Store the TCEs of ``request``, whose alignment, flags and window are checked already. ``find`` says what holds a
+    page in place, or raises the OSError for which it cannot be mapped.
+
+    :return: what TCEs were replaced, and the error that stopped it, if any: that of ``find``, or ENOMEM without table
+        memory. After an error the entries stored before it are cleared and part of what was dropped.
     """
     first = (request.iova - table.start) >> table.page_shift
     total, done, dropped = request.size >> table.page_shift, 0, Dropped()
     try:
         while done < total:
             ua = request.vaddr + (done << table.page_shift)
-            region, run = find_page(mm, ua, table)
+            region, run = find(mm, ua, table)
             room = (min(region.end, run.end) - ua) >> table.page_shift
             count = min(total - done, room, table.chunk_room(first + done))
             if count == 1:
@@ -54,21 +79,6 @@ def map_range(table: TceTable, mm: Mm, request: MapRequest) -> tuple[Dropped, OS
         add(dropped, table.clear(first, done))
         return dropped, error
     return dropped, None
-
-
-def find_page(mm: Mm, ua: int, table: TceTable) -> tuple[Region, Run]:
-    """The region and run that hold the IOMMU page at ``ua``. :raise OSError: as :func:`map_range` says."""
-    region = mm.lookup(ua, table.page)
-    if region is None:
-        raise OSError(EINVAL, f"{ua:#x} is not registered")
-    if region.page_shift < table.page_shift:
-        raise OSError(EINVAL, f"{ua:#x} can be mapped by pages up to {1 << region.page_shift:#x}, not {table.page:#x}")
-    run = region.run_at(ua)
-    if ua + table.page > run.end:
-        raise OSError(EINVAL, f"the IOMMU page at {ua:#x} lies in two mappings")
-    if region.dying:
-        raise OSError(ENXIO, f"the region at {region.ua:#x} is being unregistered")
-    return region, run
 
 
 def _tces(run: Run, ua: int, count: int, page_shift: int, perm: int) -> memoryview:
