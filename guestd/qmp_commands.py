@@ -40,6 +40,7 @@ class MonitorCommands:
             "query-uuid": lambda _: {"UUID": NO_UUID},
             "query-target": lambda _: {"arch": "ppc64"},
             "query-kvm": lambda _: {"enabled": False, "present": False},
+            "query-cpus-fast": lambda _: [],  # the machine has none
             "query-pci": lambda _: query_pci(self._guest),
             "qom-list-types": self._list_types,
             "qom-list": lambda given: qom_list(self._guest, str(given["path"])),
@@ -109,7 +110,7 @@ class MonitorCommands:
 
     def _device_add(self, given: Arguments, *, text: bool) -> object:
         guest = self._guest
-        name = f"{ANONYMOUS}{next(self._anonymous)}]" if "id" not in given else ""
+        name = f"{ANONYMOUS}{next(self._anonymous)}]"
         config = device_config(given, guest.phb.bus, guest.devices, anonymous=name, text=text)
         self.operations.add_device(config)
         return {}

@@ -80,10 +80,13 @@ def _line(name: str) -> list[str]:
 def tree(guest: Guest) -> QomObject:
     """The root object, made anew from what there is."""
     peripheral, anonymous, unattached = (QomObject("container") for _ in range(3))
-    for name in guest.devices:
-        (anonymous if name.startswith(ANONYMOUS) else peripheral).children[name] = _device(guest, name)
+    buses: dict[int, QomObject] = {}
     for place, phb in enumerate(guest.machine.phbs.values()):
-        unattached.children[f"device[{place}]"] = _phb(phb)
+        bridge = unattached.children[f"device[{place}]"] = _phb(phb)
+        for device in phb.bus.devices.values():
+            buses[id(device)] = bridge.children["pci.0"]
+    for name in guest.devices:
+        (anonymous if name.startswith(ANONYMOUS) else peripheral).children[name] = _device(guest, name, buses)
     machine = QomObject(MACHINE_TYPE)
     machine.children = {"peripheral": peripheral, "peripheral-anon": anonymous, "unattached": unattached}
     root = QomObject("container")
@@ -98,11 +101,13 @@ def _set_paths(start: QomObject) -> None:
         _set_paths(child)
 
 
-def _device(guest: Guest, name: str) -> QomObject:
+def _device(guest: Guest, name: str, buses: Mapping[int, QomObject]) -> QomObject:
     config, device = guest.devices[name]
     kind = config.model if config.attach == "emulated" else {"assigned": ASSIGNED, "remote": REMOTE}[config.attach]
     devfn = PCIAddress.parse(config.addr).devfn
+    bus = buses[id(device)]
     properties: dict[str, tuple[str, Value]] = {
+        "parent_bus": ("link<bus>", lambda: bus.path),
         "realized": ("bool", lambda: True),
         "addr": ("str", lambda: devfn),
     }

@@ -48,6 +48,7 @@ COMMANDS: Final[Mapping[str, Struct]] = {
     "query-uuid": _NOTHING,
     "query-target": _NOTHING,
     "query-kvm": _NOTHING,
+    "query-cpus-fast": _NOTHING,
     "query-pci": _NOTHING,
     "qom-list-types": Struct((Arg("implements", "string", optional=True), Arg("abstract", "boolean", optional=True))),
     "qom-list": Struct((_PATH,)),

@@ -9,6 +9,7 @@ Used by the tests of the codecs, and against live processes.
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ from msgspec import inspect as schema
 
 from protocols.codec import Codec
 from protocols.control import messages as control
+from protocols.monitor.commands import COMMANDS
 from protocols.notifier import messages as notifier
 from protocols.port import device, files, messages
-from protocols.vfio_user.messages import COMMANDS, Capabilities, Header, Payload, Role, Version
+from protocols.vfio_user.messages import COMMANDS as VFIO_USER
+from protocols.vfio_user.messages import Capabilities, Header, Payload, Role, Version
 
 _EDGES = [(1 << bits) + step for bits in (12, 16, 31, 32, 63, 64) for step in (-4096, -1, 0)]
 WILD = (0, 1, 2, 7, *(edge for edge in _EDGES if 0 <= edge < 1 << 64))
@@ -142,7 +145,7 @@ class Fuzzer:
 
     def vfio_user(self, sender: Role = Role.CLIENT) -> Iterator[tuple[bytes, int]]:
         """(frame, descriptors) of vfio-user for ever; the first is a good VERSION when a client sends."""
-        commands = [(number, spec) for number, spec in COMMANDS.items() if spec.sender is sender]
+        commands = [(number, spec) for number, spec in VFIO_USER.items() if spec.sender is sender]
         if sender is Role.CLIENT:
             body = Version(0, 0, Capabilities(max_msg_fds=16)).pack()
             yield Header(0, 1, 16 + len(body), 0, 0).pack() + body, 0
@@ -158,6 +161,30 @@ class Fuzzer:
                 yield frame, fds
             else:
                 yield self._broken_frame(frame), self.random.choice([fds, 0, 2])
+
+    def qmp(self) -> Iterator[bytes]:
+        """What a monitor's client may send, for ever: commands of the table with wild arguments, and broken ones."""
+        while True:
+            name = self.random.choice([*COMMANDS, "nope"])
+            members = COMMANDS[name].members if name in COMMANDS else ()
+            arguments = {member.name: self._json(2) for member in members if self.random.random() < 0.8}
+            if self.random.random() < 0.5:
+                arguments |= {member.name: "a" for member in members if member.type == "string"}
+            if self.random.random() < 0.2:
+                arguments[self.random.choice(WILD_TEXT)] = self._json(1)
+            command: dict[str, object] = {"execute": name, "arguments": arguments}
+            if self.random.random() < 0.5:
+                command["id"] = self._json(3)
+            data = json.dumps(command).encode()
+            yield data if self.random.random() < 2 / 3 else self.damage(data)
+
+    def _json(self, depth: int) -> object:
+        kind = self.random.randrange(7 if depth else 5)
+        if kind == 5:
+            return [self._json(depth - 1) for _ in range(self.random.randrange(3))]
+        if kind == 6:
+            return {self.random.choice(WILD_TEXT): self._json(depth - 1) for _ in range(self.random.randrange(3))}
+        return self.random.choice([None, True, -1.5, self.random.choice(WILD), self.random.choice(WILD_TEXT)])
 
     def _broken_frame(self, frame: bytes) -> bytes:
         """A frame whose size field is still true in most cases, so that the stream goes on."""
