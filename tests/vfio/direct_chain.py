@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vfio_model.errors import PeerLost
 from vfio_model.host.host import Host
@@ -17,6 +17,7 @@ from vfio_model.trace import ListTrace
 from vfio_model.vfio.connect import VFIOContainer, connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.ioctl import VfioPort
+from vfio_model.vfio.kvm import KvmAccelerator
 
 GROUP = "/dev/vfio/26"
 DEVICE = "0005:01:00.0"
@@ -36,6 +37,9 @@ class FaultyPort:
         self.open, self.close = port.open, port.close
         self.declare_memory, self.undeclare_memory = port.declare_memory, port.undeclare_memory
         self.take_device = port.take_device
+        self.create_spapr_tce, self.unmap_spapr_tce = port.create_spapr_tce, port.unmap_spapr_tce
+        self.hcalls: list[tuple[int, int]] = []
+        """(opcode, answer) of the hypercalls that the host was asked."""
 
     def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
         self.fail(cmd)
@@ -47,9 +51,21 @@ class FaultyPort:
         self.calls.append((cmd, count))
         return self._port.ioctl_many(handle, cmd, args, count)
 
+    def hcall(self, vm: int, nr: int, args: Sequence[int], links: int) -> int:
+        self.fail(nr)
+        ret = self._port.hcall(vm, nr, args, links)
+        self.hcalls.append((nr, ret))
+        return ret
+
 
 def host_gone(_cmd: int) -> None:
     raise PeerLost("hostd", "answering")
+
+
+class KVM:
+    """Whether chains whose test does not say so are accelerated: tests run over both, see ``conftest.py``."""
+
+    on = False
 
 
 class Chain:
@@ -65,16 +81,24 @@ class Chain:
         memlock: int | None = None,
         ddw: bool = True,
         connect: bool = True,
+        kvm: bool | None = None,
+        kvm_lacks: tuple[str, ...] = (),
     ) -> None:
         self.trace = ListTrace()
         self.ram = RAMBlock("ram", bytearray(ram), page_size=page_size, hva=HVA)
         options = PseriesOptions(dma=DmaOptions(ddw=ddw, dma_win_size=window))
         self.machine = PseriesMachine([self.ram], options, trace=self.trace)
         spec = group or GroupSpec(26, (DeviceSpec(DEVICE, "edu"),))
-        self.host = Host(HostTopology((spec,), domain_bytes=16 * MIB))
+        self.host = Host(HostTopology((spec,), domain_bytes=16 * MIB, kvm_lacks=kvm_lacks))
         self.direct = DirectPort(self.host, self.host.create_mm(memlock, "guest"))
         self.port = FaultyPort(self.direct)
         self.port.declare_memory(self.ram)
+        self.kvm: KvmAccelerator | None = None
+        if KVM.on if kvm is None else kvm:
+            self.kvm = KvmAccelerator(self.machine.system, 1 << 16, self.trace)
+            self.kvm.on_change = self.machine.relocate_tables
+            self.machine.accelerate(self.kvm)
+            self.kvm.connect(self.port)
         self.container = self.connect() if connect else None
 
     @property
@@ -90,6 +114,7 @@ class Chain:
             phb.address_space,
             host_page_size=1 << 16,
             trace=self.trace,
+            kvm=self.kvm,
         )
 
     # -- the guest's side

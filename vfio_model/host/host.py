@@ -52,8 +52,8 @@ OnDeviceOpen = Callable[[Group, HostDevice], int]
 OnDeviceClose = Callable[[Group, HostDevice, int], None]
 """The device with this token is closed and none of its DMA is under way any more."""
 
-Memory = Callable[[Mm, Vma], memoryview | None]
-"""``memory(mm, vma)``: the bytes that process ``mm`` has mapped there (format ``B``), to be read."""
+Memory = Callable[[Vma], memoryview | None]
+"""The bytes that a process has mapped at a VMA (format ``B``), to be read; None where the host cannot see them."""
 File = VfioContainer | Group | KvmVm | KvmTable
 
 CONTAINER_PATH = "/dev/vfio/vfio"
@@ -111,8 +111,7 @@ class Host:
         self._segments: dict[str, Segment] = {}
         self._files: dict[int, tuple[File, Mm]] = {}
         self._capabilities = CAPABILITIES - {KvmCap[name] for name in topology.kvm_lacks}
-        self.memory: Memory = lambda mm, vma: None
-        """The bytes of a process's mapping, where this host can see them; the owner sets it."""
+        self._memory: dict[Mm, Memory] = {}
         self.groups = {spec.id: Group(spec, topology.platform, self._make_pe) for spec in topology.groups}
 
     def _make_pe(self, device: str) -> PeBlock:
@@ -128,6 +127,10 @@ class Host:
     def create_mm(self, memlock: int | None = None, name: str = "") -> Mm:
         """A client process with a memlock limit in bytes (None: without limit)."""
         return Mm(self.topology.host_page_size, memlock, name or f"mm{next(self._clients)}")
+
+    def share_memory(self, mm: Mm, memory: Memory) -> None:
+        """From now on the host can read the memory of process ``mm``, as its virtual machines need it to."""
+        self._memory[mm] = memory
 
     def place_segment(self, segment_id: str, length: int, page_size: int) -> Segment:
         """Place memory in the host-physical space; a segment known by its id is the same one again.
@@ -153,6 +156,7 @@ class Host:
     def mm_gone(self, mm: Mm) -> Pending[None] | None:
         """The client has died: close every file of its and give back all it had."""
         mm.gone = True
+        self._memory.pop(mm, None)
         revocation = Revocation()
         mine = [handle for handle, (_, owner) in self._files.items() if owner is mm]
         for handle in sorted(mine, key=lambda handle: isinstance(self._files[handle][0], VfioContainer)):
@@ -305,9 +309,11 @@ class Host:
         return [container.handle for container in file.containers(liobn)] if isinstance(file, KvmVm) else []
 
     def _memory_of(self, mm: Mm, hva: int, size: int) -> memoryview | None:
-        vma = mm.find(hva)
-        memory = self.memory(mm, vma) if vma is not None and hva + size <= vma.end else None
-        return None if vma is None or memory is None else memory[hva - vma.hva : hva - vma.hva + size]
+        vma, memory = mm.find(hva), self._memory.get(mm)
+        if vma is None or memory is None or hva + size > vma.end:
+            return None
+        view = memory(vma)
+        return None if view is None else view[hva - vma.hva : hva - vma.hva + size]
 
     @property
     def kvm_words(self) -> list[memoryview]:

@@ -31,7 +31,7 @@ from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Revocation
 from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.tce_table import TceTable
-from vfio_model.memory.layout import HEADER_SIZE
+from vfio_model.memory.tce_area import tce_area_size
 from vfio_model.uapi.hvcall import HReturn
 from vfio_model.uapi.kvm import (
     KVM_API_VERSION,
@@ -229,7 +229,7 @@ class KvmVm:
             raise OSError(EINVAL, f"{request.size} pages of 2**{shift} from page {request.offset:#x}")
         if request.liobn in self.tables:
             raise OSError(EBUSY, f"LIOBN {request.liobn:#x} has a table already")
-        words = allocate(f"kvm.{request.liobn:x}", HEADER_SIZE + request.size * 8)
+        words = allocate(f"kvm.{request.liobn:x}", tce_area_size(request.size))
         table = KvmTable(request.liobn, shift, request.offset, request.size, words, self.tables)
         self.tables[request.liobn] = table
         return table

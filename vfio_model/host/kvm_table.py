@@ -1,6 +1,6 @@
 """An in-kernel TCE table as the host holds it, what it is linked to, and the VM's memory slots.
 
-The area that is shared with the VM's process begins with a header; the entries follow, native-endian, one u64 each.
+The area that is shared with the VM's process is that of :mod:`vfio_model.memory.tce_area`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from vfio_model.host.container import VfioContainer
 from vfio_model.host.mm import Mm
 from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.tce_table import TceTable
-from vfio_model.memory.layout import HEADER_WORDS, magic, write_header
-
-KVM_TABLE_MAGIC = magic("vmKVMTCE")
+from vfio_model.memory.tce_area import init_tce_area
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +72,9 @@ class KvmTable:
         self.liobn, self.page_shift, self.offset, self.size = liobn, page_shift, offset, size
         self.page = 1 << page_shift
         self.words = words
-        self.entries = words[HEADER_WORDS : HEADER_WORDS + size]
+        self.entries = init_tce_area(words, size)
         self.links: list[Link] = []
         self._tables = tables
-        write_header(words, KVM_TABLE_MAGIC)
 
     def drop(self) -> None:
         """Its file was closed: the machine has it no longer."""

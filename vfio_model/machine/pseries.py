@@ -16,6 +16,7 @@ from typing import Literal
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.acceleration import Accelerator
 from vfio_model.iommu.spapr.ddw import PhbDma
 from vfio_model.iommu.spapr.hcalls import HCallHandler, HCallResult, TceHcalls
 from vfio_model.iommu.spapr.regs import DmaOptions
@@ -87,8 +88,10 @@ class PseriesMachine:
         self._dma: dict[int, PhbDma] = {}
         self._msi = MsiNumbers()
         self.vio = VioBus(self.tables, self.system, sum(block.size for block in ram), trace=trace)
+        self._accelerator: Accelerator | None = None
+        self._tce_hcalls = TceHcalls(self.tables, self.system, multi_tce=self.options.multi_tce, trace=trace)
         self._hcalls: dict[int, HCallHandler] = {
-            **TceHcalls(self.tables, self.system, multi_tce=self.options.multi_tce, trace=trace).handlers,
+            **self._tce_hcalls.handlers,
             int(regs.HCall.H_RTAS): self._h_rtas,
         }
         self._rtas: dict[int, RtasHandler] = {
@@ -125,7 +128,22 @@ class PseriesMachine:
         self.phbs[phb.buid], self._dma[phb.buid] = phb, phb.dma
         self.tables.update((table.liobn, table) for table in phb.dma.tables)
         phb.reset()
+        self.relocate_tables()
         return phb
+
+    def accelerate(self, accelerator: Accelerator) -> None:
+        """From now on ``accelerator`` decides which TCE tables live in the kernel, and their hypercalls go there
+        first."""
+        self._accelerator = accelerator
+        self._hcalls.update(self._tce_hcalls.accelerated())
+        self.relocate_tables()
+
+    def relocate_tables(self) -> None:
+        """Move each TCE table to where the accelerator, if any, wants it now; no entry is lost."""
+        if self._accelerator is not None:
+            for table in self.tables.values():
+                table.accelerator = self._accelerator
+                table.relocate()
 
     def phb(self, index: int = 0) -> SpaprPhb:
         """PHB ``index``.
@@ -141,6 +159,7 @@ class PseriesMachine:
         """
         assert window_size, "a table has a window"
         dma = self.vio.add(VioKind("vio", window_size), unit).dma
+        self.relocate_tables()
         assert dma is not None, "a kind with a window has a table"
         return dma.address_space
 

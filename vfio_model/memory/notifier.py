@@ -24,7 +24,7 @@ class IOMMUNotifier:
     returns the first error.
     """
 
-    __slots__ = ("_flush", "_wanted", "flags", "fn", "fn_run", "iommu_idx", "last", "start")
+    __slots__ = ("_flush", "_wanted", "flags", "fn", "fn_run", "in_kernel", "iommu_idx", "last", "start")
 
     def __init__(
         self,
@@ -42,6 +42,8 @@ class IOMMUNotifier:
         self._wanted = int(flags)  # an IntFlag's own arithmetic costs more than the rest of a delivery
         self.start, self.last = start, last
         self.iommu_idx = iommu_idx
+        self.in_kernel = False
+        """Whether the host itself tells this one's user of changes that it makes to the translation table."""
 
     def deliver(self, event: IOMMUTLBEvent) -> None:
         """Hand over ``event`` if this notifier wants its kind and the ranges meet."""

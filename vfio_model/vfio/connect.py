@@ -19,6 +19,7 @@ from vfio_model.errors import PeerLost, VfioModelError
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.ioctl import SpaprContainer, VfioGroup, VfioPort
+from vfio_model.vfio.kvm import KvmAccelerator
 from vfio_model.vfio.listener import PreregListener, VFIOListener
 from vfio_model.vfio.region import DeviceConnection
 from vfio_model.vfio.spapr import SpaprV2
@@ -30,7 +31,14 @@ class VFIOContainer:
     """A connected container with its groups; made by :func:`connect_container`."""
 
     def __init__(
-        self, port: VfioPort, system: AddressSpace, device: AddressSpace, *, host_page_size: int, trace: Trace
+        self,
+        port: VfioPort,
+        system: AddressSpace,
+        device: AddressSpace,
+        *,
+        host_page_size: int,
+        trace: Trace,
+        kvm: KvmAccelerator | None = None,
     ) -> None:
         self.port, self.system, self.device_as, self._trace = port, system, device, trace
         self.handle = port.open(CONTAINER_PATH)
@@ -38,6 +46,9 @@ class VFIOContainer:
         self.prereg = PreregListener(self.backend, trace=trace)
         self.listener = VFIOListener(self.backend, system, host_page_size=host_page_size, trace=trace)
         self.groups: dict[str, VfioGroup] = {}
+        self._kvm = kvm
+        if kvm is not None:
+            self.listener.link = lambda region: kvm.link(region, [group.handle for group in self.groups.values()])
         self._registered: list[tuple[AddressSpace, PreregListener | VFIOListener]] = []
 
     @property
@@ -59,6 +70,9 @@ class VFIOContainer:
             self.port.close(group.handle)
             raise
         self.groups[path] = group
+        if self._kvm is not None:
+            self._kvm.add_group(group.handle)
+            self.listener.link_again()
         return group
 
     def remove_group(self, path: str) -> None:
@@ -68,7 +82,7 @@ class VFIOContainer:
         if list(self.groups) == [path]:
             self.close()
         elif path in self.groups:
-            self.port.close(self.groups.pop(path).handle)
+            self._close_group(self.groups.pop(path).handle)
 
     def get_device(self, group: str, name: str) -> DeviceConnection:
         """``VFIO_GROUP_GET_DEVICE_FD`` of ``name`` in a group that was added.
@@ -110,10 +124,16 @@ class VFIOContainer:
             space.unregister_listener(listener)
 
     def _close_handles(self) -> None:
-        handles = [*(group.handle for group in self.groups.values()), self.handle]
+        handles = [group.handle for group in self.groups.values()]
         self.groups.clear()
         for handle in handles:
-            self.port.close(handle)
+            self._close_group(handle)
+        self.port.close(self.handle)
+
+    def _close_group(self, handle: int) -> None:
+        if self._kvm is not None and not self.lost:
+            self._kvm.del_group(handle)
+        self.port.close(handle)
 
 
 def connect_container(
@@ -124,14 +144,15 @@ def connect_container(
     *,
     host_page_size: int,
     trace: Trace = NULL_TRACE,
+    kvm: KvmAccelerator | None = None,
 ) -> VFIOContainer:
     """A container that follows ``device`` (the PHB's address space) with ``group`` attached; ``system`` is where
-    RAM lies.
+    RAM lies. With ``kvm`` its windows are linked to the tables that live in the kernel.
 
     :raise OSError: the first error of the host or of a listener, as the text above orders them; nothing is left behind.
     :raise PeerLost: the host went away meanwhile.
     """
-    container = VFIOContainer(port, system, device, host_page_size=host_page_size, trace=trace)
+    container = VFIOContainer(port, system, device, host_page_size=host_page_size, trace=trace, kvm=kvm)
     try:
         container.add_group(group)
         container.start()

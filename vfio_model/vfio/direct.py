@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from errno import ENODEV
 from typing import TypeVar
 
@@ -42,6 +42,8 @@ class DirectPort:
         """The declared memory by host-physical address: what an assigned device in this process reaches."""
         self._lanes, self._fence, self._idle, self._devices = lanes, fence or NoFence(), idle, devices
         self._skip_wait = skip_wait
+        self._views: dict[int, memoryview] = {}
+        host.share_memory(self.mm, lambda vma: self._views.get(vma.hva))
 
     def open(self, path: str) -> int:
         """See :class:`~vfio_model.vfio.ioctl.VfioPort`."""
@@ -62,6 +64,17 @@ class DirectPort:
             raise BatchError(outcome.errno, outcome.reason, outcome.done)
         return outcome.done
 
+    def create_spapr_tce(self, vm: int, arg: bytes) -> tuple[int, memoryview]:
+        """See :class:`~vfio_model.vfio.kvm.KvmPort`."""
+        return self.host.create_spapr_tce(self.mm, vm, arg)
+
+    def unmap_spapr_tce(self, handle: int) -> None:
+        """See :class:`~vfio_model.vfio.kvm.KvmPort`; here the memory goes with its last view."""
+
+    def hcall(self, vm: int, nr: int, args: Sequence[int], links: int) -> int:
+        """See :class:`~vfio_model.vfio.kvm.KvmPort`."""
+        return self.run(self.host.hcall(self.mm, vm, nr, args, links))
+
     def run(self, outcome: T | Pending[T]) -> T:
         """Drive a pending operation to its end; anything else is returned as it is."""
         if not isinstance(outcome, Pending):
@@ -78,10 +91,12 @@ class DirectPort:
         segment = self.host.place_segment(self._segment_id(block), block.size, block.page_size)
         self.mm.declare(Vma(block.hva, block.size, segment, 0, block.page_size))
         self.segments.add(segment.hpa, block.view)
+        self._views[block.hva] = block.view
 
     def undeclare_memory(self, block: RAMBlock) -> None:
         """See :class:`~vfio_model.vfio.ioctl.VfioPort`."""
         vma = self.mm.undeclare(block.hva)
+        del self._views[block.hva]
         self.host.forget_segment(vma.segment.id)
         self.segments.remove(vma.segment.hpa)
 

@@ -84,6 +84,15 @@ class VFIOGuestIOMMU:
             flush=self._flush,
         )
 
+    @property
+    def linked(self) -> bool:
+        """Whether the host maps and unmaps by itself what the guest asks it for (KVM_DEV_VFIO_GROUP_SET_SPAPR_TCE)."""
+        return self.notifier.in_kernel
+
+    @linked.setter
+    def linked(self, linked: bool) -> None:
+        self.notifier.in_kernel = linked
+
     def _flush(self) -> OSError | None:
         return self.refused or self._backend.queue.flush()
 
@@ -139,7 +148,7 @@ class VFIOGuestIOMMU:
         self._backend.queue.map_packed(packed, run.count)
 
     def _unmap(self, iova: Iova, size: int) -> None:
-        if self._mapped.unmapped(iova, size):
+        if self._mapped.unmapped(iova, size) or self.notifier.in_kernel:
             self._backend.queue.unmap(iova, size)
 
     def _pack(self, first: Iova, run: IOMMUTLBRun) -> bytes | memoryview | None:

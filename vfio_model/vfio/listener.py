@@ -13,6 +13,7 @@ the section can undo it and answer with an error; QEMU would exit there.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 
 from vfio_model.errors import PeerLost
@@ -108,6 +109,9 @@ class VFIOListener(MemoryListener):
         self._managed: list[ManagedRAM] = []
         self.error: OSError | None = None
         self.initialized = False
+        self.link: Callable[[IOMMUMemoryRegion], bool] = lambda _region: False
+        """Links the table behind a region to the window that was just made for it: whether it did, and the host serves
+        this container itself. Raises OSError."""
 
     @property
     def guest_iommus(self) -> tuple[VFIOGuestIOMMU, ...]:
@@ -133,8 +137,10 @@ class VFIOListener(MemoryListener):
 
     def _add_iommu(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> None:
         refused: OSError | None = None
+        linked = False
         try:
             self._backend.add_window(section)
+            linked = self._linked(section, region)
         except OSError as error:
             refused = error
             self._failed(error)
@@ -145,12 +151,31 @@ class VFIOListener(MemoryListener):
             refused=str(refused) if refused else "",
         )
         giommu = VFIOGuestIOMMU(self._backend, section, self._system, refused=refused, trace=self._trace)
+        giommu.linked = linked
         self._guest_iommus.append(giommu)
         region.register_notifier(giommu.notifier)
         if refused is None:
             region.replay(giommu.notifier)
             if failed := self._backend.queue.flush():
                 self._failed(failed)
+
+    def _linked(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> bool:
+        """:raise OSError: KVM does not link the table; the window is gone again then."""
+        try:
+            return self.link(region)
+        except PeerLost as error:
+            self._backend.queue.gone(error)
+            return False
+        except OSError:
+            self._backend.del_window(section)
+            raise
+
+    def link_again(self) -> None:
+        """A group joined the container: it stands behind every table that is linked. :raise OSError: the host
+        refuses."""
+        for giommu in self._guest_iommus:
+            if giommu.linked:
+                self.link(giommu.iommu_mr)
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Stop following a section that goes; one unmap covers all of it."""

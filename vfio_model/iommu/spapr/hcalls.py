@@ -16,6 +16,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
+from vfio_model.iommu.spapr.acceleration import ACCELERATED, accelerated
 from vfio_model.iommu.spapr.regs import (
     INDIRECT_LIST_ALIGN,
     INDIRECT_MAX_TCES,
@@ -66,6 +67,15 @@ class TceHcalls:
         }
         self.handlers = {int(nr): handler for nr, handler in handlers.items() if multi_tce or nr not in MULTI_TCE}
         """By opcode; the multi-TCE calls are missing where they are not advertised."""
+
+    def accelerated(self) -> dict[int, HCallHandler]:
+        """:attr:`handlers`, but for a table that lives in the kernel the host is asked first."""
+        fast = {
+            int(nr): accelerated(int(nr), self._tables, self.handlers[nr], hreturn_of, self._trace)
+            for nr in ACCELERATED
+            if nr in self.handlers
+        }
+        return {**self.handlers, **fast}
 
     def get_tce(self, args: Sequence[int]) -> HCallResult:
         """``liobn, ioba`` -> the TCE."""

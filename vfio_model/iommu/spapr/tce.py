@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vfio_model.batch.tces import nonzero_perm_runs, split_tces, translate_tces, zeroed_words
+from vfio_model.iommu.spapr.acceleration import Accelerator, InKernelTable
 from vfio_model.iommu.spapr.regs import TCE_PERM_MASK, is_pci_liobn
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import (
@@ -72,6 +73,16 @@ class SpaprTceRegion(IOMMUMemoryRegion):
         if new & IOMMUNotifierFlag.DEVIOTLB_UNMAP:
             raise OSError(errno.EINVAL, "spapr: no device IOTLB notifications")
         self.table.need_vfio = bool(new)
+        self.table.relocate()
+
+    def get_attr(self, attr: str) -> object:
+        """``spapr_tce_fd``: the file of the table, when it lives in the kernel.
+
+        :raise OSError: EINVAL, it does not, or there is no such attribute.
+        """
+        if attr != "spapr_tce_fd" or self.table.kernel is None:
+            return super().get_attr(attr)
+        return self.table.kernel.fd
 
     def replay(self, notifier: IOMMUNotifier) -> None:
         """Every valid entry in the notifier's range, in runs; nothing while a window known to be empty is created."""
@@ -102,6 +113,10 @@ class SpaprTceTable:
         """Whether this table once was the default window; a later window in it still counts as that."""
         self.skipping_replay = False
         self.need_vfio = False
+        self.accelerator: Accelerator | None = None
+        """Who makes tables in the kernel; assign, then :meth:`relocate`."""
+        self.kernel: InKernelTable | None = None
+        """Where :attr:`entries` live, if in the kernel."""
         self.event_prefix = "spapr_iommu_pci_" if is_pci_liobn(liobn) else "spapr_iommu_"
         """QEMU has two families of trace events, for PCI and for VIO."""
 
@@ -129,11 +144,13 @@ class SpaprTceTable:
         nb_table &= U32_MAX
         if not nb_table:
             return
-        self.entries = self._allocate(nb_table)
+        self.kernel = self._create_in_kernel(page_shift, bus_offset, nb_table)
+        self.entries = self._allocate(nb_table) if self.kernel is None else self.kernel.entries
         if content is not None:
             self.entries[:] = content
         self.nb_table, self.page_shift, self.bus_offset = nb_table, page_shift, bus_offset
-        self.trace("spapr_iommu_new_table", liobn=self.liobn, table=0, fd=-1)
+        fd = -1 if self.kernel is None else self.kernel.fd
+        self.trace("spapr_iommu_new_table", liobn=self.liobn, table=0, fd=fd)
         self.iommu = SpaprTceRegion(self, nb_table << page_shift)
         self.root.add_subregion(bus_offset, self.iommu)
 
@@ -143,18 +160,58 @@ class SpaprTceTable:
             return memoryview(bytearray(nb_table * 8)).cast("Q")
         return zeroed_words(nb_table)
 
+    def _create_in_kernel(self, page_shift: int, bus_offset: int, nb_table: int) -> InKernelTable | None:
+        maker = self.accelerator
+        if maker is None or not maker.takes(nb_table << page_shift, need_vfio=self.need_vfio):
+            return None
+        return maker.create(self.liobn, page_shift, bus_offset, nb_table)
+
+    def relocate(self) -> None:
+        """Move the entries to where they should live now, in the kernel or here; every one of them is kept.
+
+        To be called when what the accelerator takes has changed; need_vfio does it by itself.
+        """
+        if self.iommu is None:
+            return
+        maker, old = self.accelerator, self.kernel
+        wanted = maker is not None and maker.takes(self.nb_table << self.page_shift, need_vfio=self.need_vfio)
+        if wanted == (old is not None):
+            return
+        new = self._create_in_kernel(self.page_shift, self.bus_offset, self.nb_table) if wanted else None
+        if wanted and new is None:
+            return
+        entries = self._allocate(self.nb_table) if new is None else new.entries
+        entries[:] = self.entries
+        self.entries, self.kernel = entries, new
+        self.trace("spapr_iommu_new_table", liobn=self.liobn, table=0, fd=-1 if new is None else new.fd)
+        if old is not None:
+            old.close()
+
+    def served_followers(self) -> int | None:
+        """How many followers the table has; None when the host cannot serve all of them by itself."""
+        notifiers = self.iommu.notifiers if self.iommu is not None else ()
+        for notifier in notifiers:
+            if not notifier.in_kernel:
+                return None
+        return len(notifiers)
+
     def disable(self) -> None:
         """Close the window; its followers see the region go. Harmless when closed."""
         if self.iommu is None:
             return
-        self.root.del_subregion(self.iommu)
-        self.iommu = None
+        region, self.iommu = self.iommu, None
+        self.root.del_subregion(region)
         self.entries = memoryview(array("Q"))
+        if self.kernel is not None:
+            self.kernel.close()
+            self.kernel = None
         self.nb_table = self.page_shift = self.bus_offset = 0
 
     def reset(self) -> None:
         """Zero the entries, as the reset of the table's device does. No notification."""
-        if self.nb_table:
+        if self.kernel is not None:
+            self.entries[:] = memoryview(bytes(self.entries.nbytes)).cast("Q")
+        elif self.nb_table:
             self.entries = self._allocate(self.nb_table)
 
     def index(self, ioba: int) -> int:
