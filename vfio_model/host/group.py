@@ -52,6 +52,10 @@ class HostDevice:
         self.spec, self.group, self.pe = spec, group, pe
         self.token: int | None = None
         """What opening it returned; None while nobody has it open."""
+        self.dirty: memoryview | None = None
+        """The dirty map of the process that serves it (:mod:`vfio_model.host.dirty`), when it has one."""
+        self.closes = 0
+        """How often it was closed, by its client or because its process died."""
 
     @property
     def name(self) -> str:
@@ -98,6 +102,11 @@ class Group:
         """Publish a window record to every device, 0 takes the window away."""
         for device in self.devices.values():
             device.pe.set_window(slot, record)
+
+    def set_dirty(self, on: bool) -> None:
+        """Let every device note what it writes, or not."""
+        for device in self.devices.values():
+            device.pe.set_dirty(on)
 
     def stop(self, stops: Stop) -> bool:
         """Stop exactly ``stops`` of the PE; returns whether DMA that was allowed is refused from now on."""

@@ -10,6 +10,7 @@ from enum import IntFlag
 
 from vfio_model.host.layout import (
     PE_BUS_MASTER,
+    PE_DIRTY,
     PE_FROZEN,
     PE_GENERATION,
     PE_MAGIC,
@@ -57,6 +58,10 @@ class PeBlock:
     def set_bus_master(self, enabled: bool) -> None:
         """Let the device master the bus, or not."""
         self._store(PE_BUS_MASTER, int(enabled))
+
+    def set_dirty(self, on: bool) -> None:
+        """Let the device note what it writes, or not."""
+        self._store(PE_DIRTY, int(on))
 
     def set_window(self, slot: int, record: int) -> None:
         """Publish the window record at byte offset ``record``; 0 takes the window away."""

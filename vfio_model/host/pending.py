@@ -41,11 +41,21 @@ class Revocation:
 
     devices: set[str] = field(default_factory=set)
     actions: list[Callable[[], None]] = field(default_factory=list)
+    answer: bytes | None = None
+    """What the ioctl answers, when that is known only at the end."""
 
     def later(self, devices: Iterable[str], action: Callable[[], None]) -> None:
         """Do ``action`` once no DMA section of ``devices`` that began before now is still open."""
         self.devices.update(devices)
         self.actions.append(action)
+
+    def answer_later(self, devices: Iterable[str], answer: Callable[[], bytes]) -> None:
+        """As :meth:`later`; what ``answer()`` returns is the ioctl's answer."""
+
+        def action() -> None:
+            self.answer = answer()
+
+        self.later(devices, action)
 
     def settle(self, outcome: Callable[[], T]) -> T | Pending[T]:
         """``outcome()`` at once if nothing waits, else a :class:`Pending` that ends with it."""

@@ -1,0 +1,100 @@
+"""Which pages of a container's mappings its devices have written.
+
+Every device process that writes has a *dirty map*, one byte for each 4 KiB of host-physical memory, and sets bytes of
+it after it has written and before its lane is even again, while its PE block says so
+(:data:`~vfio_model.host.layout.PE_DIRTY`). Nobody else sets them, so no two writers share a byte. Collecting reads the
+bytes of the pages in question and clears those that it saw set; then comes a barrier on the writers (the caller's
+revocation), and only then may anybody copy the pages. A write that ends later sets its byte again.
+
+A writer that died may have written without noting it, and so may one whose map is not known: all that they could write
+counts as written. So does memory beyond the end of the maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from vfio_model.host.layout import DIRTY_BYTES, DIRTY_SHIFT, FIRST_HPA, TCE_WRITE
+from vfio_model.host.type1_mappings import Block
+from vfio_model.host.type1_table import PAGE_SHIFT, IoPageTable
+from vfio_model.host.walk import load_tces
+
+_CHUNK = 1 << 18
+"""Pages looked at in one step."""
+
+
+class Writer(Protocol):
+    """A device as who collects sees it (:class:`vfio_model.host.group.HostDevice`)."""
+
+    @property
+    def dirty(self) -> memoryview | None:
+        """Its map, bytes; None when it has none."""
+
+    @property
+    def open_count(self) -> int:
+        """0 while nobody has it open: then it writes nothing."""
+
+
+class Extent(NamedTuple):
+    """The entries that ``block`` has, or had before it was unmapped, one for each 4 KiB from ``iova`` on."""
+
+    block: Block
+    iova: int
+    tces: Any
+
+
+def extents(table: IoPageTable, blocks: Sequence[Block]) -> list[Extent]:
+    """The entries of ``blocks``, which are mapped, as they are now."""
+    np = _numpy()
+    words, window, found = np.frombuffer(table.memory.words, dtype="u8"), table.window, []
+    for block in blocks:
+        for first in range(block.iova >> PAGE_SHIFT, block.end >> PAGE_SHIFT, _CHUNK):
+            indices = np.arange(first, min(first + _CHUNK, block.end >> PAGE_SHIFT), dtype="i8")
+            found.append(Extent(block, first << PAGE_SHIFT, load_tces(words, window, indices)))
+    return found
+
+
+def collect(found: Sequence[Extent], writers: Iterable[Writer], page: int, first: int, bitmap: bytearray) -> None:
+    """Set a bit of ``bitmap`` for every page of ``page`` bytes in ``found`` that was written; bit 0 stands for the page
+    at bus address ``first``, which is not above any of them. What was seen is clear from now on.
+    """
+    maps = [writer.dirty for writer in writers if writer.open_count]
+    known = [m for m in maps if m is not None]
+    for extent in found:
+        written = _written(extent.tces, known, extent.block.dirty or len(known) < len(maps))
+        _or_bits(bitmap, (extent.iova - first) // page, written.reshape(-1, page >> PAGE_SHIFT).any(1))
+    for extent in found:
+        extent.block.dirty = False
+
+
+def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:
+    """For each of ``tces`` whether its 4 KiB were written."""
+    np = _numpy()
+    may = (tces & TCE_WRITE) != 0
+    at = ((tces - FIRST_HPA) >> DIRTY_SHIFT).view("i8")
+    written = may & (everything or (at >= DIRTY_BYTES) & bool(maps))
+    within = np.flatnonzero(may & (at < DIRTY_BYTES))
+    at = at[within]
+    for view in maps:
+        noted = np.frombuffer(view, dtype="u1")
+        hits = np.flatnonzero(noted[at])
+        noted[at[hits]] = 0
+        written[within[hits]] = True
+    return written
+
+
+def _or_bits(bitmap: bytearray, first: int, bits: Any) -> None:
+    """Or ``bits`` into ``bitmap`` from bit number ``first`` on, least significant bit first."""
+    np = _numpy()
+    low = first & 7
+    padded = np.concatenate([np.zeros(low, dtype=bool), bits])
+    packed = np.packbits(padded, bitorder="little")
+    view = np.frombuffer(bitmap, dtype="u1")[first >> 3 : (first >> 3) + len(packed)]
+    view |= packed
+
+
+def _numpy() -> Any:
+    import numpy  # noqa: PLC0415 - 200 ms of import that a host without dirty tracking never pays
+
+    return numpy
