@@ -100,12 +100,15 @@ class Operations:
         """Ask the guest to shut down. This machine has no operating system that would: who listens hears of it."""
         self.emit("POWERDOWN")
 
-    def quit(self, reason: str = "host-qmp-quit") -> None:
-        """End the process after the present turn of the loop."""
+    def quit(self, reason: str = "host-qmp-quit", *, linger_ns: int = 0) -> None:
+        """End the process after the present turn of the loop, or ``linger_ns`` later."""
         if self.state is not RunState.SHUTDOWN:
             self.state = RunState.SHUTDOWN
             self.emit("SHUTDOWN", {"guest": False, "reason": reason})
-        self.loop.call_soon(self.loop.stop)
+        if linger_ns:
+            self.loop.call_later(linger_ns, self.loop.stop)
+        else:
+            self.loop.call_soon(self.loop.stop)
 
     def fail(self, error: InternalGuestError) -> None:
         """The guest cannot go on because of ``error``: it stops, the process lives."""

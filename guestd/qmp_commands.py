@@ -19,6 +19,10 @@ from vfio_model.errors import ConfigError, InternalGuestError, VfioModelError
 
 Arguments = dict[str, object]
 Handler = Callable[[Arguments], object]
+LINGER_NS: Final = 50_000_000
+"""Between the answer to ``quit`` and the end: a client (qmp-shell) that sees the socket close before it has finished
+with the answer takes it for a crash.
+"""
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 
@@ -142,5 +146,5 @@ class MonitorCommands:
         return {}
 
     def _quit(self, _: Arguments) -> object:
-        self.operations.quit()
+        self.operations.quit(linger_ns=LINGER_NS)
         return {}
