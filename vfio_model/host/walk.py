@@ -96,7 +96,7 @@ def load_tces(domain: Any, window: Window, indices: Any) -> Any:
         ends = ((entries & (TCE_LEAF | TCE_PERM)) != TCE_PERM) & ~dead
         if ends.any():
             inner = (indices & (1 << shift * level) - 1).astype("u8") << page_shift
-            result += ((entries & ~TCE_LEAF) | inner) * (ends & (entries != 0))
+            result += ((entries | TCE_LEAF) ^ TCE_LEAF | inner) * (ends & (entries != 0))
             dead |= ends
         table = (entries >> 3).view("i8") * ~dead  # the permission bits fall out; the dead stay inside the area
     tces = domain[table + (indices & mask)] * ~dead
