@@ -13,15 +13,36 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr.regs import DEFAULT_WINDOW_SIZE
-from vfio_model.ranges import is_aligned
+from vfio_model.iommu.spapr import quirks, regs
+from vfio_model.iommu.spapr.regs import DEFAULT_WINDOW_SIZE, DMA64_WINDOW_ADDR, DmaOptions
+from vfio_model.ranges import U32_MAX, is_aligned
 
 Size = Annotated[int, Meta(ge=0)]
 UNLIMITED = (1 << 64) - 1
 
 
+class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One PHB. What is None is as the machine says for all of them.
+
+    Its bus is named ``id`` with ``.0`` behind it; without an id that is ``pci.0`` for index 0, else ``phb<index>.0``.
+    """
+
+    index: Annotated[int, Meta(ge=0, lt=regs.MAX_PHBS)]
+    id: str = ""
+    ddw: bool | None = None
+    pgsz: list[Size] | Size | None = None
+    dma_win_addr: Size | None = None
+    dma_win_size: Size | None = None
+    dma64_win_addr: Size | None = None
+
+    @property
+    def bus(self) -> str:
+        """What a device's ``bus`` calls it."""
+        return f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
+
+
 class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A pseries machine with one PHB."""
+    """A pseries machine. ``ddw`` to ``dma64_win_addr`` hold for every PHB that does not say otherwise."""
 
     type: Literal["pseries"] = "pseries"
     ram: Size = 1 << 30
@@ -30,20 +51,67 @@ class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     ddw: bool = True
     pgsz: list[Size] | Size = msgspec.field(default_factory=lambda: [1 << 12, 1 << 16, 1 << 21, 1 << 24])
     """IOMMU page sizes: a list, or a bitmap."""
+    dma_win_addr: Size = 0
     dma_win_size: Size = DEFAULT_WINDOW_SIZE
+    dma64_win_addr: Size = DMA64_WINDOW_ADDR
+    multitce: bool = True
+    """Whether the hypercalls for many TCEs are there."""
+    phbs: list[PhbConfig] = msgspec.field(default_factory=lambda: [PhbConfig(index=0)])
+    quirks: list[str] = []
+    """Differences from QEMU to give up, by name, or ``qemu`` for all that can be."""
     memlock: Size | None = None
     host_page_size: Size | None = None
 
     @property
     def pgsz_mask(self) -> int:
         """The page sizes as a bitmap."""
-        return self.pgsz if isinstance(self.pgsz, int) else sum(set(self.pgsz))
+        return _bitmap(self.pgsz)
+
+    def dma_options(self, phb: PhbConfig) -> DmaOptions:
+        """The properties of ``phb``."""
+        own = {
+            name: value
+            for name in ("ddw", "dma_win_addr", "dma_win_size", "dma64_win_addr")
+            if (value := getattr(phb, name)) is not None
+        }
+        shared = {name: getattr(self, name) for name in ("ddw", "dma_win_addr", "dma_win_size", "dma64_win_addr")}
+        pgsz = _bitmap(self.pgsz if phb.pgsz is None else phb.pgsz)
+        return DmaOptions(**{**shared, **own}, pgsz=pgsz, quirks=quirks.selected(self.quirks))
+
+    def phb_on(self, bus: str) -> int:
+        """The index of the PHB whose bus is called so; of the first one for an empty name.
+
+        :raise ConfigError: when there is none.
+        """
+        for phb in self.phbs:
+            if bus in ("", phb.bus):
+                return phb.index
+        raise ConfigError(f"Bus '{bus}' not found", hint=f"there is {', '.join(phb.bus for phb in self.phbs)}")
 
     def __post_init__(self) -> None:
+        quirks.selected(self.quirks)
+        buses = [phb.bus for phb in self.phbs]
+        if not buses or len({phb.index for phb in self.phbs}) < len(buses) or len(set(buses)) < len(buses):
+            raise ValueError("phbs: there is at least one, each with an index and an id of its own")
+        for phb in self.phbs:
+            _check_windows(self.dma_options(phb))
         if self.page_size < 4096 or self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two of at least 4096, not {self.page_size}")
         if not self.ram or not is_aligned(self.ram, self.page_size):
             raise ValueError(f"ram must be a positive multiple of page_size, not {self.ram}")
+
+
+def _bitmap(pgsz: list[int] | int) -> int:
+    return pgsz if isinstance(pgsz, int) else sum(set(pgsz))
+
+
+def _check_windows(options: DmaOptions) -> None:
+    page = 1 << regs.TCE_PAGE_SHIFT
+    last = options.dma_win_addr + options.dma_win_size - 1
+    if (options.dma_win_addr | options.dma_win_size | options.dma64_win_addr) % page or not options.dma_win_size:
+        raise ValueError(f"dma_win_addr, dma_win_size, dma64_win_addr must be multiples of {page}, the size not 0")
+    if options.dma_win_size // page > U32_MAX or max(last, options.dma64_win_addr) >= 1 << 64:
+        raise ValueError("dma_win_size: the window holds fewer than 2**32 pages and ends within 64 bits")
 
 
 class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +121,8 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str = ""
     attach: Literal["assigned", "remote", "emulated"] = "emulated"
     addr: str
+    bus: str = ""
+    """The bus of which PHB; empty: the first."""
     props: dict[str, int | str | bool] = {}
     host: str = ""
     group: int | str | None = None
@@ -111,6 +181,8 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
         return self.host_page_size or self.machine.host_page_size or 1 << 16
 
     def __post_init__(self) -> None:
+        for device in self.devices:
+            self.machine.phb_on(device.bus)
         ids = [device.id for device in self.devices]
         for name in ids:
             if ids.count(name) > 1:

@@ -170,12 +170,13 @@ class GuestControl:
         return control.Ok()
 
     def _config_read(self, command: control.ConfigRead) -> control.Answer:
-        devfn = PCIAddress.parse(command.address).devfn
-        return control.Value(self._guest.phb.bus.config_read(devfn, command.offset, command.size))
+        address = PCIAddress.parse(command.address)
+        bus = self._guest.bus_at(address)
+        return control.Value(bus.config_read(address.devfn, command.offset, command.size))
 
     def _config_write(self, command: control.ConfigWrite) -> control.Answer:
-        devfn = PCIAddress.parse(command.address).devfn
-        self._guest.phb.bus.config_write(devfn, command.offset, command.size, command.value)
+        address = PCIAddress.parse(command.address)
+        self._guest.bus_at(address).config_write(address.devfn, command.offset, command.size, command.value)
         return control.Ok()
 
     def _clock_step(self, command: control.ClockStep) -> control.Answer:

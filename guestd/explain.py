@@ -10,6 +10,7 @@ from __future__ import annotations
 from guestd.guest import Guest
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr.tce import SpaprTceTable
+from vfio_model.machine.phb import SpaprPhb
 from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Gpa
@@ -58,10 +59,11 @@ def explain(guest: Guest, address: str, iova: int) -> dict[str, object]:
         "device", f"{name}, {config.model or 'vfio-user'}, {config.attach}" + (f": {gone}" if gone else ""), ok=not gone
     )
     walk.step("bus master", "on" if device.bus_master else "off", ok=device.bus_master)
-    walk.step("address space", f"{guest.phb.address_space.name} (shared by all functions of the bridge)")
-    table = _window(guest, iova)
+    phb = guest.phb_of(config)
+    walk.step("address space", f"{phb.address_space.name} (shared by all functions of the bridge)")
+    table = _window(phb, iova)
     if table is None:
-        windows = ", ".join(str(each.window) for each in guest.phb.dma.tables if each.enabled) or "none"
+        windows = ", ".join(str(each.window) for each in phb.dma.tables if each.enabled) or "none"
         walk.step("DMA window", f"none holds {iova:#x}; open: {windows}", ok=False)
     else:
         _entry(guest, walk, table, iova)
@@ -72,20 +74,20 @@ def _find(guest: Guest, address: str) -> tuple[str, PCIDevice]:
     for name, (config, device) in guest.devices.items():
         if name == address:
             return name, device
-        if PCIAddress.parse(config.addr).devfn == _devfn(address):
+        if guest.address_of(config) == _address(address):
             return name, device
     raise ConfigError(f"no device {address}", hint=f"devices: {', '.join(guest.devices) or 'none'}")
 
 
-def _devfn(address: str) -> int | None:
+def _address(text: str) -> PCIAddress | None:
     try:
-        return PCIAddress.parse(address).devfn
+        return PCIAddress.parse(text)
     except ConfigError:
         return None
 
 
-def _window(guest: Guest, iova: int) -> SpaprTceTable | None:
-    for table in guest.phb.dma.tables:
+def _window(phb: SpaprPhb, iova: int) -> SpaprTceTable | None:
+    for table in phb.dma.tables:
         window = table.window
         if window is not None and window.start <= iova <= window.last:
             return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from pathlib import Path
 from typing import Final
@@ -28,15 +29,15 @@ from protocols.transport.vfio_user import connect
 from protocols.vfio_user import messages as wire
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, PeerLost
-from vfio_model.iommu.spapr.regs import DmaOptions
-from vfio_model.machine.phb import SpaprPhb
+from vfio_model.machine.phb import EehPort, SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.pci.address import PCIAddress
-from vfio_model.pci.bus import BusOptions
+from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.trace import Trace
+from vfio_model.vfio.eeh import eeh_port
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vfio.region import DeviceConnection
 
@@ -56,26 +57,29 @@ class Guest:
         self._memory: MappedMemory = create_memory("ram", machine.ram)
         self.ram = RAMBlock("ram", self._memory.view, page_size=machine.page_size, hva=RAM_HVA, fd=self._memory.fd)
         self.clock = GuestClock(loop, realtime=realtime)
-        dma = DmaOptions(ddw=machine.ddw, pgsz=machine.pgsz_mask, dma_win_size=machine.dma_win_size)
+        per_phb = {phb.index: machine.dma_options(phb) for phb in machine.phbs}
         self.machine = PseriesMachine(
             [self.ram],
-            PseriesOptions(dma=dma),
+            PseriesOptions(phbs=0, per_phb=per_phb, multi_tce=machine.multitce),
             clock=self.clock.virtual,
             bus_options=BusOptions(idle=self._when_idle),
             trace=trace,
         )
-        phb = self.machine.phb()
+        for phb in machine.phbs:
+            self.machine.add_phb(phb.index)
         port_path = Path(config.port) if config.port else directory / "hostd.zmq"
         self.host = HostLink(
             HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page),
-            GuestSide((self.ram,), self.machine.system, phb.address_space, self.clock),
+            GuestSide((self.ram,), self.machine.system, lambda device: self.phb_of(device).address_space, self.clock),
             loop,
             trace,
         )
+        for bridge in self.machine.phbs.values():
+            bridge.eeh = functools.partial(self._eeh, bridge)
         self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
         self.publisher: Publisher | None = None
         self.hub: NotifierServer | None = None
-        self._follower: SpaceFollower | None = None
+        self._followers: dict[int, SpaceFollower] = {}
 
     @property
     def directory(self) -> Path:
@@ -84,8 +88,34 @@ class Guest:
 
     @property
     def phb(self) -> SpaprPhb:
-        """The one host bridge."""
-        return self.machine.phb()
+        """The first host bridge."""
+        return self.machine.phb(self.config.machine.phbs[0].index)
+
+    def phb_of(self, device: DeviceConfig) -> SpaprPhb:
+        """The host bridge that ``device`` is or would be plugged into.
+
+        :raise ConfigError: when there is no bus of that name.
+        """
+        return self.machine.phb(self.config.machine.phb_on(device.bus))
+
+    def bus_at(self, address: PCIAddress) -> PCIBus:
+        """The bus of the host bridge whose index is the address's domain.
+
+        :raise ConfigError: when there is no such bridge.
+        """
+        try:
+            return self.machine.phb(address.domain).bus
+        except KeyError:
+            raise ConfigError(f"no PCI domain {address.domain:#x}") from None
+
+    def address_of(self, device: DeviceConfig) -> PCIAddress:
+        """Where ``device`` is on the machine's buses; the domain is its bridge's index."""
+        phb = self.phb_of(device)
+        return PCIAddress.of(phb.bus.number, PCIAddress.parse(device.addr).devfn, phb.index)
+
+    def _eeh(self, phb: SpaprPhb) -> EehPort | None:
+        container = self.host.containers.get(phb.address_space.name)
+        return eeh_port([container] if container is not None and not container.lost else [])
 
     def start(self) -> None:
         """Plug every device of the configuration.
@@ -125,7 +155,7 @@ class Guest:
         if name not in self.devices:
             raise ConfigError(f"no device {name}")
         config, _ = self.devices.pop(name)
-        self.phb.bus.detach(PCIAddress.parse(config.addr).devfn)
+        self.phb_of(config).bus.detach(PCIAddress.parse(config.addr).devfn)
         self.host.forget(name)
         self._trace("device_del", id=name)
 
@@ -134,7 +164,7 @@ class Guest:
         if model is None:
             known = ", ".join(sorted(DEVICES))
             raise ConfigError(f"no device model {config.model!r}", where=f"device {config.id}", hint=f"known: {known}")
-        return self.phb.bus.plug(model, devfn, **config.props)
+        return self.phb_of(config).bus.plug(model, devfn, **config.props)
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         connection = self.host.open_device(config)
@@ -143,7 +173,7 @@ class Guest:
         return device
 
     def _plug(self, config: DeviceConfig, devfn: int, connection: DeviceConnection) -> VFIOPCIDevice:
-        bus = self.phb.bus
+        bus = self.phb_of(config).bus
         try:
             device = VFIOPCIDevice(bus.host_for(devfn), connection, name=config.id)
             bus.attach(device, devfn)
@@ -153,12 +183,12 @@ class Guest:
         return device
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
-        by_message = config.dma == "message"
-        publisher = None if by_message else self._publishing()
+        by_message, phb = config.dma == "message", self.phb_of(config)
+        publisher = None if by_message else self._publishing(phb)
         endpoint = connect(config.socket, config.id, capabilities(ats=not by_message))
         device: VFIOPCIDevice | None = None
         services = DmaServices(
-            self.phb.address_space,
+            phb.address_space,
             self.machine.system,
             lambda: device is not None and device.bus_master,
             trace=self._trace,
@@ -177,7 +207,7 @@ class Guest:
                 ram = wire.DmaMap(flags=_DMA_RW, offset=self.ram.fd_offset, address=0, size=self.ram.size)
                 connection.dma_map(ram, self.ram.fd)
                 if connection.extensions.notifier:
-                    connection.notifier(self.phb.buid, os.fspath(publisher.path))
+                    connection.notifier(phb.buid, os.fspath(publisher.path))
         except (OSError, PeerLost):
             connection.close()
             raise
@@ -185,8 +215,8 @@ class Guest:
         watch_losses(device)
         return device
 
-    def _publishing(self) -> Publisher:
-        """The publisher of the PHB's address space, from the first remote device on."""
+    def _publishing(self, phb: SpaprPhb) -> Publisher:
+        """The publisher, which follows the address space of ``phb`` from its first remote device on."""
         if self.publisher is None:
             fence = probe()
             if fence is None:
@@ -198,9 +228,10 @@ class Guest:
             self.publisher = Publisher(
                 self._directory, self.config.name, self._loop, fence, on_x86=on_x86, trace=self._trace
             )
-            self.publisher.add_space(self.phb.buid)
-            self._follower = SpaceFollower(self.publisher, self.phb.buid)
-            self.phb.address_space.register_listener(self._follower)
+        if phb.buid not in self._followers:
+            self.publisher.add_space(phb.buid)
+            follower = self._followers[phb.buid] = SpaceFollower(self.publisher, phb.buid)
+            phb.address_space.register_listener(follower)
         return self.publisher
 
     def _when_idle(self, callback: object) -> None:
@@ -234,6 +265,7 @@ class Guest:
                 }
                 for table in windows
             ],
+            "device_tree": self.machine.device_tree(),
             "irqs": {str(irq): count for irq, count in self.machine.irqs.raised.items()},
             "host": self.host.status(),
             "notifier": self.publisher.status() if self.publisher is not None else None,
@@ -247,7 +279,7 @@ class Guest:
         return {
             "id": name,
             "model": config.model,
-            "address": str(self.phb.bus.address(PCIAddress.parse(config.addr).devfn)),
+            "address": str(self.address_of(config)),
             "attach": config.attach,
             "host": config.host,
             "bars": {str(index): where.start for index, where in ranges.items() if where is not None},

@@ -58,7 +58,8 @@ class GuestSide:
 
     ram: tuple[RAMBlock, ...]
     system: AddressSpace
-    device_as: AddressSpace
+    device_as: Callable[[DeviceConfig], AddressSpace]
+    """The address space that a device's DMA is translated in: its bridge's."""
     clock: GuestClock
 
 
@@ -89,14 +90,15 @@ class _Probe:
 
 
 class HostLink:
-    """All assigned devices of the guest live in one container over one port. Nothing is opened before the first of
-    them.
+    """All assigned devices of one bridge live in one container, and all containers are reached over one port. Nothing
+    is opened before the first device.
     """
 
     def __init__(self, options: HostOptions, guest: GuestSide, loop: Loop, trace: Trace) -> None:
         self._options, self._guest, self._loop, self._trace = options, guest, loop, trace
         self.port: WirePort | None = None
-        self.container: VFIOContainer | None = None
+        self.containers: dict[str, VFIOContainer] = {}
+        """By the name of the address space that each follows."""
         self.devices: dict[str, tuple[DeviceConfig, VFIOPCIDevice | None]] = {}
         self.losses = 0
         """How often the host was lost."""
@@ -123,14 +125,15 @@ class HostLink:
             self._connect_port()
         assert self.port is not None, "connected above"
         path, self._opening = config.group_path, config.id
-        if self.container is None:
-            guest, page = self._guest, self._options.host_page_size
-            self.container = connect_container(
-                self.port, path, guest.system, guest.device_as, host_page_size=page, trace=self._trace
-            )
+        guest, space = self._guest, self._guest.device_as(config)
+        container = self.containers.get(space.name)
+        if container is None:
+            page = self._options.host_page_size
+            container = connect_container(self.port, path, guest.system, space, host_page_size=page, trace=self._trace)
+            self.containers[space.name] = container
         else:
-            self.container.add_group(path)
-        device = self.container.get_device(path, config.host)
+            container.add_group(path)
+        device = container.get_device(path, config.host)
         assert isinstance(device, VfioUserDevice), "the wire port makes these"
         try:
             self._guest.clock.attach(device)
@@ -147,10 +150,12 @@ class HostLink:
     def forget(self, name: str) -> None:
         """The device was unplugged and is closed; the last of a group takes the group out of the container."""
         config, _ = self.devices.pop(name, (None, None))
-        container = self.container
-        if config is None or container is None or container.lost:
+        if config is None:
             return
-        path = config.group_path
+        space, path = self._guest.device_as(config).name, config.group_path
+        container = self.containers.get(space)
+        if container is None or container.lost:
+            return
         if any(other.group_path == path for other, _ in self.devices.values()):
             return
         try:
@@ -158,7 +163,7 @@ class HostLink:
         except (OSError, PeerLost) as error:
             self._trace("vfio_error", reason=f"{name}: its group did not leave the container: {error}")
         if not container.groups:
-            self.container = None
+            del self.containers[space]
 
     def _connect_port(self) -> None:
         options = self._options
@@ -196,9 +201,9 @@ class HostLink:
         self._retry()
 
     def _drop(self) -> None:
-        if self.container is not None:
-            self.container.abandon()
-            self.container = None
+        for container in self.containers.values():
+            container.abandon()
+        self.containers.clear()
         if self.port is not None:
             self.port.close_all()
             self.port = None
@@ -246,12 +251,13 @@ class HostLink:
 
     def status(self) -> dict[str, object]:
         """For guestd's status."""
-        windows = list(self.container.backend.windows) if self.container is not None else []
+        containers = list(self.containers.values())
+        windows = [window for container in containers for window in container.backend.windows]
         return {
             "lost": self.lost,
             "losses": self.losses,
             "reason": self.reason,
-            "connected": self.container is not None and not self.container.lost,
+            "connected": bool(containers) and not any(container.lost for container in containers),
             "windows": [{"start": window.min_iova, "last": window.max_iova} for window in windows],
         }
 
@@ -261,12 +267,13 @@ class HostLink:
         if self._probe is not None:
             self._probe.close()
             self._probe = None
-        if self.container is not None and self.port is not None and self.port.lost is None:
-            try:
-                self.container.close()
-            except (OSError, PeerLost) as error:
-                self._trace("host_close_failed", reason=str(error))
-        self.container = None
+        if self.port is not None and self.port.lost is None:
+            for container in self.containers.values():
+                try:
+                    container.close()
+                except (OSError, PeerLost) as error:
+                    self._trace("host_close_failed", reason=str(error))
+            self.containers.clear()
         self._drop()
 
 

@@ -21,6 +21,7 @@ from hostd.remote_dma import Call, MessageDma, translator
 from protocols.transport.loop import Loop
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
 from vfio_model.errors import InternalGuestError
+from vfio_model.machine.phb import SpaprPhb
 from vfio_model.memory.atc import CachedImpl
 from vfio_model.memory.atc_entries import GuestRam
 from vfio_model.memory.dma import DMAImpl
@@ -95,22 +96,23 @@ class InlineGuest(Guest):
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         path = config.group_path
-        if self.host.container is None:
+        system, space, containers = self.machine.system, self.phb_of(config).address_space, self.host.containers
+        container = containers.get(space.name)
+        if container is None:
             page, trace = self.config.host_page, self._trace
-            system, space = self.machine.system, self.phb.address_space
-            self.host.container = connect_container(
-                self._host.port, path, system, space, host_page_size=page, trace=trace
-            )
+            container = connect_container(self._host.port, path, system, space, host_page_size=page, trace=trace)
+            containers[space.name] = container
         else:
-            self.host.container.add_group(path)
-        return self._plug(config, devfn, self.host.container.get_device(path, config.host))
+            container.add_group(path)
+        return self._plug(config, devfn, container.get_device(path, config.host))
 
     # -- remote devices ------------------------------------------------------------------------------------------
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         device: PCIDevice | None = None
+        phb = self.phb_of(config)
         services = DmaServices(
-            self.phb.address_space,
+            phb.address_space,
             self.machine.system,
             lambda: device is not None and device.bus_master,
             trace=self._trace,
@@ -118,20 +120,21 @@ class InlineGuest(Guest):
         unit = InlineDevice(config.id, config.model, config.props, self._log.trace(config.id), self.clock.now_ns)
         by_message = config.dma == "message"
         call = served(services)
-        unit.start(MessageDma(call) if by_message else self._cached(unit, call))
+        unit.start(MessageDma(call) if by_message else self._cached(unit, call, phb))
         self.remotes[config.id] = unit
         device = self._plug(config, devfn, InlineConnection(unit, self._loop.call_soon, lambda: self._end(unit)))
         return device
 
-    def _cached(self, unit: InlineDevice, call: Call) -> DMAImpl:
+    def _cached(self, unit: InlineDevice, call: Call, phb: SpaprPhb) -> DMAImpl:
         if self._notifier is None:
             self._notifier = InlineNotifier(self._trace)
-            self._follower = SpaceFollower(self._notifier, self.phb.buid)
-            self.phb.address_space.register_listener(self._follower)
+        if phb.buid not in self._followers:
+            follower = self._followers[phb.buid] = SpaceFollower(self._notifier, phb.buid)
+            phb.address_space.register_listener(follower)
         ram = GuestRam()
         ram.add(0, self.ram.view)
         ring = self._notifier.subscribe(unit.name, unit.lanes)
-        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=self.phb.buid, fallback=MessageDma(call))
+        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=phb.buid, fallback=MessageDma(call))
         cache.arm()
         return cache
 
@@ -164,9 +167,9 @@ class InlineGuest(Guest):
         """Unplug everything, unmap everything, free the memory. Harmless twice."""
         for name in list(self.devices):
             self.remove_device(name)
-        container, self.host.container = self.host.container, None
-        if container is not None:
+        for container in self.host.containers.values():
             container.close()
+        self.host.containers.clear()
         super().close()
         with contextlib.suppress(BufferError):  # views of it go with the machine
             self._memory.close()
