@@ -27,6 +27,7 @@ from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.spapr_v1 import SpaprV1Container
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.topology import HostTopology
+from vfio_model.host.type1 import Type1Container
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.kvm import KVM_PATH, KvmCap
@@ -59,11 +60,13 @@ File = VfioContainer | Group | KvmVm | KvmTable
 CONTAINER_PATH = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 
-_DRIVERS: dict[ContainerKind, Callable[[TableMemory, int], IommuDriver]] = {
-    "spapr-v2": SpaprTceContainer,
-    "spapr-v1": SpaprV1Container,
+_DRIVERS: dict[ContainerKind, Callable[[TableMemory, HostTopology], IommuDriver]] = {
+    "spapr-v2": lambda memory, host: SpaprTceContainer(memory, host.host_page_size),
+    "spapr-v1": lambda memory, host: SpaprV1Container(memory, host.host_page_size),
+    "type1v2": lambda memory, host: Type1Container(memory, host.host_page_size, iova_ranges=host.iova_ranges),
+    "type1": lambda memory, host: Type1Container(memory, host.host_page_size, v2=False, iova_ranges=host.iova_ranges),
 }
-"""What makes the driver of a kind, from its table memory and the host's page size."""
+"""What makes the driver of a kind, from its table memory and the host around it."""
 
 STRUCT_SIZES: dict[int, int] = {
     Ioctl.VFIO_IOMMU_SPAPR_TCE_GET_INFO: SpaprTceInfo.SIZE,
@@ -85,7 +88,9 @@ def private_buffers(name: str, size: int) -> memoryview:
 
 
 class Host:
-    """A host of ``topology``. ``handles`` yields file handles, none of them twice."""
+    """A host of ``topology``. ``handles`` yields file handles, none of them twice. ``table_buffers`` gives the memory
+    of TCE tables of virtual machines, which a client writes as well.
+    """
 
     def __init__(
         self,
@@ -95,10 +100,11 @@ class Host:
         on_device_open: OnDeviceOpen | None = None,
         on_device_close: OnDeviceClose | None = None,
         handles: Iterator[int] | None = None,
+        table_buffers: Buffers | None = None,
         trace: Trace = NULL_TRACE,
     ) -> None:
         self.topology = topology.validate()
-        self._buffers = buffers
+        self._buffers, self._table_buffers = buffers, table_buffers or buffers
         tokens = itertools.count(1)
         self._on_open: OnDeviceOpen = on_device_open or (lambda group, device: next(tokens))
         self._on_close: OnDeviceClose = on_device_close or (lambda group, device, token: None)
@@ -106,7 +112,7 @@ class Host:
         self._trace = trace
         self._domains = itertools.count(1)
         self._clients = itertools.count(1)
-        self._kinds = [kind for kind in topology.containers if kind in _DRIVERS]
+        self._kinds = topology.containers
         self._space = HpaSpace(topology.hpa, topology.host_page_size)
         self._segments: dict[str, Segment] = {}
         self._files: dict[int, tuple[File, Mm]] = {}
@@ -120,7 +126,7 @@ class Host:
     def _make_driver(self, kind: ContainerKind) -> IommuDriver:
         page = self.topology.host_page_size
         words = self._buffers(f"domain.{next(self._domains)}", self.topology.domain_bytes)
-        return _DRIVERS[kind](TableMemory(words, page), page)
+        return _DRIVERS[kind](TableMemory(words, page), self.topology)
 
     # Clients and their memory
 
@@ -236,7 +242,9 @@ class Host:
             if not revocation.actions:
                 raise
             return revocation.settle(_raiser(error))
-        return revocation.settle(lambda: result) if revocation.actions else result
+        if not revocation.actions:
+            return result
+        return revocation.settle(lambda: result if revocation.answer is None else revocation.answer)
 
     def _ioctl(self, mm: Mm, handle: int, cmd: int, arg: bytes, revocation: Revocation) -> bytes:
         file = self._file(handle)
@@ -292,7 +300,7 @@ class Host:
 
         :raise OSError: EBADF, EIO for another process's machine, and as :meth:`KvmVm.create_table`.
         """
-        table = self._vm(mm, vm).create_table(arg, self._buffers)
+        table = self._vm(mm, vm).create_table(arg, self._table_buffers)
         handle = next(self._handles)
         self._files[handle] = (table, mm)
         return handle, table.words
@@ -381,6 +389,8 @@ class Host:
 
     def _close_device(self, device: HostDevice, revocation: Revocation) -> None:
         device.pe.set_bus_master(False)
+        device.dirty = None
+        device.closes += 1
         token = device.token
         assert token is not None, "only an open device is closed"
 
@@ -389,6 +399,15 @@ class Host:
             self._on_close(device.group, device, token)
 
         revocation.later([device.name], finish)
+
+    def set_dirty_map(self, token: int, dirty: memoryview) -> None:
+        """The dirty map of the process that serves the open device with this token, as bytes. Unknown tokens are
+        ignored.
+        """
+        for group in self.groups.values():
+            for device in group.open_devices:
+                if device.token == token:
+                    device.dirty = dirty
 
     def set_bus_master(self, device: HostDevice, enabled: bool) -> Pending[None] | None:
         """Let an open device master the bus or not, as its command register says."""

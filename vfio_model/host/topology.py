@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from vfio_model.errors import ConfigError
 from vfio_model.host.hpa import Placement
 from vfio_model.host.platform import MAX_LEVELS, PlatformName
+from vfio_model.ranges import U64_MAX
 from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
 from vfio_model.uapi.kvm import KvmCap
 
@@ -74,6 +75,9 @@ class HostTopology:
     it has no KVM at all."""
     containers: tuple[ContainerKind, ...] = ("spapr-v2", "spapr-v1")
     """The kinds of container that VFIO_CHECK_EXTENSION and VFIO_SET_IOMMU know."""
+    iova_ranges: tuple[tuple[int, int], ...] = ((0, U64_MAX),)
+    """Bus addresses that a type 1 container can map: first and last byte of each range, in order and apart. A host with
+    48 bits and a hole for message interrupts has two; the default leaves every address to the guest."""
 
     def validate(self) -> HostTopology:
         """Itself, once everything in it makes sense. :raise ConfigError: naming the group and the field."""
@@ -87,6 +91,7 @@ class HostTopology:
             raise ConfigError("containers is empty", where="host", hint="one or more of " + ", ".join(CONTAINER_KINDS))
         for kind in self.containers:
             _choice("containers", kind, CONTAINER_KINDS, "host")
+        _check_iova_ranges(self.iova_ranges, self.host_page_size)
         for name in self.kvm_lacks:
             _choice("kvm_lacks", name, tuple(KvmCap.__members__), "host")
         numbers = [group.id for group in self.groups]
@@ -96,6 +101,16 @@ class HostTopology:
         for group in self.groups:
             _check_group(group)
         return self
+
+
+def _check_iova_ranges(ranges: tuple[tuple[int, int], ...], page: int) -> None:
+    behind = 0
+    for first, last in ranges:
+        if not behind <= first < last <= U64_MAX or first % page or (last + 1) % page:
+            raise ConfigError(f"iova_ranges: {first:#x}..{last:#x}", where="host", hint="whole pages, in order, apart")
+        behind = last + 2
+    if not ranges or ranges[-1][1] < 1 << 32:
+        raise ConfigError("iova_ranges ends below 4 GiB", where="host", hint="a table needs three levels at least")
 
 
 def _check_group(group: GroupSpec) -> None:

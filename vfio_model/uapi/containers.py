@@ -32,6 +32,6 @@ DRIVERS: dict[ContainerKind, DriverName] = {
 }
 DRIVER_PROPERTIES: dict[DriverName, frozenset[IommuType]] = {
     "spapr": frozenset({IommuType.VFIO_EEH}),
-    "type1": frozenset({IommuType.VFIO_UNMAP_ALL}),
+    "type1": frozenset({IommuType.VFIO_UNMAP_ALL, IommuType.VFIO_UPDATE_VADDR}),
 }
 """What a driver says yes to beside the types it serves."""
