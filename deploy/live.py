@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import msgspec
 
-from deploy import assemble, dma_drivers, events, explain
+from deploy import assemble, events, explain
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
+from deploy.firmware import Firmware
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.scenario import At, Scenario, Wait
@@ -23,9 +24,6 @@ from deploy.system import DmaDriver
 from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
-from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
-from vfio_model.iommu.spapr import regs
-from vfio_model.pci.address import PCIAddress
 
 A = TypeVar("A")
 _LOOK_SECONDS = 0.02
@@ -118,14 +116,12 @@ class LiveSystem:
         self.trace = self._events.trace
         self._links: dict[str, Link] = {}
         self.cpu = ControlCpu(self._link("guestd"))
-        self._functions: dict[int, PciFunction] = {}
-        self._window = MmioWindow.pseries()
+        self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
 
     def bring_up(self) -> None:
         """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
-        found = bring_up(self.cpu, regs.phb_buid(0), self._window)
-        self._functions = {function.devfn: function for function in found}
+        self._firmware.bring_up(self.cpu)
 
     def _link(self, role: str) -> Link:
         if role not in self._links:
@@ -146,10 +142,7 @@ class LiveSystem:
         """
         if device not in self._drivers:
             config = next(each for each in self._scenario.devices if each.id == device)
-            function = self._functions.get(PCIAddress.parse(config.addr).devfn)
-            if function is None:
-                raise ConfigError(f"{device}: nothing answers on the bus at {config.addr}")
-            self._drivers[device] = dma_drivers.bind(self.cpu, device, config.model, function, self._window.to_cpu)
+            self._drivers[device] = self._firmware.driver(self.cpu, config)
         return self._drivers[device]
 
     def status(self, role: str) -> dict[str, object]:

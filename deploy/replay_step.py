@@ -125,7 +125,13 @@ class ReplayStep:
         self._system, self._progress = system, progress
         self._probes = [(probe, prober(probe.device)) for probe in replay.probes]
         self._pending = sorted(pending, key=lambda each: each.after)
-        options = regs.DmaOptions(ddw=machine.ddw, pgsz=sum(machine.pgsz))
+        options = regs.DmaOptions(
+            ddw=machine.ddw,
+            pgsz=sum(machine.pgsz),
+            dma_win_addr=machine.dma_win_addr,
+            dma_win_size=machine.dma_win_size,
+            dma64_win_addr=machine.dma64_win_addr,
+        )
         self._replayer = Replayer(system.cpu, options=lambda index: options, on_event=self._on_event)
         self._memory = machine.ram
         self.pages = MappedPages(self._window)

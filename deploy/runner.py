@@ -137,7 +137,13 @@ class Runner:
     def _linux_ddw(self, wanted: schema.LinuxDdw) -> Outcome:
         device = next(device for device in self._scenario.devices if device.id == wanted.device)
         ram = self._scenario.machine.ram
-        driver = PseriesDdw(self._system.cpu, PCIAddress.parse(device.addr).devfn, ram_size=ram, list_gpa=LIST_GPA)
+        driver = PseriesDdw(
+            self._system.cpu,
+            PCIAddress.parse(device.addr).devfn,
+            ram_size=ram,
+            list_gpa=LIST_GPA,
+            phb_index=self._scenario.machine.phb_on(device.bus).index,
+        )
         got = driver.enable()
         if got is None:
             reason = "" if wanted.expect == "refused" else "Linux got no window and stays with the default one"

@@ -29,8 +29,27 @@ Attach = Literal["assigned", "remote", "emulated"]
 Role = Literal["hostd", "notifier", "guestd", "interposer"]
 
 
+class Phb(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One host bridge. What is left out is as the machine says for all of them."""
+
+    index: Annotated[int, Meta(ge=0, le=30)]
+    id: Name | None = None
+    ddw: bool | None = None
+    pgsz: list[Size] | None = None
+    dma_win_addr: Size | None = None
+    dma_win_size: Size | None = None
+    dma64_win_addr: Size | None = None
+
+    @property
+    def bus(self) -> str:
+        """What a device's ``bus`` calls it."""
+        return f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
+
+
 class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The guest machine, with QEMU's property names and defaults."""
+    """The guest machine, with QEMU's property names and defaults. ``ddw`` to ``dma64_win_addr`` hold for every PHB that
+    does not say otherwise.
+    """
 
     type: Literal["pseries"] = "pseries"
     ram: Size = Size(1 << 30)
@@ -39,8 +58,35 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
     ddw: bool = True
     pgsz: list[Size] = msgspec.field(default_factory=lambda: list(PAGE_SIZES))
     """Page sizes that the guest's PHB offers for dynamic windows."""
+    dma_win_addr: Size = Size(0)
+    dma_win_size: Size = Size(1 << 30)
+    dma64_win_addr: Size = Size(1 << 59)
+    multitce: bool = True
+    """Whether H_STUFF_TCE and H_PUT_TCE_INDIRECT are there."""
+    phbs: list[Phb] = []
+    """The host bridges; none given: one, with index 0."""
+    quirks: list[str] = []
+    """Differences from QEMU to give up; ``qemu``: all that can be."""
+
+    @property
+    def bridges(self) -> list[Phb]:
+        """The host bridges that there are."""
+        return self.phbs or [Phb(index=0)]
+
+    def phb_on(self, bus: str) -> Phb:
+        """The bridge whose bus is called so; the first for an empty name.
+
+        :raise ValueError: when there is none.
+        """
+        for phb in self.bridges:
+            if bus in ("", phb.bus):
+                return phb
+        raise ValueError(f"there is no bus {bus}, only {', '.join(phb.bus for phb in self.bridges)}")
 
     def __post_init__(self) -> None:
+        for what in ("index", "bus"):
+            if len({getattr(phb, what) for phb in self.bridges}) < len(self.bridges):
+                raise ValueError(f"phbs: two have the same {what}")
         for name, size in (("page_size", self.page_size), *(("pgsz", size) for size in self.pgsz)):
             if size < 4096 or size & (size - 1):
                 raise ValueError(f"{name} must be a power of two of at least 4K, not {int(size)}")
@@ -74,6 +120,8 @@ class Device(Struct, forbid_unknown_fields=True, kw_only=True):
     attach: Attach = "emulated"
     addr: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{1,2}(\.[0-7])?$")]
     """Slot and function on the PHB's bus, as QEMU writes them: ``02.0``."""
+    bus: str = ""
+    """The bus of which PHB, as QEMU names it (``pci.0``); empty: the first one's."""
     group: Annotated[int, Meta(ge=0, le=65535)] | None = None
     dma: Literal["shared", "message"] = "shared"
     """How a remote device reaches memory: mapped, with cached translations, or by a message for every access."""
@@ -293,7 +341,8 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._refuse_doubles("id", [device.id for device in self.devices])
-        self._refuse_doubles("addr", [device.addr for device in self.devices])
+        places = [(self.machine.phb_on(device.bus).index, device.addr) for device in self.devices]
+        self._refuse_doubles("addr", [addr if not index else f"{addr} of PHB {index}" for index, addr in places])
         known = {device.id for device in self.devices}
         for index, step in enumerate(self.steps):
             name, action = step.action

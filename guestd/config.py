@@ -28,7 +28,7 @@ class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """
 
     index: Annotated[int, Meta(ge=0, lt=regs.MAX_PHBS)]
-    id: str = ""
+    id: str | None = None
     ddw: bool | None = None
     pgsz: list[Size] | Size | None = None
     dma_win_addr: Size | None = None
@@ -56,11 +56,14 @@ class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     dma64_win_addr: Size = DMA64_WINDOW_ADDR
     multitce: bool = True
     """Whether the hypercalls for many TCEs are there."""
-    phbs: list[PhbConfig] = msgspec.field(default_factory=lambda: [PhbConfig(index=0)])
+    phbs: list[PhbConfig] = []
+    """None given: one, with index 0."""
     quirks: list[str] = []
     """Differences from QEMU to give up, by name, or ``qemu`` for all that can be."""
     memlock: Size | None = None
     host_page_size: Size | None = None
+    kvm: bool = False
+    """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
 
     @property
     def pgsz_mask(self) -> int:
@@ -90,9 +93,10 @@ class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         quirks.selected(self.quirks)
+        self.phbs = self.phbs or [PhbConfig(index=0)]
         buses = [phb.bus for phb in self.phbs]
-        if not buses or len({phb.index for phb in self.phbs}) < len(buses) or len(set(buses)) < len(buses):
-            raise ValueError("phbs: there is at least one, each with an index and an id of its own")
+        if len({phb.index for phb in self.phbs}) < len(buses) or len(set(buses)) < len(buses):
+            raise ValueError("phbs: each has an index and an id of its own")
         for phb in self.phbs:
             _check_windows(self.dma_options(phb))
         if self.page_size < 4096 or self.page_size & (self.page_size - 1):

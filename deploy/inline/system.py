@@ -11,9 +11,10 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from deploy import assemble, dma_drivers
+from deploy import assemble
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation, Stage, choose_device, compare
+from deploy.firmware import Firmware
 from deploy.inline.guest import InlineGuest
 from deploy.inline.host import InlineHost, lossless
 from deploy.inline.log import InlineLog
@@ -25,9 +26,6 @@ from guestd.explain import explain as explain_stage1
 from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
-from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
-from vfio_model.iommu.spapr import regs
-from vfio_model.pci.address import PCIAddress
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,8 +134,7 @@ class InlineSystem:
         self._loop = Loop()
         self._host: InlineHost | None = None
         self._guest: InlineGuest | None = None
-        self._functions: dict[int, PciFunction] = {}
-        self._window = MmioWindow.pseries()
+        self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
         try:
             self.host, self.guest = self._start()
@@ -166,8 +163,7 @@ class InlineSystem:
 
     def bring_up(self) -> None:
         """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
-        found = bring_up(self.cpu, regs.phb_buid(0), self._window)
-        self._functions = {function.devfn: function for function in found}
+        self._firmware.bring_up(self.cpu)
 
     def devices(self) -> list[DeviceInfo]:
         """The guest's devices."""
@@ -179,10 +175,7 @@ class InlineSystem:
         """
         if device not in self._drivers:
             config = next(each for each in self._scenario.devices if each.id == device)
-            function = self._functions.get(PCIAddress.parse(config.addr).devfn)
-            if function is None:
-                raise ConfigError(f"{device}: nothing answers on the bus at {config.addr}")
-            self._drivers[device] = dma_drivers.bind(self.cpu, device, config.model, function, self._window.to_cpu)
+            self._drivers[device] = self._firmware.driver(self.cpu, config)
         return self._drivers[device]
 
     def status(self, role: str) -> dict[str, object]:

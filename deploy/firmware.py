@@ -1,0 +1,41 @@
+"""What a guest's firmware does for a scenario: find the devices behind each host bridge, place their BARs, switch on
+decoding and bus mastering; and which driver a device has afterwards.
+"""
+
+from __future__ import annotations
+
+from deploy import dma_drivers
+from deploy.scenario import Device, Machine
+from deploy.system import DmaDriver
+from vfio_model.errors import ConfigError
+from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
+from vfio_model.iommu.spapr import regs
+from vfio_model.pci.address import PCIAddress
+
+
+class Firmware:
+    """The functions of ``machine``, once :meth:`bring_up` has run."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._windows = {phb.index: MmioWindow.pseries(phb.index) for phb in machine.bridges}
+        self._functions: dict[tuple[int, int], PciFunction] = {}
+        """By the bridge's index, and devfn."""
+
+    def bring_up(self, cpu: Cpu) -> None:
+        """Find and start everything that is plugged now."""
+        for index, window in self._windows.items():
+            for function in bring_up(cpu, regs.phb_buid(index), window):
+                self._functions[index, function.devfn] = function
+
+    def driver(self, cpu: Cpu, device: Device) -> DmaDriver:
+        """A DMA driver of ``device``.
+
+        :raise ConfigError: when there is none for its model, or it is not on the bus.
+        """
+        index = self._machine.phb_on(device.bus).index
+        function = self._functions.get((index, PCIAddress.parse(device.addr).devfn))
+        if function is None:
+            raise ConfigError(f"{device.id}: nothing answers on the bus at {device.addr}")
+        return dma_drivers.bind(cpu, device.id, device.model, function, self._windows[index].to_cpu)
