@@ -30,6 +30,8 @@ from protocols.transport.runtime import RoleLock
 from protocols.transport.zmq import DealerClient, RouterServer, Sent
 from vfio_model.errors import ConfigError, RemoteProtocolError
 from vfio_model.uapi import vfio
+from vfio_model.uapi.hvcall import hcall_name
+from vfio_model.uapi.kvm import ioctl_name
 
 ROLE = "interposer"
 MAX_CLIENTS = 64
@@ -42,9 +44,11 @@ _SHAPES: dict[int, type[vfio.DmaMap] | type[vfio.DmaUnmap]] = {
 
 def describe(message: port.Request) -> dict[str, object]:
     """Fields for the log: sequence number and name; of a map or unmap also the first ``iova`` and the size of all."""
+    if isinstance(message, port.Hcall):
+        return {"seq": message.seq, "hcall": hcall_name(message.nr), "count": 1, "iova": message.args[1]}
     if not isinstance(message, port.Ioctl):
         return {"seq": message.seq, "ioctl": "ping"}
-    fields: dict[str, object] = {"seq": message.seq, "ioctl": vfio.ioctl_name(message.cmd), "count": message.count}
+    fields: dict[str, object] = {"seq": message.seq, "ioctl": ioctl_name(message.cmd), "count": message.count}
     shape = _SHAPES.get(message.cmd)
     if shape is not None and len(message.arg) >= shape.SIZE * message.count:
         each = [shape.unpack(message.arg[i * shape.SIZE :]) for i in range(message.count)]
@@ -134,7 +138,7 @@ class InterposerProcess:
                 self._front.refuse(peer, port.RESPONSES.encode(port.Refused(str(error)[:1000])))
                 self._drop(client)
                 continue
-            self._trace.cause = message.cause if isinstance(message, port.Ioctl) else 0
+            self._trace.cause = 0 if isinstance(message, port.Ping) else message.cause
             self._trace("port_take", **describe(message))
             self._carry_out(client, message, data, self._interposer.decide(seen(message)))
 
@@ -158,17 +162,19 @@ class InterposerProcess:
                     self._kill(role)
 
     def _forward(self, client: Client, message: port.Request, data: bytes) -> None:
-        self._trace.cause = message.cause if isinstance(message, port.Ioctl) else 0
+        self._trace.cause = 0 if isinstance(message, port.Ping) else message.cause
         self._trace("port_forward", **describe(message))
         if not client.back.closed:  # a message that was delayed may come after its sender was refused
             client.waits_for.add(message.seq)
             client.back.send(data)
 
     def _answer(self, client: Client, message: port.Request, number: int) -> None:
-        """Answer for the host; a success returns the argument as it came."""
-        if not isinstance(message, port.Ioctl):
+        """Answer for the host; a success returns the argument as it came, or H_SUCCESS."""
+        if isinstance(message, port.Ping):
             return
-        done, arg = (0, b"") if number else (message.count, message.arg)
+        done, arg = (1, bytes(8)) if isinstance(message, port.Hcall) else (message.count, message.arg)
+        if number:
+            done, arg = 0, b""
         self._front.send(client.peer, port.RESPONSES.encode(port.Return(message.seq, number, done, arg)))
 
     def _on_back(self, client: Client) -> None:

@@ -122,6 +122,11 @@ class Guest:
 
         :raise ConfigError: when one cannot be: it says which and why.
         """
+        if self.config.machine.kvm:
+            try:
+                self.host.accelerate(self.machine)
+            except (OSError, PeerLost) as error:
+                raise ConfigError(f"in-kernel acceleration: {error}", where="machine.kvm") from error
         for config in self.config.devices:
             self.add_device(config)
 

@@ -32,10 +32,12 @@ from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.transport.zmq import DealerClient
 from protocols.vfio_user.messages import Role
 from vfio_model.errors import PeerLost, RemoteProtocolError, VfioModelError
+from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import Trace
 from vfio_model.vfio.connect import VFIOContainer, connect_container
+from vfio_model.vfio.kvm import KvmAccelerator
 from vfio_model.vfio.pci import VFIOPCIDevice
 
 RETRY_NS: Final = 100_000_000
@@ -108,6 +110,8 @@ class HostLink:
         self._next_ask: LoopTimer | None = None
         self._opening = ""
         self._closed = False
+        self.kvm: KvmAccelerator | None = None
+        """In-kernel acceleration, where the machine has it; see :meth:`accelerate`."""
 
     @property
     def lost(self) -> bool:
@@ -115,6 +119,16 @@ class HostLink:
         return self._probe is not None
 
     # -- connecting ----------------------------------------------------------------------------------------------
+
+    def accelerate(self, machine: PseriesMachine) -> None:
+        """Connect the host now, and let it have the machine's TCE tables whenever it is there.
+
+        :raise OSError: it has no KVM. :raise PeerLost: there is no host, or it went away.
+        """
+        self.kvm = KvmAccelerator(self._guest.system, self._options.host_page_size, self._trace)
+        self.kvm.on_change = machine.relocate_tables
+        machine.accelerate(self.kvm)
+        self._connect_port()
 
     def open_device(self, config: DeviceConfig) -> VfioUserDevice:
         """Open an assigned device, connecting first what is not connected yet.
@@ -129,7 +143,9 @@ class HostLink:
         container = self.containers.get(space.name)
         if container is None:
             page = self._options.host_page_size
-            container = connect_container(self.port, path, guest.system, space, host_page_size=page, trace=self._trace)
+            container = connect_container(
+                self.port, path, guest.system, space, host_page_size=page, trace=self._trace, kvm=self.kvm
+            )
             self.containers[space.name] = container
         else:
             container.add_group(path)
@@ -179,6 +195,8 @@ class HostLink:
         self.port.on_lost = lambda _error: self._loop.call_soon(self._host_lost)
         for block in self._guest.ram:
             self.port.declare_memory(block)
+        if self.kvm is not None:
+            self.kvm.connect(self.port)
 
     def _make_device(self, message: files.DeviceFd, stream: int, process: Pidfd) -> VfioUserDevice:
         name = f"{self._opening} ({message.name})"
@@ -201,6 +219,8 @@ class HostLink:
         self._retry()
 
     def _drop(self) -> None:
+        if self.kvm is not None:
+            self.kvm.disconnect()
         for container in self.containers.values():
             container.abandon()
         self.containers.clear()
@@ -233,6 +253,8 @@ class HostLink:
 
     def _come_back(self) -> None:
         try:
+            if self.port is None and self.kvm is not None:
+                self._connect_port()
             for config, device in list(self.devices.values()):
                 connection = self.open_device(config)
                 if device is not None:
@@ -258,6 +280,7 @@ class HostLink:
             "losses": self.losses,
             "reason": self.reason,
             "connected": bool(containers) and not any(container.lost for container in containers),
+            "kvm": self.kvm is not None and self.kvm.connected,
             "windows": [{"start": window.min_iova, "last": window.max_iova} for window in windows],
         }
 

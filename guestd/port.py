@@ -13,11 +13,13 @@ returned earlier would be a lie. A hanging host's devices are killed here for th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,12 +28,15 @@ from protocols.port import files, messages
 from protocols.transport.channel import FdChannel
 from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import Loop
+from protocols.transport.shm import MappedMemory, map_memory
 from protocols.transport.unix import SeqpacketConnection, close_fds
 from protocols.transport.zmq import DealerClient, Sent
 from vfio_model.errors import DeadlineExceeded, InternalGuestError, PeerLost, RemoteProtocolError
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import NULL_TRACE, Trace
-from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl, ioctl_name
+from vfio_model.uapi.hvcall import hcall_name
+from vfio_model.uapi.kvm import ioctl_name
+from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl
 from vfio_model.vfio.ioctl import BatchError
 from vfio_model.vfio.region import DeviceConnection
 
@@ -44,6 +49,7 @@ PATIENCE: Final = 4
 FENCE_SECONDS: Final = 2.0
 """How long device processes of a dead host may take to end by themselves."""
 UNLIMITED: Final = (1 << 64) - 1
+_RET = struct.Struct("=q")
 
 FileChannel = FdChannel[files.Response, files.Request]
 DeviceFactory = Callable[[files.DeviceFd, int, Pidfd], DeviceConnection]
@@ -83,6 +89,7 @@ class WirePort:
         self._files: dict[int, _File] = {}
         self._devices: dict[int, tuple[files.DeviceFd, list[int]]] = {}
         self._pidfds: list[Pidfd] = []
+        self._tables: dict[int, MappedMemory] = {}
         self.lost: PeerLost | None = None
         self.on_lost: Callable[[PeerLost], None] = lambda _error: None
         """Called once, from wherever the loss was noticed; must not wait."""
@@ -105,22 +112,32 @@ class WirePort:
         return self._open_file(files.OpenFile(path, self._mm.handle)).handle
 
     def _open_file(self, request: files.OpenMm | files.OpenFile) -> _File:
+        file, _ = self._connect(request, files.Opened)
+        return file
+
+    def _connect(
+        self, request: files.Request, wanted: type[files.Opened] | type[files.OpenedTable]
+    ) -> tuple[_File, list[int]]:
+        """A new connection whose first request is answered as ``wanted``; with the descriptors of the answer, which the
+        caller owns.
+        """
         self._check()
         connection = SeqpacketConnection.connect(self._socket_path, "hostd")
         channel: FileChannel = FdChannel(connection, files.RESPONSES, files.REQUESTS, files.fd_count)
         file = _File(channel)
         self._loop.register(channel, lambda: self._file_readable(file), served=True)
         try:
-            answer = self._ask(file, request)
+            answer, received = self._ask_for(file, request)
         except (PeerLost, OSError):
             self._close_file(file)
             raise
-        if not isinstance(answer, files.Opened):
+        if not isinstance(answer, wanted):
+            close_fds(received)
             self._close_file(file)
             raise self._broken(f"{type(answer).__name__} in answer to {type(request).__name__}")
         file.handle = answer.handle
         self._files[file.handle] = file
-        return file
+        return file, received
 
     def close(self, handle: int) -> None:
         """close(2): what is asked next finds the file released. Harmless when the host is gone.
@@ -168,6 +185,13 @@ class WirePort:
         return self._make_device(message, stream, process)
 
     def _ask(self, file: _File, request: files.Request, fds: tuple[int, ...] = ()) -> files.Response:
+        answer, received = self._ask_for(file, request, fds)
+        close_fds(received)
+        return answer
+
+    def _ask_for(
+        self, file: _File, request: files.Request, fds: tuple[int, ...] = ()
+    ) -> tuple[files.Response, list[int]]:
         self._check()
         name = type(request).__name__
         try:
@@ -176,10 +200,10 @@ class WirePort:
             raise self._lose(error.doing) from error
         self._wait(lambda: bool(file.inbox), name)
         answer, received = file.inbox.popleft()
-        close_fds(received)
         if isinstance(answer, files.OpenError):
+            close_fds(received)
             raise OSError(answer.errno, answer.reason)
-        return answer
+        return answer, received
 
     def _file_readable(self, file: _File) -> None:
         try:
@@ -207,6 +231,46 @@ class WirePort:
     def _dismiss(self) -> None:
         if self._eof is not None and self.lost is None:
             self._lose(self._eof.doing)
+
+    # -- virtual machines ----------------------------------------------------------------------------------------
+
+    def create_spapr_tce(self, vm: int, arg: bytes) -> tuple[int, memoryview]:
+        """``KVM_CREATE_SPAPR_TCE_64``: a new connection is the table's file; its memory stays mapped when the host
+        goes.
+
+        :raise OSError: the host refuses. :raise PeerLost: it is gone.
+        """
+        file, received = self._connect(files.CreateSpaprTce(self._mm.handle, vm, arg), files.OpenedTable)
+        try:
+            memory = map_memory(received[0], writable=True, what="TCE table")
+        except RemoteProtocolError as error:
+            raise self._broken(str(error)) from error
+        self._tables[file.handle] = memory
+        return file.handle, memory.words
+
+    def unmap_spapr_tce(self, handle: int) -> None:
+        """Unmap a table's memory; it goes when nobody shows it any more."""
+        memory = self._tables.pop(handle, None)
+        if memory is not None:
+            with contextlib.suppress(BufferError):
+                memory.close()
+
+    def hcall(self, vm: int, nr: int, args: Sequence[int], links: int) -> int:
+        """A hypercall that the host may answer: its return code, H_TOO_HARD included.
+
+        :raise OSError: it failed on its way. :raise PeerLost: the host is gone.
+        """
+        self._begin()
+        self._seq = seq = self._seq + 1
+        trace = self._trace
+        if trace.enabled:
+            trace("port_send", seq=seq, hcall=hcall_name(nr), count=1, iova=args[1])
+        message = messages.Hcall(seq, trace.cause, self._mm.handle, vm, nr, list(args), links)
+        answer = self._exchange(message, hcall_name(nr))
+        if answer.errno or len(answer.arg) != _RET.size:
+            raise OSError(answer.errno or errno.EIO, f"{hcall_name(nr)}: {os.strerror(answer.errno or errno.EIO)}")
+        ret: int = _RET.unpack(answer.arg)[0]
+        return ret
 
     # -- ioctls --------------------------------------------------------------------------------------------------
 
@@ -238,19 +302,26 @@ class WirePort:
         return count
 
     def _call(self, handle: int, cmd: int, arg: bytes | bytearray | memoryview, count: int) -> messages.Return:
-        if self.lost is not None or self._eof is not None:
-            self._check()
-        assert self._answer is None, "one ioctl is outstanding at a time"
+        self._begin()
         self._seq = seq = self._seq + 1
         trace = self._trace
         if trace.enabled:
             trace("port_send", seq=seq, ioctl=ioctl_name(cmd), count=count, **_first(cmd, arg))
         message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
+        return self._exchange(message, cmd)
+
+    def _begin(self) -> None:
+        if self.lost is not None or self._eof is not None:
+            self._check()
+        assert self._answer is None, "one request is outstanding at a time"
+
+    def _exchange(self, message: messages.Ioctl | messages.Hcall, request: str | int) -> messages.Return:
+        trace, seq = self._trace, message.seq
         if self._client.send(messages.REQUESTS.encode(message)) is not Sent.OK:
             raise self._lose("sending: it takes no more requests")
         self._short_wait()
         if self._answer is None:
-            self._wait(self._answered, cmd)
+            self._wait(self._answered, request)
         answer, self._answer = self._answer, None
         assert answer is not None, "the wait ends with an answer or an error"
         if trace.enabled:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from hostd.events import Descriptor
+from hostd.events import Descriptor, Mapped
+from vfio_model.errors import RemoteProtocolError
 from vfio_model.host.host import CONTAINER_PATH, GROUP_PREFIX
 from vfio_model.host.hpa import Segment
-from vfio_model.host.mm import Mm
+from vfio_model.host.mm import Mm, Vma
 
 
 @dataclass(eq=False)
@@ -31,6 +32,25 @@ class Client:
     vmas: dict[int, Segment] = field(default_factory=dict)
     """What is declared, by its first address."""
     leaving: bool = False
+    _mapped: dict[str, Mapped] = field(default_factory=dict)
+
+    def view(self, vma: Vma) -> memoryview | None:
+        """The bytes of a mapping of its, to be read; None when they cannot be seen. Mapped here when first needed."""
+        name = vma.segment.id
+        if name not in self._mapped:
+            try:
+                self._mapped[name] = self.memory[name][1].map()
+            except (KeyError, OSError, RemoteProtocolError):
+                return None
+        return self._mapped[name].view[vma.offset : vma.offset + vma.length]
+
+    def forget(self, segment: Segment) -> None:
+        """Close the memfd of a segment that is not used any more."""
+        _, fd = self.memory.pop(segment.id)
+        fd.close()
+        mapped = self._mapped.pop(segment.id, None)
+        if mapped is not None:
+            mapped.close()
 
     def uses(self, segment: Segment) -> bool:
         """Whether ``segment`` is declared, or pinned by what was declared once."""
@@ -39,14 +59,15 @@ class Client:
 
     def close_memory(self) -> None:
         """Close the memfds."""
-        for _, fd in self.memory.values():
-            fd.close()
-        self.memory.clear()
+        for segment, _ in list(self.memory.values()):
+            self.forget(segment)
 
 
 @dataclass(eq=False)
 class OpenFile:
-    """A container or group file. The modelled host knows it by the same ``handle``."""
+    """A file of a container, a group, a virtual machine or one of its TCE tables. The modelled host knows it by the
+    same ``handle``.
+    """
 
     handle: int
     connection: int
@@ -56,6 +77,7 @@ class OpenFile:
 
     def __post_init__(self) -> None:
         self.is_container = self.path == CONTAINER_PATH
+        self.is_group = not self.is_container and self.path.startswith(GROUP_PREFIX)
 
     @property
     def group(self) -> int:

@@ -11,6 +11,7 @@ sender the connection and nobody else anything.
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from hostd.events import (
     PortMessage,
     SendFile,
     SendReturn,
+    SendTable,
     Tick,
 )
 from hostd.host_explain import explain
@@ -49,7 +51,8 @@ from protocols.transport.zmq import RouterServer, Sent
 from vfio_model.errors import ConfigError, PeerLost, RemoteProtocolError
 from vfio_model.host.topology import HostTopology
 from vfio_model.trace import Trace
-from vfio_model.uapi.vfio import ioctl_name
+from vfio_model.uapi.hvcall import hcall_name
+from vfio_model.uapi.kvm import ioctl_name
 
 LOOK_NS = 75_000
 """Between two looks at lanes that are waited for."""
@@ -100,6 +103,7 @@ class ContainerServer:
                 skip_wait=options.skip_revoke_wait,
                 max_connections=descriptors // 4,
                 max_segments=descriptors // 4,
+                table_buffers=self._areas.shared,
             ),
         )
         self._pes = [
@@ -114,7 +118,7 @@ class ContainerServer:
         self._sweep = False
         self._events: deque[Event] = deque()
         self._busy = False
-        self.counters = {"ioctls": 0, "refused": 0}
+        self.counters = {"ioctls": 0, "hcalls": 0, "refused": 0}
         self._open_sockets(directory, lock)
 
     def _open_sockets(self, directory: Path, lock: RoleLock | None) -> None:
@@ -153,6 +157,9 @@ class ContainerServer:
                 self._send_return(effect)
             case SendFile():
                 self._send_file(effect)
+            case SendTable():
+                fd = OwnedFd(os.dup(self._areas.fd(effect.words)))
+                self._send_file(SendFile(effect.connection, effect.message, (fd,)))
             case Note():
                 self._trace.cause = effect.cause
                 self._trace(effect.event, **effect.fields)
@@ -191,9 +198,12 @@ class ContainerServer:
 
     def _sweep_domains(self) -> None:
         """Unmap the table memory of containers that are gone."""
-        groups = self.service.state.host.groups.values()
+        host = self.service.state.host
+        groups = host.groups.values()
         drivers = [group.container.driver for group in groups if group.container is not None]
-        self._areas.keep([*self._pes, *(driver.domain_words for driver in drivers if driver is not None)])
+        self._areas.keep(
+            [*self._pes, *host.kvm_words, *(driver.domain_words for driver in drivers if driver is not None)]
+        )
 
     # -- the port ----------------------------------------------------------------------------------------------------
 
@@ -203,13 +213,17 @@ class ContainerServer:
         if received is None:
             return
         peer, message = received
-        if not isinstance(message, messages.Ioctl):
+        if isinstance(message, messages.Ping):
             self._port.send(peer, messages.Pong(message.seq))
             return
-        self.counters["ioctls"] += 1
+        is_ioctl = isinstance(message, messages.Ioctl)
+        self.counters["ioctls" if is_ioctl else "hcalls"] += 1
         if self._trace.enabled:
             self._trace.cause = message.cause
-            self._trace("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
+            if isinstance(message, messages.Ioctl):
+                self._trace("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
+            else:
+                self._trace("port_recv", seq=message.seq, hcall=hcall_name(message.nr), count=1)
         self.handle(PortMessage(peer, message))
 
     def _send_return(self, effect: SendReturn) -> None:

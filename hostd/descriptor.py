@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from protocols.transport.shm import sealed_size
+from protocols.transport.shm import MappedMemory, map_memory, sealed_size
 
 
 class OwnedFd:
@@ -44,6 +44,10 @@ class OwnedFd:
         :raise RemoteProtocolError: when it is none.
         """
         return sealed_size(self.fd)
+
+    def map(self) -> MappedMemory:
+        """All of the memfd, to be read. :raise RemoteProtocolError: when that cannot be."""
+        return map_memory(os.dup(self.fd), what="guest memory")
 
 
 def pid_of_pidfd(fd: int) -> int | None:

@@ -19,6 +19,17 @@ from protocols.port import files, messages
 from vfio_model.memory.revoke import LaneSet
 
 
+class Mapped(Protocol):
+    """A mapped memfd."""
+
+    @property
+    def view(self) -> memoryview:
+        """Its bytes."""
+
+    def close(self) -> None:
+        """Unmap it. :raise BufferError: somebody still holds a part of the view; the memory goes with that."""
+
+
 class Descriptor(Protocol):
     """An open descriptor that somebody owns."""
 
@@ -36,6 +47,9 @@ class Descriptor(Protocol):
 
         :raise RemoteProtocolError: when it is none.
         """
+
+    def map(self) -> Mapped:
+        """The sealed memfd behind it, mapped to be read. :raise RemoteProtocolError: when that cannot be."""
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -66,10 +80,10 @@ class Closed:
 
 
 class PortMessage(NamedTuple):
-    """An ioctl of ZeroMQ peer ``peer``."""
+    """An ioctl or hypercall of ZeroMQ peer ``peer``."""
 
     peer: bytes
-    message: messages.Ioctl
+    message: messages.Ioctl | messages.Hcall
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +159,15 @@ class SendFile:
     connection: int
     message: files.Response
     fds: tuple[Descriptor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SendTable:
+    """Send ``message`` on a connection, with a descriptor of the memory behind ``words``."""
+
+    connection: int
+    message: files.OpenedTable
+    words: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +255,7 @@ class Note:
 
 Effect = (
     SendFile
+    | SendTable
     | Disconnect
     | SendReturn
     | StartDevice

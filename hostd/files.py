@@ -8,7 +8,16 @@ from errno import EBADF, EBUSY, EEXIST, EINVAL, ENFILE, ENODEV, ENOENT, ENOSPC
 
 from hostd.clients import Client, Connection, OpenFile
 from hostd.device_table import DeviceState
-from hostd.events import Descriptor, Disconnect, DomainsChanged, OfferServer, SendDevice, SendFile, StopDevice
+from hostd.events import (
+    Descriptor,
+    Disconnect,
+    DomainsChanged,
+    OfferServer,
+    SendDevice,
+    SendFile,
+    SendTable,
+    StopDevice,
+)
 from hostd.ioctls import queue_key, segment_map
 from hostd.jobs import Job, Steps, Until
 from hostd.state import Offer, ServiceState
@@ -20,6 +29,8 @@ from vfio_model.host.mm import Vma
 
 UNLIMITED = (1 << 64) - 1
 """OpenMm.memlock of a client with CAP_IPC_LOCK."""
+TABLE_PATH = "anon_inode:kvm-spapr-tce"
+"""What the kernel calls the file of a TCE table."""
 
 
 class FileService:
@@ -76,6 +87,8 @@ class FileService:
             self._open_mm(connection, message)
         elif isinstance(message, files.OpenFile):
             self._open_file(connection, message)
+        elif isinstance(message, files.CreateSpaprTce):
+            self._create_table(connection, message)
         else:
             self._attach_server(connection, message, fds)
 
@@ -86,6 +99,7 @@ class FileService:
         memlock = None if message.memlock >= UNLIMITED else message.memlock
         mm = state.host.create_mm(memlock, message.name)
         client = Client(state.clients.handle(), connection.id, connection.pid, message.name, mm)
+        state.host.share_memory(mm, client.view)
         connection.opened = state.clients.mms[client.handle] = client
         state.note("hostd_open_mm", name=message.name, pid=connection.pid, memlock=memlock)
         state.emit(SendFile(connection.id, files.Opened(client.handle)))
@@ -98,12 +112,23 @@ class FileService:
         job = Job(f"open {message.path}", self._open_steps(connection, message.path, client), client.pid)
         self._state.jobs.submit(("path", message.path), job)
 
+    def _create_table(self, connection: Connection, message: files.CreateSpaprTce) -> None:
+        state, clients = self._state, self._state.clients
+        client, vm = clients.mms.get(message.mm), clients.file_for(message.mm, message.vm)
+        if client is None or client.pid != connection.pid or vm is None:
+            raise OSError(EBADF, "no such virtual machine of this process")
+        handle, words = state.host.create_spapr_tce(client.mm, vm.handle, message.arg)
+        file = OpenFile(handle, connection.id, TABLE_PATH, client)
+        connection.opened = clients.files[handle] = file
+        state.note("hostd_open", path=TABLE_PATH, pid=client.pid)
+        state.emit(SendTable(connection.id, files.OpenedTable(handle), words))
+
     def _open_steps(self, connection: Connection, path: str, client: Client) -> Steps:
         """A file that is being released is waited for: on a real host close(2) would not have returned yet."""
         state, clients = self._state, self._state.clients
         yield Until(
             f"the release of {path}",
-            lambda: not any(file.closing and not file.is_container for file in clients.by_path(path)),
+            lambda: not any(file.closing and file.is_group for file in clients.by_path(path)),
         )
         if clients.connections.get(connection.id) is not connection or client.leaving:
             return
@@ -183,8 +208,7 @@ class FileService:
         if client.uses(segment):
             return
         self._state.host.forget_segment(segment.id)
-        _, fd = client.memory.pop(segment.id)
-        fd.close()
+        client.forget(segment)
         client.segments = {name: kept for name, kept in client.segments.items() if kept is not segment}
         for device in self._state.devices.of_mm(client.handle):
             self._state.emit(SendDevice(device.key, RemoveSegment(segment.id)))

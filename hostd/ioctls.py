@@ -18,7 +18,8 @@ from protocols.port.messages import Return
 from vfio_model.host.hpa import Segment
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Batch, Pending
-from vfio_model.uapi.vfio import Ioctl, ioctl_name
+from vfio_model.uapi.kvm import ioctl_name
+from vfio_model.uapi.vfio import Ioctl
 
 _HANDLE = struct.Struct("=Q")
 _SET_IOMMU = int(Ioctl.VFIO_SET_IOMMU)
@@ -216,7 +217,7 @@ def _duplicates(descriptors: list[Descriptor]) -> tuple[Descriptor, ...]:
 
 def queue_key(state: ServiceState, file: OpenFile) -> Hashable:
     """Operations with the same key run one after the other: those of one container and its groups."""
-    if file.is_container:
+    if not file.is_group:
         return file.handle
     container = state.host.groups[file.group].container
     return file.handle if container is None else container.handle

@@ -42,7 +42,9 @@ from hostd.events import (
 from hostd.files import FileService, stop_device
 from hostd.ioctls import IoctlService
 from hostd.jobs import DmaWait, Job, QuiesceWait, Steps
+from hostd.kvm import HcallService
 from hostd.state import ServiceState
+from protocols.port.messages import Ioctl
 from vfio_model.host.host import Buffers, Host
 from vfio_model.host.topology import HostTopology
 from vfio_model.memory.revoke import Fence
@@ -67,6 +69,8 @@ class ServiceOptions:
     max_connections: int = 1024
     max_segments: int = 1024
     """Of all clients together: each costs descriptors."""
+    table_buffers: Buffers | None = None
+    """The memory of TCE tables that a client writes as well; None: as all other."""
     new_handle: Callable[[], int] = random_handle
 
 
@@ -84,17 +88,23 @@ class ContainerService:
             buffers=buffers,
             on_device_open=lambda group, device: clients.handle(),
             handles=_handles(clients),
+            table_buffers=options.table_buffers,
         )
         self.state = ServiceState(host, fence, clients, options.skip_wait)
         self._files = FileService(self.state, options.max_connections, options.max_segments)
         self._ioctls = IoctlService(self.state)
+        self._hcalls = HcallService(self.state)
 
     def handle(self, event: Event) -> list[Effect]:
         """What ``event`` leads to, in order."""
         state = self.state
         state.cause = 0
         if isinstance(event, PortMessage):
-            self._ioctls.submit(event.peer, event.message)
+            message = event.message
+            if isinstance(message, Ioctl):
+                self._ioctls.submit(event.peer, message)
+            else:
+                self._hcalls.submit(event.peer, message)
         elif isinstance(event, Tick):
             state.jobs.poll()
             self._look_for_late(event.now)

@@ -1,5 +1,5 @@
 """hostd's shared memory: table memory of domains and PE blocks, each a sparse memfd sealed so that only hostd can
-write it.
+write it; and TCE tables of virtual machines, which their process may write too.
 
 The modelled host asks for memory by name and gets words; here is which memfd lies behind which words, so that it can
 be passed to a device process.
@@ -21,7 +21,14 @@ class SharedAreas:
 
     def buffers(self, name: str, size: int) -> memoryview:
         """Zeroed words for the host (its ``Buffers``)."""
-        memory = create_memory(name, size, exclusive=True)
+        return self._create(name, size, exclusive=True)
+
+    def shared(self, name: str, size: int) -> memoryview:
+        """Zeroed words that whoever gets the descriptor may write too."""
+        return self._create(name, size, exclusive=False)
+
+    def _create(self, name: str, size: int, *, exclusive: bool) -> memoryview:
+        memory = create_memory(name, size, exclusive=exclusive)
         self._areas[id(memory.words)] = memory
         return memory.words
 

@@ -23,10 +23,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.fields import Message
-from protocols.port.messages import Ioctl
+from protocols.port.messages import Hcall, Ioctl
 from protocols.vfio_user.messages import Command
 from vfio_model.errors import ConfigError
 from vfio_model.uapi import vfio
+from vfio_model.uapi.hvcall import HCall, hcall_name
 
 ActionName = Literal["drop", "lose", "delay", "duplicate", "fail", "kill"]
 MAX_RULES = 256
@@ -108,6 +109,8 @@ _PREFIXES = ("VFIO_IOMMU_SPAPR_TCE_", "VFIO_IOMMU_SPAPR_", "VFIO_IOMMU_", "VFIO_
 def seen(message: Message) -> Seen:
     """What rules see of a ZeroMQ or SEQPACKET message of ours."""
     tag = str(message.__struct_config__.tag)
+    if isinstance(message, Hcall):
+        return _seen_hcall(tag, message)
     if not isinstance(message, Ioctl):
         return Seen(tag)
     full = {vfio.ioctl_name(message.cmd, spapr=True), vfio.ioctl_name(message.cmd, spapr=False)}
@@ -120,6 +123,18 @@ _IOVA_AND_SIZE = {
     vfio.Ioctl.VFIO_IOMMU_UNMAP_DMA: struct.Struct("=8xQQ"),
 }
 """Where ``iova`` and ``size`` are in ``struct vfio_iommu_type1_dma_map`` and ``…_dma_unmap``."""
+
+
+def _seen_hcall(tag: str, message: Hcall) -> Seen:
+    """A hypercall that the host answers does what a MAP_DMA or UNMAP_DMA would: rules for these see it as one.
+
+    Its pages are taken for the smallest ones.
+    """
+    nr, (_, ioba, value, npages) = message.nr, message.args
+    maps = nr == HCall.H_PUT_TCE_INDIRECT or (nr == HCall.H_PUT_TCE and value & 3)
+    pages = 1 if nr == HCall.H_PUT_TCE else max(npages, 1)
+    names = tuple(f"{prefix}{'MAP' if maps else 'UNMAP'}_DMA" for prefix in ("", "IOMMU_", "VFIO_IOMMU_"))
+    return Seen(tag, (hcall_name(nr), *names), ((ioba, ioba + (pages << 12) - 1),))
 
 
 def _ranges(message: Ioctl) -> tuple[tuple[int, int], ...]:

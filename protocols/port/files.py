@@ -1,14 +1,19 @@
 """The open files of the port: SEQPACKET ``hostd.sock``, descriptors by SCM_RIGHTS.
 
 One connection is one open file, as one descriptor of /dev/vfio is: its first message opens it, its end is
-``release()``. Requests on a connection are answered in order. The first request is :class:`OpenMm`, :class:`OpenFile`
-or :class:`AttachDevice`; on an mm's connection :class:`DeclareMemory` and :class:`UndeclareMemory` follow. On a group's
-connection the host sends :class:`DeviceFd` by itself, before the Return of the ioctl that caused it.
+``release()``. Requests on a connection are answered in order. The first request is :class:`OpenMm`, :class:`OpenFile`,
+:class:`CreateSpaprTce` or :class:`AttachDevice`; on an mm's connection :class:`DeclareMemory` and
+:class:`UndeclareMemory` follow. On a group's connection the host sends :class:`DeviceFd` by itself, before the Return
+of the ioctl that caused it.
 
 :data:`FDS` says how many descriptors go with a message; any other number is a protocol error.
 """
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
 
 from protocols.codec import Codec
 from protocols.fields import U64, Errno, Message, Name, Path, Pid, Text
@@ -22,7 +27,8 @@ class OpenMm(Message, tag="open-mm", frozen=True):
 
 
 class OpenFile(Message, tag="open-file", frozen=True):
-    """Open ``/dev/vfio/vfio`` or ``/dev/vfio/<group>`` on behalf of the mm whose handle is ``mm``."""
+    """Open ``/dev/vfio/vfio``, ``/dev/vfio/<group>`` or ``/dev/kvm`` (a new virtual machine) on behalf of the mm whose
+    handle is ``mm``."""
 
     path: Path
     mm: U64
@@ -57,6 +63,23 @@ class AttachDevice(Message, tag="attach-device", frozen=True):
     name: Name
 
 
+class CreateSpaprTce(Message, tag="create-spapr-tce", frozen=True):
+    """``KVM_CREATE_SPAPR_TCE_64`` on virtual machine ``vm`` of mm ``mm``: this connection becomes the table's file.
+
+    ``arg`` is the structure of the uapi.
+    """
+
+    mm: U64
+    vm: U64
+    arg: Annotated[bytes, Meta(max_length=64)]
+
+
+class OpenedTable(Message, tag="opened-table", frozen=True):
+    """The connection is the file of a TCE table; with it goes the memfd that holds its entries."""
+
+    handle: U64
+
+
 class Opened(Message, tag="opened", frozen=True):
     """The connection is open; ZeroMQ requests quote ``handle`` (random, never used again)."""
 
@@ -86,13 +109,13 @@ class DeviceFd(Message, tag="device-fd", frozen=True):
     pid: Pid
 
 
-Request = OpenMm | OpenFile | DeclareMemory | UndeclareMemory | AttachDevice
-Response = Opened | OpenError | Done | DeviceFd
+Request = OpenMm | OpenFile | DeclareMemory | UndeclareMemory | AttachDevice | CreateSpaprTce
+Response = Opened | OpenedTable | OpenError | Done | DeviceFd
 
 REQUESTS: Codec[Request] = Codec(Request, "file request", max_bytes=16 << 10)
 RESPONSES: Codec[Response] = Codec(Response, "file response", max_bytes=24 << 10)
 
-FDS: dict[type[Message], int] = {DeclareMemory: 1, AttachDevice: 2, DeviceFd: 2}
+FDS: dict[type[Message], int] = {DeclareMemory: 1, AttachDevice: 2, DeviceFd: 2, OpenedTable: 1}
 """Descriptors that go with a message; 0 when not listed."""
 
 

@@ -39,6 +39,14 @@ class HCall(IntEnum):
     H_PUT_TCE_INDIRECT = 0x13C
 
 
+def hcall_name(nr: int) -> str:
+    """The name of an opcode, for a person."""
+    try:
+        return HCall(nr).name
+    except ValueError:
+        return f"hcall({nr:#x})"
+
+
 MULTI_TCE = frozenset({HCall.H_STUFF_TCE, HCall.H_PUT_TCE_INDIRECT})
 """The calls that exist only where ``hcall-multi-tce`` is advertised."""
 INDIRECT_MAX_TCES = 512
