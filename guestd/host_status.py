@@ -28,7 +28,7 @@ class _Status(msgspec.Struct):
     mms: list[Mm] = []
 
 
-def own_mm(directory: Path, loop: Loop) -> Mm | str:
+def own_mm(directory: Path, loop: Loop, *, seconds: float = SECONDS) -> Mm | str:
     """This process as hostd in ``directory`` accounts for it, or why that cannot be said."""
     client = DealerClient(directory / "hostd.ctl", hwm=4)
     answers: list[bytes] = []
@@ -40,7 +40,7 @@ def own_mm(directory: Path, loop: Loop) -> Mm | str:
     loop.register(client, readable, served=True)
     try:
         client.send(control.REQUESTS.encode(control.Request(1, 0, control.Status())))
-        loop.serve_until(lambda: bool(answers), SECONDS, "hostd", "its status")
+        loop.serve_until(lambda: bool(answers), seconds, "hostd", "its status")
         status = _decode(answers[0])
     except (DeadlineExceeded, RemoteProtocolError, msgspec.MsgspecError) as error:
         return str(error)

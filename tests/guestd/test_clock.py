@@ -128,3 +128,26 @@ def test_in_real_time_the_clock_moves_by_itself_and_can_be_frozen(loop: Loop) ->
     loop.run_once(0.0)
     assert clock.now_ns == frozen
     clock.close()
+
+
+def test_while_frozen_no_time_passes_and_steps_add_up(clock: GuestClock, follower: Follower) -> None:
+    fired: list[int] = []
+    clock.virtual.timer(lambda: fired.append(clock.virtual.now_ns)).mod(300)
+    clock.freeze()
+    assert clock.step(200) == 200 and clock.step(200) == 400 and clock.step() == 400
+    assert clock.virtual.now_ns == 0 and fired == [] and follower.seen == []
+    clock.thaw()
+    assert clock.now_ns == clock.virtual.now_ns == 400
+    assert fired == [300] and follower.seen == [400]
+
+
+def test_a_stopped_machine_does_not_follow_real_time(loop: Loop) -> None:
+    clock = GuestClock(loop, realtime=True)
+    clock.freeze()
+    for _ in range(3):
+        loop.run_once(0.002)
+    assert clock.now_ns == 0
+    clock.thaw()
+    while not clock.now_ns:
+        loop.run_once(1.0)
+    clock.close()

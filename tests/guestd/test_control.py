@@ -214,3 +214,16 @@ def test_an_unknown_model_is_a_configuration_error(runtime_dir: Path, loop: Loop
     with pytest.raises(ConfigError, match=r"x: .*nope"):
         guest.start()
     guest.close()
+
+
+def test_the_commands_of_qmp_are_commands_here_too(running: Running) -> None:
+    assert running.document(control.Qmp("query-status")) == {"status": "running", "running": True}
+    running.ask(control.Qmp("stop"))
+    assert running.document(control.Status())["state"] == "paused"
+    assert running.ask(control.ClockStep(5)) == control.Value(5)
+    running.ask(control.Qmp("cont"))
+    failed = running.ask(control.Qmp("device_del", b'{"id": "nope"}'))
+    assert failed == control.Failed("DeviceNotFound", "Device 'nope' not found")
+    assert isinstance(running.ask(control.Qmp("nope")), control.Failed)
+    assert isinstance(running.ask(control.Qmp("stop", b"[" * 100_000)), control.Failed)
+    assert isinstance(running.ask(control.Qmp("stop", b'{"x": 1}')), control.Failed)
