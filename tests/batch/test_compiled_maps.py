@@ -111,6 +111,45 @@ def test_structures_to_entries(placement: Any, pages: int, offsets: list[int], f
     assert (hpa.to_hpa_many(np.array(offsets[first:], dtype=np.uint64)) | np.uint64(3)).tolist() == wanted
 
 
+@given(st.lists(u64, min_size=1, max_size=20), u64, st.one_of(st.none(), st.integers(0, 19)))
+def test_pages_that_follow_one_another(pages: list[int], step: int, odd: int | None) -> None:
+    run = [pages[0] + n * step & U64_MAX for n in range(len(pages))]
+    assert each_way(lambda: dma_map.consecutive(words(run), step)) == (True, True)
+    if odd is not None and len(run) > 1:
+        run[odd % len(run)] ^= 1 << odd
+        assert each_way(lambda: dma_map.consecutive(words(run), step)) == (False, False)
+
+
+@given(
+    st.sampled_from(["contiguous", "scatter"]),
+    st.sampled_from([12, 16, 20]),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.integers(0, 5),
+)
+def test_a_run_of_entries(placement: Any, shift: int, start: int, count: int, first: int) -> None:
+    space = HpaSpace(placement)
+    space.place("before", 1 << 20, 1 << 16)
+    hpa = space.place("it", 80 << 20, 1 << 20).hpa
+    out = array("Q", [7]) * (first + count + 1)
+    library.store_run(out, first, count, start << shift, shift, 3, *_place(hpa))
+    assert out.tolist() == [7] * first + [hpa.to_hpa(start + n << shift) | 3 for n in range(count)] + [7]
+
+
+@given(st.lists(st.sampled_from([0, 5, 2**32 - 1]), min_size=1, max_size=8), st.integers(0, 8), st.integers(0, 8))
+def test_owners_change_together_or_not_at_all(before: list[int], first: int, count: int) -> None:
+    first = min(first, len(before))
+    count = min(count, len(before) - first)
+    owners, part = array("I", before), before[first : first + count]
+    was = library.claim(owners, first, count, 9)
+    if len(set(part)) > 1:
+        assert was is None
+        assert owners.tolist() == before
+    else:
+        assert was == (part[0] if part else 0)
+        assert owners.tolist() == before[:first] + [9] * count + before[first + count :]
+
+
 def _place(hpa: HpaMap) -> tuple[int, int, int, int, int]:
     return hpa.base, hpa.page_shift, hpa.bits, hpa.multiplier, hpa.addend
 
@@ -143,6 +182,19 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         "maps_to_tces", (bytes(32), 0, 1, 0, 3, *PLACE, np.frombuffer(bytearray(33), np.uint64, 4, 1)), ValueError,
         "aligned",
     ),
+    "consecutive: a list": ("consecutive", ([0], 1), TypeError, "bytes-like"),
+    "consecutive: beyond u64": ("consecutive", (Q4, 1 << 64), OverflowError, "big"),
+    "run: beyond the words": ("store_run", (Q4, 1, 4, 0, 12, 3, *PLACE), ValueError, "words"),
+    "run: far beyond": ("store_run", (Q4, U64_MAX, 2, 0, 12, 3, *PLACE), ValueError, "words"),
+    "run: page shift": ("store_run", (Q4, 0, 1, 0, 64, 3, *PLACE), ValueError, "page_shift"),
+    "run: bits": ("store_run", (Q4, 0, 1, 0, 12, 3, 0, 16, 64, 1, 0), ValueError, "bits"),
+    "run: frozen": ("store_run", (memoryview(Q4).toreadonly(), 0, 1, 0, 12, 3, *PLACE), BufferError, "writable"),
+    "run: odd address": (
+        "store_run", (np.frombuffer(bytearray(33), np.uint64, 4, 1), 0, 1, 0, 12, 3, *PLACE), ValueError, "aligned",
+    ),
+    "claim: beyond": ("claim", (Q4, 7, 2, 1), ValueError, "owners"),
+    "claim: too large": ("claim", (Q4, 0, 2, 1 << 32), ValueError, "owners"),
+    "claim: frozen": ("claim", (memoryview(Q4).toreadonly(), 0, 2, 1), BufferError, "writable"),
 }  # fmt: skip
 
 
@@ -167,7 +219,12 @@ def test_buffers_are_given_back() -> None:
     library.pack_dma_maps(table, 0, 0, 12, 0)
     library.look_at_dma_maps(maps, 2)
     library.maps_to_tces(maps, 0, 1, 0, 3, *PLACE, table)
+    library.consecutive(table, 1)
+    library.store_run(table, 0, 1, 0, 12, 3, *PLACE)
+    library.claim(table, 0, 2, 1)
     refusals: list[Callable[[], object]] = [
+        lambda: library.store_run(table, 0, 2, 0, 12, 3, *PLACE),
+        lambda: library.claim(table, 0, 3, 1),
         lambda: library.split_tces(table, 12, None),
         lambda: library.split_tces(table, 12, array("Q")),
         lambda: library.look_at_dma_maps(maps, 3),

@@ -55,6 +55,9 @@ def split_tces(tces: Any, page_shift: int, pages: Any, /) -> tuple[int, int]:
 def page_bounds(pages: Any, /) -> tuple[int, int]:
     """As :func:`vfio_model.batch.dma_map.page_bounds`, of words; ValueError when there are none."""
 
+def consecutive(pages: Any, step: int, /) -> bool:
+    """As :func:`vfio_model.batch.dma_map.consecutive`, of words."""
+
 def pack_dma_maps(pages: Any, to_vaddr: int, first_iova: int, page_shift: int, head: int, /) -> bytes:
     """As :func:`vfio_model.batch.dma_map.pack_dma_maps`, of words; ``head`` is argsz and flags of each structure."""
 
@@ -79,4 +82,27 @@ def maps_to_tces(
 
     ``to_offset`` plus a vaddr (modulo 2**64) is the byte of a segment that lies where ``base`` to ``addend`` say, see
     :class:`vfio_model.host.hpa.HpaMap`; ``shift`` and ``bits`` are at most 63.
+    """
+
+def store_run(
+    words: Any,
+    first: int,
+    count: int,
+    offset: int,
+    page_shift: int,
+    perm: int,
+    base: int,
+    shift: int,
+    bits: int,
+    multiplier: int,
+    addend: int,
+    /,
+) -> None:
+    """Store the TCEs of ``count`` pages, one after another in a segment from byte ``offset`` on, into ``words``
+    (aligned) from number ``first`` on. Where the segment lies is as for :func:`maps_to_tces`.
+    """
+
+def claim(owners: Any, first: int, count: int, owner: int, /) -> int | None:
+    """Put ``owner`` in place of ``count`` of the ``owners`` (a buffer of aligned u32) from number ``first`` on, if all
+    of these are equal: then what they were (0 for none), else None and nothing has changed.
     """

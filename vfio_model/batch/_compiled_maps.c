@@ -86,6 +86,22 @@ static PyObject *page_bounds(PyObject *module, PyObject *const *args, Py_ssize_t
     return result;
 }
 
+static PyObject *consecutive(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer pages;
+    uint64_t step, odd = 0;
+
+    (void)module;
+    if (nargs != 2)
+        return PyErr_Format(PyExc_TypeError, "consecutive takes pages, step");
+    if (take_u64(args[1], &step) || take_words(args[0], &pages, 0, "pages"))
+        return NULL;
+    for (size_t i = 1; i < (size_t)pages.len / 8; i++)
+        odd |= word(pages.buf, i) ^ (word(pages.buf, i - 1) + step);
+    PyBuffer_Release(&pages);
+    return PyBool_FromLong(!odd);
+}
+
 static PyObject *pack_dma_maps(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer pages;
@@ -171,22 +187,32 @@ static inline uint64_t to_hpa(const Hpa *hpa, uint64_t offset)
     return hpa->base + (page << hpa->shift) + (offset & ((UINT64_C(1) << hpa->shift) - 1));
 }
 
+/* Arguments base, shift, bits, multiplier, addend. */
+static int take_hpa(PyObject *const *args, Hpa *hpa)
+{
+    uint64_t place[5];
+
+    if (take_many_u64(args, place, 5))
+        return -1;
+    if (place[1] > 63 || place[2] > 63)
+        return refuse("shift and bits", "they lie in 0..63");
+    *hpa = (Hpa){place[0], place[1], place[2], place[3], place[4]};
+    return 0;
+}
+
 static PyObject *maps_to_tces(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer maps, words;
-    uint64_t part[4], place[5];
+    uint64_t part[4];
+    Hpa hpa;
     PyObject *result = NULL;
 
     (void)module;
     if (nargs != 11)
         return PyErr_Format(PyExc_TypeError, "maps_to_tces takes maps, first, count, to_offset, perm, "
                                              "base, shift, bits, multiplier, addend, tces");
-    if (take_many_u64(args + 1, part, 4) || take_many_u64(args + 5, place, 5))
+    if (take_many_u64(args + 1, part, 4) || take_hpa(args + 5, &hpa))
         return NULL;
-    if (place[1] > 63 || place[2] > 63) {
-        refuse("shift and bits", "they lie in 0..63");
-        return NULL;
-    }
     if (take(args[0], &maps, PyBUF_SIMPLE, "maps"))
         return NULL;
     if (take_words(args[10], &words, PyBUF_WRITABLE, "tces"))
@@ -195,7 +221,6 @@ static PyObject *maps_to_tces(PyObject *module, PyObject *const *args, Py_ssize_
         refuse("tces", "its words are not aligned");
     } else if (check_part("maps", part[0], part[1], (uint64_t)maps.len / MAP_SIZE) == 0 &&
                check_part("tces", 0, part[1], (uint64_t)words.len / 8) == 0) {
-        const Hpa hpa = {place[0], place[1], place[2], place[3], place[4]};
         const char *map = (const char *)maps.buf + part[0] * MAP_SIZE;
         uint64_t *tces = words.buf;
         for (uint64_t i = 0; i < part[1]; i++, map += MAP_SIZE)
@@ -208,7 +233,71 @@ no_words:
     return result;
 }
 
+/* Entries of `count` pages that follow one another in a segment, into the aligned words of a table. */
+static void store_pages(uint64_t *entry, uint64_t count, uint64_t offset, uint64_t step, uint64_t perm, const Hpa *hpa)
+{
+    const Hpa place = *hpa;
+
+    if (place.multiplier == 1 && place.addend == 0) { /* the segment lies in one piece */
+        uint64_t tce = (place.base + offset) | perm;
+        for (uint64_t i = 0; i < count; i++, tce += step)
+            __atomic_store_n(entry + i, tce, __ATOMIC_RELAXED);
+        return;
+    }
+    for (uint64_t i = 0; i < count; i++, offset += step)
+        __atomic_store_n(entry + i, to_hpa(&place, offset) | perm, __ATOMIC_RELAXED);
+}
+
+static PyObject *store_run(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer words;
+    uint64_t part[3], shift, perm;
+    Hpa hpa;
+    PyObject *result = NULL;
+
+    (void)module;
+    if (nargs != 11)
+        return PyErr_Format(PyExc_TypeError, "store_run takes words, first, count, offset, page_shift, perm, "
+                                             "base, shift, bits, multiplier, addend");
+    if (take_many_u64(args + 1, part, 3) || take_shift(args[4], &shift) || take_u64(args[5], &perm) ||
+        take_hpa(args + 6, &hpa) || take_words(args[0], &words, PyBUF_WRITABLE, "words"))
+        return NULL;
+    if ((uintptr_t)words.buf & 7) {
+        refuse("words", "they are not aligned");
+    } else if (check_part("words", part[0], part[1], (uint64_t)words.len / 8) == 0) {
+        store_pages((uint64_t *)words.buf + part[0], part[1], part[2], UINT64_C(1) << shift, perm, &hpa);
+        result = Py_BuildValue("");
+    }
+    PyBuffer_Release(&words);
+    return result;
+}
+
+static PyObject *claim(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer owners;
+    uint64_t part[3];
+    PyObject *result = NULL;
+
+    (void)module;
+    if (nargs != 4)
+        return PyErr_Format(PyExc_TypeError, "claim takes owners, first, count, owner");
+    if (take_many_u64(args + 1, part, 3) || take(args[0], &owners, PyBUF_WRITABLE, "owners"))
+        return NULL;
+    if ((uintptr_t)owners.buf & 3 || part[2] > UINT32_MAX) {
+        refuse("owners", "aligned numbers of 4 bytes are needed");
+    } else if (check_part("owners", part[0], part[1], (uint64_t)owners.len / 4) == 0) {
+        uint32_t *owner = (uint32_t *)owners.buf + part[0], before = part[1] ? *owner : 0, odd = 0;
+        for (uint64_t i = 0; i < part[1]; i++)
+            odd |= owner[i] ^ before;
+        for (uint64_t i = 0; i < part[1] && !odd; i++)
+            owner[i] = (uint32_t)part[2];
+        result = odd ? Py_BuildValue("") : PyLong_FromUnsignedLongLong(before);
+    }
+    PyBuffer_Release(&owners);
+    return result;
+}
+
 PyMethodDef map_functions[] = {
-    FUNCTION(split_tces),       FUNCTION(page_bounds),  FUNCTION(pack_dma_maps),
-    FUNCTION(look_at_dma_maps), FUNCTION(maps_to_tces), {NULL, NULL, 0, NULL},
+    FUNCTION(split_tces),   FUNCTION(page_bounds), FUNCTION(consecutive), FUNCTION(pack_dma_maps), FUNCTION(look_at_dma_maps),
+    FUNCTION(maps_to_tces), FUNCTION(store_run),   FUNCTION(claim),       {NULL, NULL, 0, NULL},
 };

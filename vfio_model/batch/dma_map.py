@@ -79,6 +79,16 @@ def page_bounds(pages: Any) -> tuple[int, int]:
     return int(np.minimum.reduce(array)), int(np.maximum.reduce(array))
 
 
+def consecutive(pages: Any, step: int) -> bool:
+    """Whether each of ``pages`` (u64, at least one) is ``step`` beyond the one before it, modulo 2**64."""
+    kernel = variant.kernel()
+    if kernel is not None and not isinstance(pages, list):
+        return bool(kernel.consecutive(pages, step))
+    np = _numpy()
+    array = np.asarray(pages, dtype=np.uint64)
+    return bool((array[1:] - array[:-1] == np.uint64(step)).all())
+
+
 def uniform_value(values: Any) -> int | None:
     """The value that all of ``values`` (at least one) have, or None."""
     array = _numpy().asarray(values)

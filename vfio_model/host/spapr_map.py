@@ -1,21 +1,17 @@
 """MAP_DMA of one range: the TCEs of many pages, each checked as the kernel checks it, stored a stretch at a time.
 
-A stretch is as many pages as lie in one region, in one segment of memory and in one chunk of the table. What
-holds for its first page then holds for all of it, so that the result is that of going page by page.
+A stretch is as many pages as lie in one region and in one segment of memory. What holds for its first page then holds
+for all of it, so that the result is that of going page by page.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from errno import EINVAL, ENXIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vfio_model.host.mm import Mm, Region, Run
-from vfio_model.host.tce_table import Dropped, TceTable, add, take
-
-_PLAIN = 32
-"""Stretches up to so many pages are computed without numpy."""
+from vfio_model.host.tce_table import Dropped, PageRun, TceTable, add, take
 
 
 class MapRequest(NamedTuple):
@@ -64,33 +60,20 @@ def map_range(
         while done < total:
             ua = request.vaddr + (done << table.page_shift)
             region, run = find(mm, ua, table)
-            room = (min(region.end, run.end) - ua) >> table.page_shift
-            count = min(total - done, room, table.chunk_room(first + done))
-            if count == 1:
-                before = table.store_one(first + done, run.hpa.to_hpa(ua + run.delta) | request.flags, region.id)
-                if before:
-                    add(dropped, {before: 1})
-            else:
-                tces = _tces(run, ua, count, table.page_shift, request.flags)
-                add(dropped, table.store(first + done, tces, region.id))
-            take(region, count)
-            done += count
+            stop = min(total, done + (min(region.end, run.end) - ua >> table.page_shift))
+            while done < stop:
+                count = min(stop - done, table.chunk_room(first + done))
+                offset = request.vaddr + (done << table.page_shift) + run.delta
+                if count == 1:
+                    before = table.store_one(first + done, run.hpa.to_hpa(offset) | request.flags, region.id)
+                    if before:
+                        add(dropped, {before: 1})
+                else:
+                    pages = PageRun(run.hpa, offset, request.flags)
+                    add(dropped, table.fill(first + done, count, pages, region.id))
+                take(region, count)
+                done += count
     except OSError as error:
         add(dropped, table.clear(first, done))
         return dropped, error
     return dropped, None
-
-
-def _tces(run: Run, ua: int, count: int, page_shift: int, perm: int) -> memoryview:
-    offset = ua + run.delta
-    if count <= _PLAIN:
-        return memoryview(array("Q", [run.hpa.to_hpa(offset + (n << page_shift)) | perm for n in range(count)]))
-    np = _numpy()
-    offsets = np.arange(offset, offset + (count << page_shift), 1 << page_shift, dtype=np.uint64)
-    return (run.hpa.to_hpa_many(offsets) | perm).data.cast("B").cast("Q")
-
-
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without large mappings never pays
-
-    return numpy

@@ -13,7 +13,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from vfio_model.batch import variant
+from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import TCE_PERM
 from vfio_model.host.mm import Mm, Region
 from vfio_model.host.platform import Geometry
@@ -24,6 +27,19 @@ CHUNK_SHIFT = 12
 
 Dropped = dict[int, int]
 """Region number → TCEs that no longer point into it."""
+
+_LEAST = 4
+"""Fewer TCEs are faster one by one."""
+_PLAIN = 32
+"""Up to so many are computed without numpy."""
+
+
+class PageRun(NamedTuple):
+    """Pages from byte ``offset`` of the segment that lies at ``hpa``; ``perm`` is what their TCEs allow."""
+
+    hpa: HpaMap
+    offset: int
+    perm: int
 
 
 class TceTable:
@@ -71,6 +87,25 @@ class TceTable:
         before = regions[at : at + count]
         regions[at : at + count] = array("I", [region]) * count
         return _count(before)
+
+    def fill(self, index: int, count: int, pages: PageRun, region: int) -> Dropped:
+        """Store the TCEs of ``count`` pages of the window's size that follow one another in a segment, as :meth:`store`
+        does.
+        """
+        kernel = variant.kernel()
+        if kernel is None or count < _LEAST:
+            return self.store(index, _tces(pages, count, self.page_shift), region)
+        word = self._word(index)
+        regions = self._chunk(index)
+        at, hpa = index & (1 << self._chunk_shift) - 1, pages.hpa
+        place = hpa.base, hpa.page_shift, hpa.bits, hpa.multiplier, hpa.addend
+        kernel.store_run(self.memory.words, word, count, pages.offset, self.page_shift, pages.perm, *place)
+        before = kernel.claim(regions, at, count, region)
+        if before is not None:
+            return {before: count} if before else {}
+        mixed = regions[at : at + count]
+        regions[at : at + count] = array("I", [region]) * count
+        return _count(mixed)
 
     def store_one(self, index: int, tce: int, region: int) -> int:
         """Store one TCE; returns the number of the region that the replaced one pinned, 0 when there was none."""
@@ -215,6 +250,21 @@ def give_back(mm: Mm, dropped: Dropped) -> None:
 def take(region: Region, count: int) -> None:
     """Count ``count`` TCEs into ``region``."""
     region.mapped += count
+
+
+def _tces(pages: PageRun, count: int, page_shift: int) -> memoryview:
+    hpa, offset, perm = pages
+    if count <= _PLAIN:
+        return memoryview(array("Q", [hpa.to_hpa(offset + (n << page_shift)) | perm for n in range(count)]))
+    np = _numpy()
+    offsets = np.arange(offset, offset + (count << page_shift), 1 << page_shift, dtype=np.uint64)
+    return (hpa.to_hpa_many(offsets) | perm).data.cast("B").cast("Q")
+
+
+def _numpy() -> Any:
+    import numpy  # noqa: PLC0415 - 200 ms of import that a host without large mappings never pays
+
+    return numpy
 
 
 def _count(regions: array[int]) -> Dropped:
