@@ -18,7 +18,6 @@ from vfio_model.errors import ConfigError
 from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.bus import PCIBus
 
-ROOT_BUS: Final = "pci.0"
 ASSIGNED: Final = "vfio-pci"
 REMOTE: Final = "vfio-user-pci"
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")
@@ -34,9 +33,15 @@ def drivers() -> list[str]:
 
 
 def device_config(
-    options: Mapping[str, object], bus: PCIBus, taken: Collection[str], *, anonymous: str, text: bool = False
+    options: Mapping[str, object],
+    buses: Mapping[str, PCIBus],
+    taken: Collection[str],
+    *,
+    anonymous: str,
+    text: bool = False,
 ) -> DeviceConfig:
-    """The device that ``options`` ask for on ``bus``; ``anonymous`` is its name when they give no id.
+    """The device that ``options`` ask for on one of ``buses``, the first unless they name another; ``anonymous`` is its
+    name when they give no id.
 
     ``text``: values come from a command line, numbers and switches as words.
 
@@ -47,16 +52,17 @@ def device_config(
         raise ConfigError("Parameter 'driver' is missing")
     if driver not in drivers():
         raise ConfigError(f"'{driver}' is not a valid device model name")
-    if options.get("bus", ROOT_BUS) != ROOT_BUS:
-        raise ConfigError(f"Bus '{options['bus']}' not found")
+    bus = options.get("bus", next(iter(buses)))
+    if not isinstance(bus, str) or bus not in buses:
+        raise ConfigError(f"Bus '{bus}' not found")
     name = options.get("id", anonymous)
     if name != anonymous and (not isinstance(name, str) or not _ID.fullmatch(name)):
         raise ConfigError(f"Invalid qdev ID '{name}'")
     if name in taken:
         raise ConfigError(f"Duplicate device ID '{name}'")
-    devfn = _devfn(driver, options.get("addr", -1), bus)
+    devfn = _devfn(driver, options.get("addr", -1), buses[bus])
     own = {key: value for key, value in options.items() if key not in _COMMON}
-    fields: dict[str, object] = {"id": name, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
+    fields: dict[str, object] = {"id": name, "bus": bus, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
     make = {ASSIGNED: _assigned, REMOTE: _remote}.get(driver)
     fields |= make(own) if make is not None else {"model": driver, "props": _props(driver, own, text=text)}
     try:

@@ -6,7 +6,7 @@ from guestd.device_options import driver_of
 from guestd.guest import Guest
 from guestd.host_status import Mm, own_mm
 from guestd.operations import ANONYMOUS
-from guestd.qmp_pci import UNMAPPED, buses, query_pci, regions
+from guestd.qmp_pci import UNMAPPED, bridges, named_buses, query_pci, regions
 from protocols.transport.loop import Loop
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.machine.phb import SpaprPhb
@@ -18,7 +18,7 @@ from vfio_model.pci.device import PCIDevice
 def pci(guest: Guest) -> list[str]:
     """``info pci``."""
     found: list[str] = []
-    for bus, about in zip(buses(guest), query_pci(guest), strict=True):
+    for bus, about in zip(named_buses(guest).values(), query_pci(guest), strict=True):
         names = about["devices"]
         assert isinstance(names, list), "a list of functions"
         for (devfn, device), function in zip(sorted(bus.devices.items()), names, strict=True):
@@ -56,10 +56,10 @@ def qtree(guest: Guest) -> list[str]:
     """``info qtree``."""
     found = ["bus: main-system-bus", "  type System"]
     names = {id(device): name for name, (_, device) in guest.devices.items()}
-    for phb in guest.machine.phbs.values():
+    for name, phb in bridges(guest):
         found.append('  dev: spapr-pci-host-bridge, id ""')
         found += [f"    {line}" for line in _phb_properties(phb)]
-        found += ["    bus: pci.0", "      type PCI"]
+        found += [f"    bus: {name}", "      type PCI"]
         for devfn, device in sorted(phb.bus.devices.items(), reverse=True):
             found += [f"      {line}" for line in _qtree_device(devfn, device, names.get(id(device), ""))]
     return found
@@ -125,8 +125,8 @@ def iommu(guest: Guest) -> list[str]:
 def _table(table: SpaprTceTable) -> list[str]:
     if table.iommu is None:
         return [f"  LIOBN {table.liobn:08x}: disabled"]
-    size, need = 1 << table.page_shift, "on" if table.need_vfio else "off"
-    lines = [f"  LIOBN {table.liobn:08x}: {table.nb_table:#x} entries of {size:#x} bytes, need_vfio {need}"]
+    need = f"need_vfio {'on' if table.need_vfio else 'off'}{', in the kernel' if table.kernel is not None else ''}"
+    lines = [f"  LIOBN {table.liobn:08x}: {table.nb_table:#x} entries of {1 << table.page_shift:#x} bytes, {need}"]
     return [*lines, *(f"    followed by {_follower(notifier)}" for notifier in table.iommu.notifiers)]
 
 

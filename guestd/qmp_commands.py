@@ -10,7 +10,7 @@ from guestd.device_options import device_config
 from guestd.hmp import HumanMonitor
 from guestd.operations import ANONYMOUS, Operations, RunState
 from guestd.qmp_migration import MigrationCommands
-from guestd.qmp_pci import query_pci
+from guestd.qmp_pci import named_buses, query_pci
 from guestd.qmp_qom import list_types, qom_get, qom_list
 from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed, version_document
@@ -43,7 +43,7 @@ class MonitorCommands:
             "query-name": lambda _: {"name": self._guest.config.name},
             "query-uuid": lambda _: {"UUID": NO_UUID},
             "query-target": lambda _: {"arch": "ppc64"},
-            "query-kvm": lambda _: {"enabled": False, "present": False},
+            "query-kvm": lambda _: dict.fromkeys(("enabled", "present"), self._guest.config.machine.kvm),
             "query-cpus-fast": lambda _: [],  # the machine has none
             "query-pci": lambda _: query_pci(self._guest),
             "qom-list-types": self._list_types,
@@ -115,7 +115,7 @@ class MonitorCommands:
     def _device_add(self, given: Arguments, *, text: bool) -> object:
         guest = self._guest
         name = f"{ANONYMOUS}{next(self._anonymous)}]"
-        config = device_config(given, guest.phb.bus, guest.devices, anonymous=name, text=text)
+        config = device_config(given, named_buses(guest), guest.devices, anonymous=name, text=text)
         self.operations.add_device(config)
         return {}
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from guestd.guest import Guest
 from guestd.operations import ANONYMOUS
+from vfio_model.machine.phb import SpaprPhb
 from vfio_model.pci.bar import BarType
 from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.config_space import INTERRUPT_LINE
@@ -15,9 +16,15 @@ UNMAPPED: Final = -1
 """The address of a BAR that decodes nothing."""
 
 
-def buses(guest: Guest) -> list[PCIBus]:
-    """Every bus, those of lower host bridges first."""
-    return [phb.bus for _, phb in sorted(guest.machine.phbs.items())]
+def bridges(guest: Guest) -> list[tuple[str, SpaprPhb]]:
+    """Every host bridge behind the name of its bus, the first one first."""
+    machine = guest.config.machine
+    return [(phb.bus, guest.machine.phb(phb.index)) for phb in machine.phbs]
+
+
+def named_buses(guest: Guest) -> dict[str, PCIBus]:
+    """Every bus by its name, the first one first."""
+    return {name: phb.bus for name, phb in bridges(guest)}
 
 
 def query_pci(guest: Guest) -> list[dict[str, object]]:
@@ -31,7 +38,7 @@ def query_pci(guest: Guest) -> list[dict[str, object]]:
                 for devfn, device in sorted(bus.devices.items())
             ],
         }
-        for bus in buses(guest)
+        for bus in named_buses(guest).values()
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from guestd.device_options import ASSIGNED, REMOTE
 from guestd.guest import Guest
 from guestd.operations import ANONYMOUS
+from guestd.qmp_pci import bridges
 from protocols.monitor.messages import CommandFailed
 from vfio_model.devices import DEVICES
 from vfio_model.machine.phb import SpaprPhb
@@ -81,10 +82,10 @@ def tree(guest: Guest) -> QomObject:
     """The root object, made anew from what there is."""
     peripheral, anonymous, unattached = (QomObject("container") for _ in range(3))
     buses: dict[int, QomObject] = {}
-    for place, phb in enumerate(guest.machine.phbs.values()):
+    for place, (bus, phb) in enumerate(bridges(guest)):
         bridge = unattached.children[f"device[{place}]"] = _phb(phb)
-        for device in phb.bus.devices.values():
-            buses[id(device)] = bridge.children["pci.0"]
+        shown = bridge.children[bus] = QomObject("PCI")
+        buses |= {id(device): shown for device in phb.bus.devices.values()}
     for name in guest.devices:
         (anonymous if name.startswith(ANONYMOUS) else peripheral).children[name] = _device(guest, name, buses)
     machine = QomObject(MACHINE_TYPE)
@@ -125,7 +126,7 @@ _TYPE_NAMES: Final[dict[type, str]] = {int: "uint64", bool: "bool", str: "str"}
 
 def _phb(phb: SpaprPhb) -> QomObject:
     options = phb.dma.options
-    phb_object = QomObject(
+    return QomObject(
         PHB_TYPE,
         properties={
             "realized": ("bool", lambda: True),
@@ -137,8 +138,6 @@ def _phb(phb: SpaprPhb) -> QomObject:
             "pgsz": ("uint64", lambda: options.pgsz),
         },
     )
-    phb_object.children["pci.0"] = QomObject("PCI")
-    return phb_object
 
 
 def find(guest: Guest, path: str) -> QomObject:

@@ -54,6 +54,7 @@ WAITS: tuple[Wait, ...] = (
     Wait(Party.DEVICE, Party.GUESTD, Kind.SERVED, "page request, outside a region access only"),
     Wait(Party.GUESTD, Party.CONTAINER, Kind.PLAIN, "ioctl"),
     Wait(Party.GUESTD, Party.CONTAINER, Kind.PLAIN, "kvm"),
+    Wait(Party.GUESTD, Party.CONTAINER, Kind.PLAIN, "status"),
     Wait(Party.GUESTD, Party.NOTIFIER, Kind.PLAIN, "flush"),
     Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "region access"),
     Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "reset"),
