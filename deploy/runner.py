@@ -31,8 +31,6 @@ from vfio_model.pci.address import PCIAddress
 LIST_GPA = 0x10000
 """Where guest drivers put their TCE lists."""
 _LOOK_SECONDS = 0.02
-STAGE_IOVA = regs.DEFAULT_WINDOW_SIZE - 4096
-"""The default window's last page: ``dma`` steps map it to look into a device's buffer."""
 
 
 @dataclass
@@ -188,26 +186,29 @@ class Runner:
     def _dma(self, dma: schema.Dma) -> Outcome:
         prober = self.prober(dma.device)
         if dma.direction == "read":
-            moved = self._with_stage(lambda iova, gpa: prober.load_moves(dma.iova, dma.gpa, iova, gpa))
+            moved = self._with_stage(dma, lambda iova, gpa: prober.load_moves(dma.iova, dma.gpa, iova, gpa))
         else:
-            self._with_stage(lambda iova, gpa: bool(prober.fill(iova, gpa)))
+            self._with_stage(dma, lambda iova, gpa: bool(prober.fill(iova, gpa)))
             moved = prober.store_moves(dma.iova, dma.gpa)
         text = f"{dma.device}: a {dma.direction} at {dma.iova:#x} {'moved' if moved else 'was refused'}"
         return Outcome(text, "" if moved == (dma.expect == "ok") else f"{text}, expected {dma.expect}")
 
-    def _with_stage(self, use: Callable[[int, int], bool]) -> bool:
-        """Call ``use(iova, gpa)`` with a page of the default window mapped to the last page of RAM meanwhile."""
-        cpu, liobn = self._system.cpu, regs.pci_liobn(0, 0)
-        gpa = self._scenario.machine.ram - 4096
-        ret, _ = cpu.hcall(regs.HCall.H_PUT_TCE, liobn, STAGE_IOVA, gpa | regs.TcePerm.RW)
+    def _with_stage(self, dma: schema.Dma, use: Callable[[int, int], bool]) -> bool:
+        """Call ``use(iova, gpa)`` with the last page of the default window of the device's bridge mapped to RAM's last one
+        meanwhile.
+        """
+        cpu, machine = self._system.cpu, self._scenario.machine
+        phb = machine.phb_on(next(device.bus for device in self._scenario.devices if device.id == dma.device))
+        liobn, iova, gpa = regs.pci_liobn(phb.index, 0), machine.end_of_default_window(phb) - 4096, machine.ram - 4096
+        ret, _ = cpu.hcall(regs.HCall.H_PUT_TCE, liobn, iova, gpa | regs.TcePerm.RW)
         if ret:
             raise ConfigError(
-                f"a page to look into the device's buffer cannot be mapped at {STAGE_IOVA:#x}: {_return_name(ret)}"
+                f"a page to look into the device's buffer cannot be mapped at {iova:#x}: {_return_name(ret)}"
             )
         try:
-            return use(STAGE_IOVA, gpa)
+            return use(iova, gpa)
         finally:
-            cpu.hcall(regs.HCall.H_PUT_TCE, liobn, STAGE_IOVA, 0)
+            cpu.hcall(regs.HCall.H_PUT_TCE, liobn, iova, 0)
 
     def _hcall(self, call: schema.Hcall) -> Outcome:
         number = call.name if isinstance(call.name, int) else _number(regs.HCall, call.name, "hypercall")

@@ -83,6 +83,11 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
                 return phb
         raise ValueError(f"there is no bus {bus}, only {', '.join(phb.bus for phb in self.bridges)}")
 
+    def end_of_default_window(self, phb: Phb) -> int:
+        """The first bus address behind the default window of ``phb``."""
+        start = self.dma_win_addr if phb.dma_win_addr is None else phb.dma_win_addr
+        return start + (self.dma_win_size if phb.dma_win_size is None else phb.dma_win_size)
+
     def __post_init__(self) -> None:
         for what in ("index", "bus"):
             if len({getattr(phb, what) for phb in self.bridges}) < len(self.bridges):
