@@ -124,11 +124,14 @@ class Guest:
         """
         if self.config.machine.kvm:
             try:
-                self.host.accelerate(self.machine)
+                self._accelerate()
             except (OSError, PeerLost) as error:
                 raise ConfigError(f"in-kernel acceleration: {error}", where="machine.kvm") from error
         for config in self.config.devices:
             self.add_device(config)
+
+    def _accelerate(self) -> None:
+        self.host.accelerate(self.machine)
 
     # -- devices -------------------------------------------------------------------------------------------------
 

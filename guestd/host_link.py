@@ -37,7 +37,7 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import Trace
 from vfio_model.vfio.connect import VFIOContainer, connect_container
-from vfio_model.vfio.kvm import KvmAccelerator
+from vfio_model.vfio.kvm import KvmAccelerator, KvmPort
 from vfio_model.vfio.pci import VFIOPCIDevice
 
 RETRY_NS: Final = 100_000_000
@@ -120,15 +120,19 @@ class HostLink:
 
     # -- connecting ----------------------------------------------------------------------------------------------
 
-    def accelerate(self, machine: PseriesMachine) -> None:
-        """Connect the host now, and let it have the machine's TCE tables whenever it is there.
+    def accelerate(self, machine: PseriesMachine, port: KvmPort | None = None) -> None:
+        """Let the host have the machine's TCE tables whenever it is there, beginning now; ``port`` is one that the
+        caller has connected.
 
         :raise OSError: it has no KVM. :raise PeerLost: there is no host, or it went away.
         """
         self.kvm = KvmAccelerator(self._guest.system, self._options.host_page_size, self._trace)
         self.kvm.on_change = machine.relocate_tables
         machine.accelerate(self.kvm)
-        self._connect_port()
+        if port is not None:
+            self.kvm.connect(port)
+        else:
+            self._connect_port()
 
     def open_device(self, config: DeviceConfig) -> VfioUserDevice:
         """Open an assigned device, connecting first what is not connected yet.

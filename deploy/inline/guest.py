@@ -89,8 +89,11 @@ class InlineGuest(Guest):
         host.now_ns = lambda: self.clock.now_ns
         self.remotes: dict[str, InlineDevice] = {}
         self._notifier: InlineNotifier | None = None
-        if any(device.attach == "assigned" for device in config.devices):
+        if config.machine.kvm or any(device.attach == "assigned" for device in config.devices):
             host.port.declare_memory(self.ram)
+
+    def _accelerate(self) -> None:
+        self.host.accelerate(self.machine, self._host.port)
 
     # -- assigned devices ----------------------------------------------------------------------------------------
 
@@ -100,7 +103,9 @@ class InlineGuest(Guest):
         container = containers.get(space.name)
         if container is None:
             page, trace = self.config.host_page, self._trace
-            container = connect_container(self._host.port, path, system, space, host_page_size=page, trace=trace)
+            container = connect_container(
+                self._host.port, path, system, space, host_page_size=page, trace=trace, kvm=self.host.kvm
+            )
             containers[space.name] = container
         else:
             container.add_group(path)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -18,7 +19,7 @@ from deploy.inline.log import InlineLog
 from deploy.interposer import describe
 from hostd import host_explain
 from protocols.interpose import AnswerError, AnswerSuccess, Deliver, Interposer, Rule, seen
-from protocols.port.messages import MAX_ARG, MAX_COUNT, Ioctl, Return
+from protocols.port.messages import MAX_ARG, MAX_COUNT, Hcall, Ioctl, Return
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.host.dma import AssignedImpl
 from vfio_model.host.group import Group, HostDevice
@@ -27,7 +28,8 @@ from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Pending
 from vfio_model.host.topology import HostTopology
 from vfio_model.memory.lane import LaneArea
-from vfio_model.uapi.vfio import ioctl_name
+from vfio_model.uapi.hvcall import hcall_name
+from vfio_model.uapi.kvm import ioctl_name
 from vfio_model.vfio.direct import DirectPort, T
 from vfio_model.vfio.ioctl import BatchError
 
@@ -151,16 +153,28 @@ class InlinePort(DirectPort):
                 raise BatchError(answer.errno, what, first + answer.done)
         return count
 
+    def hcall(self, vm: int, nr: int, args: Sequence[int], links: int) -> int:
+        """See :class:`~vfio_model.vfio.kvm.KvmPort`."""
+        self._seq += 1
+        self._guest("port_send", seq=self._seq, hcall=hcall_name(nr), count=1)
+        answer = self._pass(Hcall(self._seq, self._guest.cause, 0, vm, nr, list(args), links))
+        if answer.errno:
+            raise OSError(answer.errno, f"{hcall_name(nr)}: {os.strerror(answer.errno)}")
+        return int.from_bytes(answer.arg, sys.byteorder, signed=True)
+
     def _call(self, handle: int, cmd: int, arg: bytes, count: int) -> Return:
         self._seq += 1
         trace = self._guest
         trace("port_send", seq=self._seq, ioctl=ioctl_name(cmd), handle=handle, count=count)
-        message = Ioctl(self._seq, trace.cause, 0, handle, cmd, count, arg)
+        return self._pass(Ioctl(self._seq, trace.cause, 0, handle, cmd, count, arg))
+
+    def _pass(self, message: Ioctl | Hcall) -> Return:
+        trace = self._guest
         answer = self._carry_out(message) if self.interposer is None else self._interpose(self.interposer, message)
         trace("port_return", seq=message.seq, errno=answer.errno, done=answer.done)
         return answer
 
-    def _interpose(self, interposer: Interposer, message: Ioctl) -> Return:
+    def _interpose(self, interposer: Interposer, message: Ioctl | Hcall) -> Return:
         """Do what the rules say; the first answer counts. A delayed message arrives at once: nothing else runs
         meanwhile.
         """
@@ -175,13 +189,18 @@ class InlinePort(DirectPort):
                     self._between("port_forward", **describe(message))
                     answers.append(self._carry_out(message))
                 case AnswerSuccess():
-                    answers.append(Return(message.seq, 0, message.count, message.arg))
+                    success = (message.count, message.arg) if isinstance(message, Ioctl) else (1, bytes(8))
+                    answers.append(Return(message.seq, 0, *success))
                 case AnswerError(errno=number):
                     answers.append(Return(message.seq, number, 0, b""))
         assert answers, "rules that lose a message are refused before the run"
         return answers[0]
 
-    def _carry_out(self, message: Ioctl) -> Return:
+    def _carry_out(self, message: Ioctl | Hcall) -> Return:
+        if isinstance(message, Hcall):
+            self._host("port_recv", seq=message.seq, hcall=hcall_name(message.nr), count=1)
+            ret = super().hcall(message.handle, message.nr, message.args, message.links)
+            return Return(message.seq, 0, 1, ret.to_bytes(8, sys.byteorder, signed=True))
         seq, count, name = message.seq, message.count, ioctl_name(message.cmd)
         self._host("port_recv", seq=seq, ioctl=name, count=count)
         try:
