@@ -159,10 +159,10 @@ def test_pins_are_swizzled_onto_four_level_lines() -> None:
 @pytest.mark.parametrize(
     ("cell", "size"), [(9 << 11, 4), (EDU_DEVFN << 8 | 1, 2), (EDU_DEVFN << 8, 3), (1 << 16 | EDU_DEVFN << 8, 4)]
 )
-def test_config_calls_to_nobody_or_unaligned_are_param_errors(cell: int, size: int) -> None:
+def test_config_calls_to_nobody_or_unaligned_are_hardware_errors(cell: int, size: int) -> None:
     machine = board()
-    assert machine.rtas(RtasToken.IBM_READ_PCI_CONFIG, [cell, *PE[1:], size], 2) == [0xFFFF_FFFD]
-    assert machine.rtas(RtasToken.IBM_WRITE_PCI_CONFIG, [cell, *PE[1:], size, 0], 1) == [0xFFFF_FFFD]
+    assert machine.rtas(RtasToken.IBM_READ_PCI_CONFIG, [cell, *PE[1:], size], 2) == [0xFFFF_FFFF]
+    assert machine.rtas(RtasToken.IBM_WRITE_PCI_CONFIG, [cell, *PE[1:], size, 0], 1) == [0xFFFF_FFFF]
 
 
 def test_config_reads_of_nobody_look_like_an_empty_slot_to_the_driver() -> None:

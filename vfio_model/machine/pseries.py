@@ -41,6 +41,7 @@ from vfio_model.trace import NULL_TRACE, Trace
 BYTE_ORDER: Literal["big"] = "big"
 _NO_ARGS = (0, 0, 0, 0)
 _RTAS_MAX_CELLS = 16
+_REAL_ADDRESS = (1 << 60) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,21 +188,22 @@ class PseriesMachine:
     def rtas(self, token: int, args: Sequence[int], nret: int) -> list[int]:
         """RTAS call ``token``: the return cells that are written (unsigned 32 bits), the status first.
 
-        On an error that is the status alone; a token nobody answers is a PARAM_ERROR.
+        On an error that is the status alone, which is written even where no return cell is offered; a token nobody
+        answers is a PARAM_ERROR.
         """
         handler = self._rtas.get(token)
         rets = PARAM_ERROR if handler is None else handler(args, nret)
-        return [cell & U32_MAX for cell in rets[:nret]]
+        return [cell & U32_MAX for cell in rets[: max(nret, 1)]]
 
     def rtas_in_memory(self, token: int, args: tuple[int, int], rets: tuple[int, int]) -> int:
         """RTAS as firmware calls it: ``args`` and ``rets`` are (number of cells, guest-physical address), big-endian.
 
-        Returns H_SUCCESS, or H_PARAMETER when nobody answers the token or the cells are too many.
+        Returns H_SUCCESS, or H_PARAMETER when nobody answers the token. The topmost four bits of an address do not
+        matter. Of arguments beyond those that any call takes, only their being there matters.
         """
         (nargs, args_gpa), (nret, rets_gpa) = args, rets
-        if nargs > _RTAS_MAX_CELLS or nret > _RTAS_MAX_CELLS:
-            return int(regs.HReturn.H_PARAMETER)
-        cells = self.read_memory(args_gpa, nargs * 4)
+        args_gpa, rets_gpa = args_gpa & _REAL_ADDRESS, rets_gpa & _REAL_ADDRESS
+        cells = self.read_memory(args_gpa, min(nargs, _RTAS_MAX_CELLS + 1) * 4)
         values = [int.from_bytes(cells[at : at + 4], BYTE_ORDER) for at in range(0, len(cells), 4)]
         written = self.rtas(token, values, nret)
         self.write_memory(rets_gpa, b"".join(cell.to_bytes(4, BYTE_ORDER) for cell in written))
@@ -210,10 +212,10 @@ class PseriesMachine:
 
     def _h_rtas(self, args: Sequence[int]) -> HCallResult:
         """``address`` of token, nargs, nret, arguments and return cells in guest memory."""
-        base = args[0]
+        base = args[0] & _REAL_ADDRESS
         head = self.read_memory(base, 12)
         token, nargs, nret = (int.from_bytes(head[at : at + 4], BYTE_ORDER) for at in (0, 4, 8))
-        return self.rtas_in_memory(token, (nargs, base + 12), (nret, base + 12 + nargs * 4)), []
+        return self.rtas_in_memory(token, (nargs, base + 12), (nret, base + 12 + (nargs * 4 & U32_MAX))), []
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """``size`` bytes of system memory; what nothing answers reads as zero."""
