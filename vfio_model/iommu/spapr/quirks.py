@@ -56,6 +56,14 @@ QUIRKS: tuple[Quirk, ...] = (
         "the process ends",
         "a guest must not be able to end the process",
     ),
+    Quirk(
+        "dma-goes-on-after-a-fault",
+        "QEMU",
+        "11.1",
+        "a DMA over several pages ends at the first that it may not reach",
+        "it leaves that page out and goes on with the next",
+        "a bus ends a burst at its first error; who reads the data could not tell which part of it is good",
+    ),
 )
 PEERS: Final = {"qemu": "QEMU"}
 """Words that select every selectable quirk of a peer."""
