@@ -1,0 +1,113 @@
+"""What programs are made of. An operation is data, means the same on every peer, and prints as it can be typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+from vfio_model.iommu.spapr.regs import HCall
+
+
+@dataclass(frozen=True)
+class Call:
+    """A hypercall with its arguments in registers."""
+
+    nr: int
+    args: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        name = HCall(self.nr).name if self.nr in set(HCall) else f"{self.nr:#x}"
+        return f"{name}({', '.join(f'{arg:#x}' for arg in self.args)})"
+
+
+@dataclass(frozen=True)
+class Indirect:
+    """H_PUT_TCE_INDIRECT of ``npages`` from a list that holds ``tces``; the list lies ``skew`` bytes beyond a page."""
+
+    liobn: int
+    ioba: int
+    tces: tuple[int, ...]
+    npages: int
+    skew: int = 0
+
+    def __repr__(self) -> str:
+        few = ", ".join(f"{tce:#x}" for tce in self.tces[:3]) + (", ..." if len(self.tces) > 3 else "")
+        return f"INDIRECT({self.liobn:#x}, {self.ioba:#x}, [{few}] of {len(self.tces)}, {self.npages}, +{self.skew})"
+
+
+@dataclass(frozen=True)
+class Rtas:
+    """An RTAS call by H_RTAS."""
+
+    token: int
+    args: tuple[int, ...]
+    nret: int
+
+    def __repr__(self) -> str:
+        return f"RTAS({self.token:#x}, [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret})"
+
+
+@dataclass(frozen=True)
+class Edu:
+    """A DMA of the edu of ``phb``: ``length`` bytes between its buffer at ``offset`` and ``iova``."""
+
+    phb: int
+    to_ram: bool
+    iova: int
+    length: int
+    offset: int
+
+    def __repr__(self) -> str:
+        way = "->" if self.to_ram else "<-"
+        return f"edu{self.phb}: buffer[{self.offset:#x}:+{self.length:#x}] {way} {self.iova:#x}"
+
+
+@dataclass(frozen=True)
+class TestDev:
+    """A DMA of the iommu-testdev of ``phb``: it writes at ``iova`` and looks at ``gpa``."""
+
+    phb: int
+    iova: int
+    length: int
+    gpa: int
+
+    def __repr__(self) -> str:
+        return f"testdev{self.phb}: {self.iova:#x} +{self.length:#x}, seen at {self.gpa:#x}"
+
+
+@dataclass(frozen=True)
+class Register:
+    """A load (``value`` None) or store of ``size`` bytes in BAR 0 of the edu of ``phb``."""
+
+    phb: int
+    offset: int
+    size: int
+    value: int | None = None
+
+    def __repr__(self) -> str:
+        what = "" if self.value is None else f" = {self.value:#x}"
+        return f"edu{self.phb}.bar0[{self.offset:#x}].{self.size}{what}"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The CPU stores ``data``, repeated ``times``, at ``gpa``."""
+
+    gpa: int
+    data: bytes
+    times: int = 1
+
+    def __repr__(self) -> str:
+        return f"ram[{self.gpa:#x}] = {self.data[:8].hex()}... x {self.times}"
+
+
+@dataclass(frozen=True)
+class Reset:
+    """A system reset; the firmware's configuration of the bus is repeated after it."""
+
+    def __repr__(self) -> str:
+        return "system_reset"
+
+
+Operation = Union[Call, Indirect, Rtas, Edu, TestDev, Register, Fill, Reset]
+Program = tuple[Operation, ...]
