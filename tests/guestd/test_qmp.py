@@ -20,7 +20,7 @@ import msgspec
 import pytest
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig
+from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig, PhbConfig
 from guestd.guest import Guest
 from guestd.host_status import Mm, own_mm
 from guestd.operations import Operations
@@ -35,6 +35,7 @@ from protocols.transport.runtime import RoleLock
 from protocols.transport.unix import ByteConnection
 from protocols.transport.zmq import RouterServer
 from tests.protocols.fuzz import Fuzzer
+from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.iommu.spapr.regs import HCall, RtasToken, phb_buid
 from vfio_model.memory.notifier import IOMMUNotifier
@@ -54,9 +55,10 @@ NEGOTIATE = b'{"execute":"qmp_capabilities"}'
 class Machine:
     """A guest, its commands and the events that were told."""
 
-    def __init__(self, directory: Path, loop: Loop) -> None:
-        self.loop, self.directory = loop, directory
-        self.guest = Guest(GuestConfig(machine=MachineConfig(ram=1 << 24), devices=[EDU]), directory, loop, ListTrace())
+    def __init__(self, directory: Path, loop: Loop, machine: MachineConfig | None = None) -> None:
+        self.loop = loop
+        config = GuestConfig(machine=machine or MachineConfig(ram=1 << 24), devices=[EDU])
+        self.guest = Guest(config, directory, loop, ListTrace())
         self.guest.start()
         self.operations = Operations(self.guest, loop, ListTrace(), wall_ns=lambda: 5_000_001_999)
         self.commands = MonitorCommands(self.operations, "1")
@@ -205,6 +207,27 @@ def test_qom_shows_the_objects_that_there_are(machine: Machine) -> None:
     assert machine.ask("qom-get", path=parent.rsplit("/", 1)[0], property="dma_win_size") == 1 << 30
     assert machine.refusal("qom-get", path="e0", property="nope") == ("GenericError", "Property 'edu.nope' not found")
     assert machine.refusal("qom-list", path="/nope") == ("DeviceNotFound", "Device '/nope' not found")
+
+
+@pytest.mark.parametrize("model", DEVICES)
+def test_every_model_shows_its_properties(machine: Machine, model: str) -> None:
+    machine.commands.ask("device_add", {"driver": model, "id": "it"})
+    shown = {each["name"] for each in machine.ask("qom-list", path="it")}
+    assert shown >= set(DEVICES[model].PROPS)
+    for name in shown:
+        json.dumps(machine.ask("qom-get", path="it", property=name))
+    assert f'dev: {model}, id "it"\n' in machine.human("info qtree")
+
+
+def test_devices_go_to_the_bus_that_they_name(runtime_dir: Path, loop: Loop) -> None:
+    machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=[PhbConfig(index=0), PhbConfig(index=3)]))
+    machine.commands.ask("device_add", {"driver": "edu", "id": "far", "bus": "phb3.0"})
+    found = [[device["qdev_id"] for device in bus["devices"]] for bus in machine.ask("query-pci")]
+    assert found == [["e0"], ["far"]]
+    assert machine.ask("qom-get", path="far", property="parent_bus") == "/machine/unattached/device[1]/phb3.0"
+    assert "LIOBN 80000300: " in machine.human("info windows")
+    machine.monitors.close()
+    machine.guest.close()
 
 
 def test_what_migration_is_told_is_kept(machine: Machine) -> None:

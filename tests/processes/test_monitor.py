@@ -27,6 +27,7 @@ def test_devices_of_other_processes_come_and_go_and_the_host_says_what_it_locked
         assert f"locked_vm: {live.locked_vm()}\r\n" in human(live, "info locked_vm")
         followers = human(live, "info iommu")
         assert "need_vfio on" in followers and followers.count("followed by") >= 2, "VFIO, and the remote device"
+        assert f'dev: vfio-pci, id "{NIC}"' in human(live, "info qtree") and f'id "{CARD}"' in human(live, "info pci")
         config = msgspec.json.decode((live.directory / "guestd.json").read_bytes())
         configs = {device["id"]: device for device in config["devices"]}
         assigned, remote = configs[NIC], configs[CARD]
