@@ -1,8 +1,9 @@
 """The shared memory of an assigned device: what Setup brings, mapped as far as the device may use it.
 
 The host's tables and the PE block are mapped read-only (they could not be mapped otherwise: they are sealed against
-it); lanes and guest RAM writable. Segments come and go by messages of hostd; one that a TCE points at is announced
-before the TCE is stored, so an unknown host-physical address means that the announcement is waiting to be read.
+it); lanes, the dirty map and guest RAM writable. Segments come and go by messages of hostd; one that a TCE points at is
+announced before the TCE is stored, so an unknown host-physical address means that the announcement is waiting to be
+read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from protocols.transport.unix import close_fds
 from vfio_model.errors import RemoteProtocolError
 from vfio_model.host.dma import AssignedImpl, Segments
 from vfio_model.host.hpa import HpaMap
-from vfio_model.host.layout import PE_MAGIC, PE_WORDS
+from vfio_model.host.layout import DIRTY_BYTES, PE_MAGIC, PE_WORDS
 from vfio_model.memory.lane import LANES_SIZE, MAGIC_LANES, Lane
 from vfio_model.memory.layout import check_header
 
@@ -29,15 +30,16 @@ class AssignedMemory:
     """
 
     def __init__(self, setup: Setup, fds: list[int]) -> None:
-        lanes, pe, domain, host, *segments = fds
+        lanes, dirty, pe, domain, host, *segments = fds
         self.host = Pidfd(host)
         """hostd's process."""
         self.segments = Segments()
         self._segment_memory: dict[str, tuple[HpaMap, MappedMemory]] = {}
         self._areas: list[MappedMemory] = []
-        pending = [lanes, pe, domain, *segments]
+        pending = [lanes, dirty, pe, domain, *segments]
         try:
             self._lanes = self._map(pending, writable=True, size=LANES_SIZE, what="lanes")
+            self._dirty = self._map(pending, writable=True, size=DIRTY_BYTES, what="dirty map")
             self._pe = self._map(pending, writable=False, size=PE_WORDS * 8, what="PE block")
             self._domain = self._map(pending, writable=False, size=8, what="domain")
             check_header(self._lanes.words, MAGIC_LANES, what="lanes")
@@ -58,7 +60,13 @@ class AssignedMemory:
         """The DMA of the one thread that does any: lane 0."""
         lane = Lane(self._lanes.words, 0)
         return AssignedImpl(
-            self._pe.words, self._domain.words, self.segments, lane, gate, on_unknown_hpa=on_unknown_hpa
+            self._pe.words,
+            self._domain.words,
+            self.segments,
+            lane,
+            gate,
+            on_unknown_hpa=on_unknown_hpa,
+            dirty=self._dirty.view,
         )
 
     def add(self, segment: SegmentMap, fd: int) -> None:

@@ -7,6 +7,7 @@ process was given (lanes, pidfd) is kept until the service has dealt with that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from protocols.transport.loop import Loop, LoopTimer
 from protocols.transport.shm import create_memory
 from protocols.transport.unix import SeqpacketConnection
 from vfio_model.errors import ConfigError, PeerLost, RemoteProtocolError
+from vfio_model.host.layout import DIRTY_BYTES
 from vfio_model.memory.lane import LANES_SIZE, init_lanes
 
 START_SECONDS = 10.0
@@ -41,6 +43,7 @@ class DeviceProcess:
         )
         self.lanes = create_memory(f"lanes.{name}", LANES_SIZE)
         init_lanes(self.lanes.words)
+        self.dirty = create_memory(f"dirty.{name}", DIRTY_BYTES)
         self.lane_set = PeerLanes(name, self.lanes.words, pidfd)
         self.stream: OwnedFd | None = None
         self.timer: LoopTimer | None = None
@@ -71,6 +74,8 @@ class DeviceProcess:
         self.channel.close()
         self.lane_set.close()
         self.lanes.close()
+        with contextlib.suppress(BufferError):  # the host collects from it at this moment: it goes with that view
+            self.dirty.close()
         if self.child is not None:
             self.child.close()
         self.pidfd.close()
@@ -130,7 +135,7 @@ class DeviceProcesses:
         me = Pidfd.open(os.getpid())
         try:
             numbers = [fd.fd for fd in segments if isinstance(fd, OwnedFd)]
-            process.channel.send(setup, [theirs.fileno(), process.lanes.fd, *areas, me.fd, *numbers])
+            process.channel.send(setup, [theirs.fileno(), process.lanes.fd, process.dirty.fd, *areas, me.fd, *numbers])
         except PeerLost:
             pass  # its pidfd says so
         finally:
@@ -162,7 +167,7 @@ class DeviceProcesses:
             self._cancel_timer(process)
             stream, process.stream = process.stream, None
             pidfd = OwnedFd(os.dup(process.pidfd.fd))
-            self._emit(DeviceReady(process.key, stream, pidfd, process.pid, process.lane_set))
+            self._emit(DeviceReady(process.key, stream, pidfd, process.pid, process.lane_set, process.dirty.view))
         elif isinstance(message, port.Quiet):
             self._emit(DeviceQuiet(process.key, message.seq))
         elif isinstance(message, port.Failed):

@@ -88,13 +88,16 @@ class PortMessage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReady:
-    """The device server of StartDevice ``key`` serves: its vfio-user stream for the client, pidfd, pid and lanes."""
+    """The device server of StartDevice ``key`` serves: its vfio-user stream for the client, pidfd, pid and lanes, and
+    the bytes of its dirty map.
+    """
 
     key: int
     stream: Descriptor
     pidfd: Descriptor
     pid: int
     lanes: LaneSet
+    dirty: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)

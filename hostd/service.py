@@ -143,6 +143,8 @@ class ContainerService:
         device.stream, device.pidfd, device.pid = event.stream, event.pidfd, event.pid
         device.lanes = event.lanes
         device.state = DeviceState.RUNNING
+        if event.dirty is not None:
+            self.state.host.set_dirty_map(device.token, event.dirty)
         self.state.note("hostd_device_ready", name=device.name, key=device.key, pid=device.pid)
 
     def _device_failed(self, event: DeviceFailed) -> None:

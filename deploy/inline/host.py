@@ -23,7 +23,8 @@ from protocols.port.messages import MAX_ARG, MAX_COUNT, Hcall, Ioctl, Return
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.host.dma import AssignedImpl
 from vfio_model.host.group import Group, HostDevice
-from vfio_model.host.host import Host
+from vfio_model.host.host import Host, private_buffers
+from vfio_model.host.layout import DIRTY_BYTES
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Pending
 from vfio_model.host.topology import HostTopology
@@ -73,7 +74,8 @@ class InlineHost:
         except ConfigError as error:
             raise OSError(errno.EIO, str(error)) from error
         words = container.driver.domain_words
-        unit.start(AssignedImpl(device.pe.words, words, self.port.segments, unit.lane))
+        device.dirty = private_buffers(f"dirty.{device.name}", DIRTY_BYTES).cast("B")
+        unit.start(AssignedImpl(device.pe.words, words, self.port.segments, unit.lane, dirty=device.dirty))
         self._tokens += 1
         self.units[self._tokens] = unit
         self._trace("hostd_device_ready", name=device.name, key=self._tokens, pid=os.getpid())

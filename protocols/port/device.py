@@ -4,7 +4,7 @@ hostd speaks first: :class:`Setup`, answered by :class:`Ready` or :class:`Failed
 device travels on the vfio-user stream that came with Setup; this channel carries what the *host* needs. An EOF here
 ends the process: it lives for one open.
 
-Descriptors of Setup, in this order: vfio-user stream, lanes (written by the device), PE block (read-only), domain
+Descriptors of Setup, in this order: vfio-user stream, lanes and dirty map (written by the device), PE block and domain
 memory (read-only), hostd's pidfd, then one for each of ``segments``.
 """
 
@@ -22,7 +22,7 @@ MAX_SEGMENTS = 200
 
 PageShift = Annotated[int, Meta(ge=0, le=51)]
 
-SETUP_FDS = 5
+SETUP_FDS = 6
 """Descriptors of Setup before those of the segments."""
 
 
