@@ -61,6 +61,7 @@ class Backend:
         self.windows = HostWindows()
         self.queue = MappingQueue(cast(VfioPort, port), 1)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
+        self.coalesces = True
         if window:
             self.windows.add(VFIOHostDMAWindow(0, U64_MAX, page))
 

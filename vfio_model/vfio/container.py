@@ -39,6 +39,8 @@ class VFIOIOMMU(Protocol):
     queue: MappingQueue
     dma_max_mappings: int
     """How many mappings the host lets this container have at a time."""
+    coalesces: bool
+    """Whether one MAP_DMA may cover pages that are unmapped one by one later."""
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Make the host able to map all of ``section``.

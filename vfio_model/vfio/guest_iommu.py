@@ -8,7 +8,9 @@ likes.
 
 from __future__ import annotations
 
-from vfio_model.batch.dma_map import pack_dma_maps, page_bounds, uniform_value
+from bisect import bisect_left, bisect_right
+
+from vfio_model.batch.dma_map import consecutive, pack_dma_maps, page_bounds, uniform_value
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
 from vfio_model.memory.listener import MemoryRegionSection
@@ -28,29 +30,40 @@ class _MappedChunks:
     """Where anything was mapped, in coarse chunks: what was never mapped need not be unmapped.
 
     A guest clears its whole table when it boots; QEMU's VT-d model keeps a tree of what it mapped for the same reason.
-    A chunk is forgotten when an unmap covers all of it.
+    A chunk is forgotten when an unmap covers all of it. Kept are the stretches of chunks, so that a guest which maps
+    all of its memory costs no more than one that maps a page.
     """
 
     def __init__(self, page_size: int) -> None:
         self._shift = max(_CHUNK_SHIFT, page_size.bit_length() - 1)
-        self._chunks: set[int] = set()
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        """Numbers of chunks, ends exclusive; stretches are in order and do not touch."""
 
     def mapped(self, first: int, size: int) -> None:
         """``size`` bytes from ``first`` are about to be mapped."""
-        self._chunks.update(range(first >> self._shift, (first + size - 1 >> self._shift) + 1))
+        starts, ends = self._starts, self._ends
+        low, high = first >> self._shift, (first + size - 1 >> self._shift) + 1
+        at, stop = bisect_left(ends, low), bisect_right(starts, high)
+        if at < stop:
+            if starts[at] <= low and high <= ends[at]:
+                return
+            low, high = min(low, starts[at]), max(high, ends[stop - 1])
+        starts[at:stop], ends[at:stop] = [low], [high]
 
     def unmapped(self, first: int, size: int) -> bool:
         """Whether anything was mapped near these bytes, which are about to be unmapped."""
-        low, high = first >> self._shift, first + size - 1 >> self._shift
-        touched = (
-            [chunk for chunk in self._chunks if low <= chunk <= high]
-            if high - low > 8
-            else [chunk for chunk in range(low, high + 1) if chunk in self._chunks]
-        )
-        for chunk in touched:
-            if chunk << self._shift >= first and chunk + 1 << self._shift <= first + size:
-                self._chunks.discard(chunk)
-        return bool(touched)
+        starts, ends, shift = self._starts, self._ends, self._shift
+        at, stop = bisect_right(ends, first >> shift), bisect_left(starts, (first + size - 1 >> shift) + 1)
+        if at >= stop:
+            return False
+        low, high = -(-first >> shift), first + size >> shift
+        if low < high:
+            near = list(zip(starts[at:stop], ends[at:stop], strict=True))
+            left = [(start, min(end, low)) for start, end in near if start < low]
+            left += [(max(start, high), end) for start, end in near if end > high]
+            starts[at:stop], ends[at:stop] = [start for start, _ in left], [end for _, end in left]
+        return True
 
 
 class VFIOGuestIOMMU:
@@ -136,8 +149,8 @@ class VFIOGuestIOMMU:
                 self._trace("vfio_iommu_map_notify", op="UNMAP", iova_start=first, iova_end=first + size - 1)
             self._unmap(first, size)
             return
-        packed = self._pack(first, run) if run.target_as is self._system else None
-        if packed is None:  # more than one block, holes, or mixed permissions: one by one
+        if run.target_as is not self._system or not self._queue_run(first, run):
+            # more than one block, holes, or mixed permissions: one by one
             for event in run.events():
                 self._map_notify(notifier, event.entry)
             return
@@ -145,21 +158,30 @@ class VFIOGuestIOMMU:
             last = first + (run.count << run.page_shift) - 1
             self._trace("vfio_iommu_map_notify", op="MAP", iova_start=first, iova_end=last, entries=run.count)
         self._mapped.mapped(first, run.count << run.page_shift)
-        self._backend.queue.map_packed(packed, run.count)
 
     def _unmap(self, iova: Iova, size: int) -> None:
         if self._mapped.unmapped(iova, size) or self.notifier.in_kernel:
             self._backend.queue.unmap(iova, size)
 
-    def _pack(self, first: Iova, run: IOMMUTLBRun) -> bytes | memoryview | None:
-        """The run as MAP_DMA structures, when all of it lies in one RAM block with one permission."""
+    def _queue_run(self, first: Iova, run: IOMMUTLBRun) -> bool:
+        """Queue the run, when all of it lies in one RAM block with one permission: a MAP_DMA for each page, or a single
+        one for pages in order.
+        """
         perm = int(run.perms) if isinstance(run.perms, int) else uniform_value(run.perms)
         if perm is None or not perm & _RW:
-            return None
+            return False
         lowest, highest = page_bounds(run.translated)
         span = ram_span(self._system, Gpa(lowest))
-        if span is None or highest - lowest + (1 << run.page_shift) > span.size:
-            return None
-        to_vaddr = span.hva - lowest
-        writable = bool(perm & _WO) and not span.readonly
-        return pack_dma_maps(run.translated, to_vaddr, first, run.page_shift, writable=writable)
+        page = 1 << run.page_shift
+        size = highest - lowest + page
+        if span is None or size > span.size:
+            return False
+        readonly, queue = not perm & _WO or span.readonly, self._backend.queue
+        linear = self._backend.coalesces and size == run.count << run.page_shift
+        if linear and run.translated[0] == lowest and consecutive(run.translated, page):
+            queue.map(first, size, span.hva, readonly=readonly)
+        else:
+            to_vaddr = span.hva - lowest
+            packed = pack_dma_maps(run.translated, to_vaddr, first, run.page_shift, writable=not readonly)
+            queue.map_packed(packed, run.count)
+        return True
