@@ -102,7 +102,8 @@ class RamReceiver:
             self._room(frame, number, offset, len(data))[:] = data
         elif frame.kind is FrameKind.RAM_ZERO:
             number, offset, size = self._unpacked(_ZERO, frame)
-            self._room(frame, number, offset, size)[:] = bytes(size)
+            room = self._room(frame, number, offset, size)
+            room[:] = bytes(len(room))
         else:
             assert frame.kind is FrameKind.RAM_PASS, "the reader hands over RAM"
             number, final = self._unpacked(_PASS, frame)
