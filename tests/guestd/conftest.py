@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from protocols.transport.loop import Loop
 from tests.guestd.fake_device import FakeDevice
+from tests.guestd.monitor_rig import Machine
 
 
 @pytest.fixture
@@ -22,3 +24,11 @@ def fake(loop: Loop) -> Iterator[FakeDevice]:
     fake = FakeDevice(loop)
     yield fake
     fake.release()
+
+
+@pytest.fixture
+def machine(runtime_dir: Path, loop: Loop) -> Iterator[Machine]:
+    machine = Machine(runtime_dir, loop)
+    yield machine
+    machine.monitors.close()
+    machine.guest.close()

@@ -209,7 +209,8 @@ def _strategy(kind: schema.Type) -> st.SearchStrategy[Any]:
         case schema.BytesType():
             return st.binary(min_size=kind.min_length or 0, max_size=min(kind.max_length or 40, 40))
         case schema.ListType():
-            return st.lists(_strategy(kind.item_type), min_size=kind.min_length or 0, max_size=3)
+            least = kind.min_length or 0
+            return st.lists(_strategy(kind.item_type), min_size=least, max_size=max(least, 3))
         case schema.DictType():
             return st.dictionaries(_strategy(kind.key_type), _strategy(kind.value_type), max_size=2)
         case schema.UnionType():
