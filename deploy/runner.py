@@ -194,8 +194,8 @@ class Runner:
         return Outcome(text, "" if moved == (dma.expect == "ok") else f"{text}, expected {dma.expect}")
 
     def _with_stage(self, dma: schema.Dma, use: Callable[[int, int], bool]) -> bool:
-        """Call ``use(iova, gpa)`` with the last page of the default window of the device's bridge mapped to RAM's last one
-        meanwhile.
+        """Call ``use(iova, gpa)`` while the last page of the default window of the device's bridge is mapped to RAM's
+        last page.
         """
         cpu, machine = self._system.cpu, self._scenario.machine
         phb = machine.phb_on(next(device.bus for device in self._scenario.devices if device.id == dma.device))
