@@ -67,7 +67,7 @@ class EehRtas:
         if found is None or op is None:
             return PARAM_ERROR
         phb, port = found
-        if args[3] == OPTION_ENABLE and not (args[0] >> 16 & 0xFF == phb.bus.number and _assigned(phb)):
+        if args[3] == OPTION_ENABLE and not (args[0] >> 16 & 0xFF == phb.bus.number and _has_assigned(phb)):
             return PARAM_ERROR
         return _answer(lambda: port(op), HW_ERROR)
 
@@ -93,15 +93,12 @@ class EehRtas:
         return [_SUCCESS, state, EEH_SUPPORTED, UNAVAILABLE_MS, RECOVERY_MS]
 
     def set_slot_reset(self, args: Sequence[int], nret: int) -> list[int]:
-        """config_addr, buid_hi, buid_lo, option. Before a reset the functions' messages are switched off."""
+        """config_addr, buid_hi, buid_lo, option. There is no MSI-X that would have to go off before a reset."""
         found = self._find(args) if len(args) == 4 and nret == 1 else None
         op = RESETS.get(args[3]) if found is not None else None
         if found is None or op is None:
             return PARAM_ERROR
-        phb, port = found
-        if op is not EehOp.VFIO_EEH_PE_RESET_DEACTIVATE:
-            for device in _assigned(phb):
-                device.disable_messages()
+        _, port = found
         return _answer(lambda: port(op), HW_ERROR)
 
     def configure_pe(self, args: Sequence[int], nret: int) -> list[int]:
@@ -117,8 +114,8 @@ class EehRtas:
         return PARAM_ERROR if found is None or args[7] not in ERROR_LOGS else [NO_ERRORS_FOUND]
 
 
-def _assigned(phb: SpaprPhb) -> list[VFIOPCIDevice]:
-    return [device for device in phb.bus if isinstance(device, VFIOPCIDevice)]
+def _has_assigned(phb: SpaprPhb) -> bool:
+    return any(isinstance(device, VFIOPCIDevice) for device in phb.bus)
 
 
 def _answer(operation: Callable[[], object], failure: list[int]) -> list[int]:

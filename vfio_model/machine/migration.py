@@ -47,7 +47,7 @@ from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.machine.vio import VioDma
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Range
-from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription, decode, encode
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription, decode, encode, unused
 from vfio_model.vmstate.ram import RamReceiver, RamView
 from vfio_model.vmstate.stream import Frame, FrameKind, FrameReader, FrameWriter, Section
 
@@ -73,12 +73,15 @@ SPAPR_PCI = VMStateDescription(
     2,
     (
         Field("buid", Type.U64, equal=True),
+        unused(4),
         Field("msi_devs_num"),
         Field("msi_devs", array="msi_devs_num", struct=_MSI),
     ),
     minimum_version=2,
 )
-"""A bridge: which functions have which message interrupts. Its pins follow from its functions'."""
+"""A bridge: which functions have which message interrupts. Its pins follow from its functions', its LIOBNs from its
+index: their old field is unused.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from vfio_model.pci.config_space import (
     VENDOR_ID,
 )
 from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
-from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_ENABLE, CONTROL_MULTIPLE_CAPABLE_SHIFT
+from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_MULTIPLE_CAPABLE_SHIFT
 from vfio_model.uapi.vfio import PciIrq, PciRegion
 from vfio_model.vfio.region import DeviceConnection
 from vfio_model.vmstate.fields import VMStateDescription
@@ -263,12 +263,6 @@ class VFIOPCIDevice(PCIDevice):
             self.connection.set_irqs(_MSI, handlers)
         elif self.INTERRUPT_PIN:
             self.connection.set_irqs(_INTX, (functools.partial(self._signalled, 0),))
-
-    def disable_messages(self) -> None:
-        """Switch MSI off on the guest's behalf, as before a reset of its slot."""
-        if self.msi is not None and self.msi.enabled:
-            self.config.set("msi.control", self.config.get("msi.control") & ~CONTROL_ENABLE)
-            self._irqs_written()
 
     # -- migration -----------------------------------------------------------------------------------------------
 
