@@ -6,11 +6,11 @@ STAMP  := $(VENV)/.installed
 # Tests use at most two workers: each starts real processes.
 WORKERS ?= 2
 
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check bench interop interop-guest clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml setup.py $(wildcard vfio_model/batch/*.[ch]) vfio_model/host/_path.c
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vfio-model needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
@@ -34,5 +34,14 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts
 bench: $(STAMP)  ## measure, as ratios to limits taken in the same run
 	@$(BIN)/vfio-model bench
 
+# Stock QEMU by Debian's packages, in .qemu/; VFIO_MODEL_QEMU names another qemu-system-ppc64.
+interop: $(STAMP)  ## compare with stock QEMU by random programs (fetches it)
+	@test -n "$$VFIO_MODEL_QEMU" || tools/get-qemu .qemu
+	$(BIN)/python -m pytest -p no:xdist tests/interop
+
+interop-guest: $(STAMP)  ## boot Linux on stock QEMU, record it, check the recording
+	@tools/get-qemu --guest-ppc .qemu
+	$(BIN)/python -m tests.interop.guest_boot .qemu
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .qemu
