@@ -33,6 +33,15 @@ class Tally:
     ram: int = 0
     """Bytes of RAM compared whole, at the end of runs."""
 
+    def merge(self, other: Tally) -> None:
+        """Add what ``other`` counted."""
+        self.operations += other.operations
+        self.good += other.good
+        self.kinds.update(other.kinds)
+        self.returns.update(other.returns)
+        self.entries += other.entries
+        self.ram += other.ram
+
     def add(self, program: Program, outcomes: Sequence[Outcome], expected: Sequence[Expected]) -> None:
         """Count ``program``; resets count as operations, but neither as good nor as bad."""
         for operation, outcome, known in zip(program, outcomes, expected, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from vfio_model.iommu.spapr.regs import HCall
 
@@ -109,5 +108,5 @@ class Reset:
         return "system_reset"
 
 
-Operation = Union[Call, Indirect, Rtas, Edu, TestDev, Register, Fill, Reset]
+Operation = Call | Indirect | Rtas | Edu | TestDev | Register | Fill | Reset
 Program = tuple[Operation, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 from tests.interop.operations import Call, Edu, Fill, Indirect, Operation, Program, Register, Reset, Rtas, TestDev
@@ -34,7 +35,8 @@ class Generator:
     def __init__(self, variant: Variant, rng: random.Random) -> None:
         self.variant, self.rng = variant, rng
         self.shadow = Shadow(variant)
-        self._recent: list[tuple[Bridge, Window, int]] = []
+        self.left_out: Counter[str] = Counter()
+        """Operations that were thrown away as hazards, by quirk."""
         self._kinds: list[tuple[int, Callable[[], Operation]]] = [
             (22, self._put),
             (14, self._get),
@@ -55,12 +57,14 @@ class Generator:
         """``length`` operations without a hazard, after a reset."""
         made: list[Operation] = [Reset()]
         self.shadow.apply(made[0])
-        self._recent.clear()
         weights = [weight for weight, _ in self._kinds]
         while len(made) < length:
             (_, make), *_ = self.rng.choices(self._kinds, weights)
             operation = make() if self.rng.random() > 0.002 else Reset()
-            if not self.shadow.apply(operation).hazard:
+            hazard = self.shadow.apply(operation).hazard
+            if hazard:
+                self.left_out[hazard] += 1
+            else:
                 made.append(operation)
         return tuple(made)
 
@@ -103,7 +107,7 @@ class Generator:
         return page | perm
 
     def _put(self) -> Operation:
-        bridge, window, liobn = self._window()
+        _, window, liobn = self._window()
         return Call(HCall.H_PUT_TCE, (liobn, self._ioba(window), self._tce(window)))
 
     def _get(self) -> Operation:
@@ -127,7 +131,7 @@ class Generator:
         return Indirect(liobn, self._ioba(window, count), tces, count)
 
     def _bad_call(self) -> Operation:
-        bridge, window, liobn = self._window()
+        _, window, liobn = self._window()
         beyond = window.bus + (window.entries << window.shift)
         ioba = self._ioba(window)
         tces = tuple(self._tce(window) for _ in range(8))
