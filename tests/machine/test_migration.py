@@ -30,6 +30,7 @@ from vfio_model.machine.migration import (
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.machine.vio import KINDS
 from vfio_model.memory.ram import RAMBlock
+from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.uapi.vfio import Ioctl
 from vfio_model.vmstate.fields import encode
@@ -337,6 +338,19 @@ def test_another_device_is_refused() -> None:
         load_device_state(small(), save_device_state(source))
     with pytest.raises(VMStateError, match="no section edu, instance 0x8"):
         load_device_state(destination, save_device_state(small()))
+
+
+class Forgetful(PCIDevice):
+    """Says nothing about its state."""
+
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x9999
+
+
+def test_a_device_that_does_not_say_what_migrates_blocks_it() -> None:
+    machine = small()
+    machine.phb().bus.plug(Forgetful, 8)
+    with pytest.raises(VMStateError, match="function 0x8: Forgetful does not say"):
+        save_device_state(machine)
 
 
 @pytest.mark.parametrize("bypass", [False, True])

@@ -49,7 +49,7 @@ from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Range
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription, decode, encode, unused
 from vfio_model.vmstate.ram import RamReceiver, RamView
-from vfio_model.vmstate.stream import Frame, FrameKind, FrameReader, FrameWriter, Section
+from vfio_model.vmstate.stream import MAX_PAYLOAD, MAX_SECTION_HEAD, Frame, FrameKind, FrameReader, FrameWriter, Section
 
 VIRTUAL_CLOCK = VMStateDescription("virtual-clock", 1, (Field("now_ns", Type.U64),))
 IRQ_LINES = VMStateDescription(
@@ -105,7 +105,10 @@ class Entry:
 
 
 def entries(machine: PseriesMachine) -> Iterator[Entry]:
-    """Everything of ``machine`` that migrates besides RAM, in the order in which it is loaded."""
+    """Everything of ``machine`` that migrates besides RAM, in the order in which it is loaded.
+
+    :raise VMStateError: a device cannot be migrated.
+    """
     yield _clock(machine)
     for device in machine.vio:
         if device.dma is not None:
@@ -170,6 +173,11 @@ def _phb(phb: SpaprPhb) -> Entry:
 
 
 def _function(function: PCIDevice, instance: int) -> Entry:
+    if function.VMSTATE is None:
+        raise VMStateError(
+            f"{type(function).__name__} does not say what of it migrates", where=f"function {instance:#x}"
+        )
+
     def check(state: State, where: str) -> State:
         function.check_state(state, where=where)
         return state
@@ -203,10 +211,16 @@ def ram_views(machine: PseriesMachine) -> list[RamView]:
 
 
 def device_frames(machine: PseriesMachine, writer: FrameWriter) -> Iterator[bytes]:
-    """A section for each object, and the end. The machine stands still meanwhile."""
+    """A section for each object, and the end. The machine stands still meanwhile.
+
+    :raise VMStateError: a device cannot be migrated, or a table is too large to be sent.
+    """
     for entry in entries(machine):
         description = entry.description
         data = encode(description, entry.export())
+        if len(data) > MAX_PAYLOAD - MAX_SECTION_HEAD:
+            where = f"section {description.name}, instance {entry.instance:#x}"
+            raise VMStateError(f"{len(data)} bytes do not fit a frame", where=where)
         yield writer.section(Section(description.name, entry.instance, description.version, data))
     yield writer.end()
 

@@ -106,8 +106,8 @@ class PCIDevice:
     BUS_MASTER_GATED: bool = True
     """Whether DMA stops while bus mastering is off, as on hardware."""
     PROPS: Mapping[str, Prop] = {}
-    VMSTATE: VMStateDescription = VMStateDescription("pci-device", 1, (PARENT,))
-    """What migrates; see :meth:`export_state`."""
+    VMSTATE: VMStateDescription | None = None
+    """What migrates; see :meth:`export_state`. A machine with a device that does not say cannot be migrated."""
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         """:raise ConfigError: for a property that the device has not got, or of another type."""

@@ -26,6 +26,8 @@ from vfio_model.errors import VMStateError
 MAGIC: Final = b"vfio-model migration"
 FORMAT_VERSION: Final = 1
 MAX_PAYLOAD: Final = (1 << 32) - 1
+MAX_SECTION_HEAD: Final = 512
+"""More than a section's name, instance and version take of its frame's payload."""
 _HEAD, _CRC = struct.Struct(">BI"), struct.Struct(">I")
 _SECTION = struct.Struct(">II")
 
