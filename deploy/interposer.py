@@ -3,8 +3,8 @@
 Started as ``python -m deploy.interposer --dir DIR --rules FILE``. guestd connects to ``interposer.zmq``, the
 interposer to ``hostd.zmq`` with one socket for each client, so that hostd sees as many peers as there are. What
 becomes of a message is decided by :mod:`protocols.interpose`; here the decision is carried out on the real sockets.
-Every message is logged when it is taken (``port_take``), passed on (``port_forward``) or lost (``port_drop``), with
-its sequence number and cause id.
+Every message is logged when it is taken (``port_take``), passed on (``port_forward``), lost (``port_drop``) or, a
+hypercall, referred back to its sender (``port_refer``), with its sequence number and cause id.
 
 The AF_UNIX connections (open files, descriptors) do not pass here. Answers pass unchanged, but for those to messages
 that never reached the host and the second answer to a message that was doubled.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,17 @@ import msgspec
 
 from deploy import assemble, runtime_dir
 from protocols.control import messages as control
-from protocols.interpose import Action, AnswerError, AnswerSuccess, Deliver, Interposer, Kill, decode_rules, seen
+from protocols.interpose import (
+    Action,
+    AnswerError,
+    AnswerSuccess,
+    AnswerTooHard,
+    Deliver,
+    Interposer,
+    Kill,
+    decode_rules,
+    seen,
+)
 from protocols.port import messages as port
 from protocols.transport.eventfile import EventFile
 from protocols.transport.loop import Loop
@@ -30,7 +41,7 @@ from protocols.transport.runtime import RoleLock
 from protocols.transport.zmq import DealerClient, RouterServer, Sent
 from vfio_model.errors import ConfigError, RemoteProtocolError
 from vfio_model.uapi import vfio
-from vfio_model.uapi.hvcall import hcall_name
+from vfio_model.uapi.hvcall import HReturn, hcall_name
 from vfio_model.uapi.kvm import ioctl_name
 
 ROLE = "interposer"
@@ -56,6 +67,11 @@ def describe(message: port.Request) -> dict[str, object]:
         if isinstance(each[0], vfio.DmaMap):
             fields["vaddr"] = each[0].vaddr
     return fields
+
+
+def too_hard(message: port.Request) -> port.Return:
+    """The answer to a hypercall that its process shall carry out."""
+    return port.Return(message.seq, 0, 1, int(HReturn.H_TOO_HARD).to_bytes(8, sys.byteorder, signed=True))
 
 
 class Client:
@@ -144,7 +160,9 @@ class InterposerProcess:
 
     def _carry_out(self, client: Client, message: port.Request, data: bytes, actions: list[Action]) -> None:
         deliveries = [action for action in actions if isinstance(action, Deliver)]
-        if not deliveries:
+        if AnswerTooHard() in actions:
+            self._trace("port_refer", **describe(message))
+        elif not deliveries:
             self._trace("port_drop", **describe(message))
         if len(deliveries) > 1:
             client.doubled[message.seq] = len(deliveries) - 1
@@ -158,6 +176,8 @@ class InterposerProcess:
                     self._answer(client, message, 0)
                 case AnswerError(errno=number):
                     self._answer(client, message, number)
+                case AnswerTooHard():
+                    self._front.send(client.peer, port.RESPONSES.encode(too_hard(message)))
                 case Kill(role=role):
                     self._kill(role)
 

@@ -3,8 +3,8 @@
 The port's messages are logged at every hop: guestd writes ``port_send``, the interposer (when there is one)
 ``port_forward``, hostd ``port_recv``, each with the message's sequence number and cause id. A message that is in the
 sender's log and not in the receiver's was lost between them, whatever anybody claims; the last process that had it
-names the hop. For an unmap that was lost the log also tells which mapping stayed alive, and which DMA used it after
-the guest believed it gone.
+names the hop. A hypercall that the interposer refers back to its sender (``port_refer``) has arrived. For an unmap that
+was lost the log also tells which mapping stayed alive, and which DMA used it after the guest believed it gone.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def find_lost(log: Log) -> list[Lost]:
     """
     blind = _blind(log)
     seen = {event: {_key(record) for record in log.named(event)} for _, event in HOPS}
+    seen["port_recv"] |= {_key(record) for record in log.named("port_refer")}
     answered = {_key(record) for record in log.named("port_return")}
     last_arrival = max((record.ns for record in log.named("port_recv")), default=0)
     found = []
@@ -97,7 +98,7 @@ def _hop(key: Key, seen: dict[str, set[Key]], interposed: bool) -> str:
 
 
 def _describe(record: Record, hop: str, log: Log) -> Lost:
-    ioctl = str(record.fields.get("ioctl", record.fields.get("cmd", "message")))
+    ioctl = str(record.fields.get("ioctl", record.fields.get("hcall", "message")))
     details = _details(record, log)
     iova, size = (details.number("iova"), details.number("size")) if details else (None, None)
     lost = Lost(

@@ -63,6 +63,8 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
     dma64_win_addr: Size = Size(1 << 59)
     multitce: bool = True
     """Whether H_STUFF_TCE and H_PUT_TCE_INDIRECT are there."""
+    kvm: bool = False
+    """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
     phbs: list[Phb] = []
     """The host bridges; none given: one, with index 0."""
     quirks: list[str] = []

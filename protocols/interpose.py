@@ -29,6 +29,7 @@ from vfio_model.errors import ConfigError
 from vfio_model.uapi import vfio
 from vfio_model.uapi.hvcall import HCall, hcall_name
 
+_HCALL = "hcall"
 ActionName = Literal["drop", "lose", "delay", "duplicate", "fail", "kill"]
 MAX_RULES = 256
 
@@ -86,7 +87,13 @@ class Kill:
     role: str
 
 
-Action = Deliver | AnswerSuccess | AnswerError | Kill
+@dataclass(frozen=True, slots=True)
+class AnswerTooHard:
+    """Tell the sender of a hypercall to do it without the host's help: its ioctls are what a rule is about."""
+
+
+Action = Deliver | AnswerSuccess | AnswerError | AnswerTooHard | Kill
+_LARGEST_PAGE_SHIFT = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +133,15 @@ _IOVA_AND_SIZE = {
 
 
 def _seen_hcall(tag: str, message: Hcall) -> Seen:
-    """A hypercall that the host answers does what a MAP_DMA or UNMAP_DMA would: rules for these see it as one.
-
-    Its pages are taken for the smallest ones.
+    """Its names are the opcode's and those of the ioctls that its process would send in its place; its pages are taken
+    for the largest ones.
     """
     nr, (_, ioba, value, npages) = message.nr, message.args
-    maps = nr == HCall.H_PUT_TCE_INDIRECT or (nr == HCall.H_PUT_TCE and value & 3)
+    instead = {"MAP", "UNMAP"} if nr == HCall.H_PUT_TCE_INDIRECT else {"MAP" if value & 3 else "UNMAP"}
+    names = tuple(f"{prefix}{one}_DMA" for one in instead for prefix in ("", "IOMMU_", "VFIO_IOMMU_"))
+    first = ioba & -(1 << _LARGEST_PAGE_SHIFT)
     pages = 1 if nr == HCall.H_PUT_TCE else max(npages, 1)
-    names = tuple(f"{prefix}{'MAP' if maps else 'UNMAP'}_DMA" for prefix in ("", "IOMMU_", "VFIO_IOMMU_"))
-    return Seen(tag, (hcall_name(nr), *names), ((ioba, ioba + (pages << 12) - 1),))
+    return Seen(tag, (hcall_name(nr), *names), ((first, ioba + (pages << _LARGEST_PAGE_SHIFT) - 1),))
 
 
 def _ranges(message: Ioctl) -> tuple[tuple[int, int], ...]:
@@ -186,6 +193,19 @@ class _Armed:
         self.acted += 1
         return True
 
+    def awaits(self, message: Seen) -> bool:
+        """Whether the rule is about ioctls, and may have to act on one that hypercall ``message`` stands for."""
+        rule = self.rule
+        if (
+            not self.armed
+            or rule.kind not in ("", "ioctl")
+            or rule.command
+            or (rule.count and self.acted >= rule.count)
+        ):
+            return False
+        covered = rule.iova is None or message.covers(rule.iova)
+        return covered and (not rule.ioctl or rule.ioctl in message.names)
+
     def _named(self, message: Seen) -> bool:
         rule = self.rule
         if rule.iova is not None and not message.covers(rule.iova):
@@ -235,8 +255,14 @@ class Interposer:
         return not self._armed
 
     def decide(self, message: Seen) -> list[Action]:
-        """What to do with ``message``, in order. All rules that fire apply, in their order; empty: it is lost."""
+        """What to do with ``message``, in order. All rules that fire apply, in their order; empty: it is lost.
+
+        A hypercall that the host would answer in place of ioctls that a rule is about is never passed on: so that a
+        rule meets the same ioctls with in-kernel acceleration as without.
+        """
         actions: list[Action] = [Deliver()]
+        if message.kind == _HCALL and any(armed.awaits(message) for armed in self._armed):
+            return [AnswerTooHard()]
         for armed in self._armed:
             if armed.fires(message):
                 actions = armed.apply(actions)

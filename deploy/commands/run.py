@@ -18,8 +18,11 @@ from deploy.launcher import Terminated, signals_as_exceptions
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--keep", is_flag=True, help="Leave everything running after the last step, until Ctrl-C.")
 @click.option("--inline", is_flag=True, help="Run all roles in one process with one log, for debugging.")
+@click.option("--kvm", is_flag=True, help="With in-kernel acceleration, whatever the scenario says.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON, without progress.")
-def command(scenario: str, folder: Path | None, no_report: bool, keep: bool, inline: bool, as_json: bool) -> int:
+def command(
+    scenario: str, folder: Path | None, no_report: bool, keep: bool, inline: bool, kvm: bool, as_json: bool
+) -> int:
     """Run SCENARIO: a shipped one by name (see `vfio-model scenarios`), your own by the path of its YAML file.
 
     Starts the processes in a private runtime directory, runs the steps, prints a verdict, writes a report folder
@@ -27,6 +30,8 @@ def command(scenario: str, folder: Path | None, no_report: bool, keep: bool, inl
     behind. Exit status 0 when the verdict is PASS, 1 when it is FAIL, 2 when the scenario is wrong.
     """
     chosen = shipped.load_scenario(scenario)
+    if kvm:
+        chosen.machine.kvm = True
     beside = shipped.scenario_path(scenario).parent
     if not no_report:
         folder = folder or report.default_folder(chosen.name)

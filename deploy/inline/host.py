@@ -16,9 +16,9 @@ import msgspec
 
 from deploy.inline.device import InlineConnection, InlineDevice, Soon
 from deploy.inline.log import InlineLog
-from deploy.interposer import describe
+from deploy.interposer import describe, too_hard
 from hostd import host_explain
-from protocols.interpose import AnswerError, AnswerSuccess, Deliver, Interposer, Rule, seen
+from protocols.interpose import AnswerError, AnswerSuccess, AnswerTooHard, Deliver, Interposer, Rule, seen
 from protocols.port.messages import MAX_ARG, MAX_COUNT, Hcall, Ioctl, Return
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.host.dma import AssignedImpl
@@ -182,6 +182,9 @@ class InlinePort(DirectPort):
         """
         self._between("port_take", **describe(message))
         actions = interposer.decide(seen(message))
+        if AnswerTooHard() in actions:
+            self._between("port_refer", **describe(message))
+            return too_hard(message)
         if not any(isinstance(action, Deliver) for action in actions):
             self._between("port_drop", **describe(message))
         answers: list[Return] = []

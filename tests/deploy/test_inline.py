@@ -45,8 +45,10 @@ def signals(name: str) -> bool:
     return any(isinstance(step.action[1], At) for step in shipped.load_scenario(name).steps)
 
 
-def ran(name: str, folder: Path | None = None, *, inline: bool = True) -> Verdict:
-    return run.run(shipped.load_scenario(name), Path(), folder, lambda *_: None, inline=inline)
+def ran(name: str, folder: Path | None = None, *, inline: bool = True, kvm: bool = False) -> Verdict:
+    chosen = shipped.load_scenario(name)
+    chosen.machine.kvm = kvm
+    return run.run(chosen, Path(), folder, lambda *_: None, inline=inline)
 
 
 @contextmanager
@@ -62,9 +64,10 @@ def stepped(steps: str, devices: str = ASSIGNED, more: str = "") -> Iterator[tup
 # -- shipped scenarios -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kvm", [False, True], ids=["user", "kvm"])
 @pytest.mark.parametrize("name", [name for name in shipped.scenario_names() if not signals(name)])
-def test_a_shipped_scenario_passes_in_one_process(name: str, tmp_path: Path) -> None:
-    verdict = ran(name, tmp_path)
+def test_a_shipped_scenario_passes_in_one_process(name: str, kvm: bool, tmp_path: Path) -> None:
+    verdict = ran(name, tmp_path, kvm=kvm)
     assert verdict.last_line == f"PASS {name}", verdict.reason
     assert [part.pid for part in verdict.processes] == [os.getpid()] and verdict.leftovers == []
     assert {path.name for path in tmp_path.iterdir()} == {"verdict.json", "events.jsonl", "timeline.json"}
@@ -86,9 +89,11 @@ def counted(folder: Path) -> Counter[tuple[str, str]]:
     return Counter((record.role, record.event) for record in records if record.event.startswith(HOPS))
 
 
+@pytest.mark.parametrize("kvm", [False, True], ids=["user", "kvm"])
 @pytest.mark.parametrize("name", ["linux-ddw-boot", "lost-unmap"])
-def test_both_modes_count_the_same_pages_dma_and_messages(name: str, tmp_path: Path) -> None:
-    inline, live = ran(name, tmp_path / "inline"), ran(name, tmp_path / "live", inline=False)
+def test_both_modes_count_the_same_pages_dma_and_messages(name: str, kvm: bool, tmp_path: Path) -> None:
+    inline = ran(name, tmp_path / "inline", kvm=kvm)
+    live = ran(name, tmp_path / "live", inline=False, kvm=kvm)
     assert inline.passed and live.passed, live.reason
     assert inline.totals == live.totals
     assert counted(tmp_path / "inline") == counted(tmp_path / "live")

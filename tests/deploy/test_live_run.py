@@ -10,17 +10,20 @@ from deploy import run, runtime_dir, shipped
 from deploy.report import Verdict
 
 
-def ran(name: str, folder: Path) -> Verdict:
-    verdict = run.run(shipped.load_scenario(name), Path(), folder, lambda *_: None)
+def ran(name: str, folder: Path, *, kvm: bool = False) -> Verdict:
+    chosen = shipped.load_scenario(name)
+    chosen.machine.kvm = kvm
+    verdict = run.run(chosen, Path(), folder, lambda *_: None)
     assert verdict.leftovers == [] and list(runtime_dir.find_runs()) == []
     return verdict
 
 
+@pytest.mark.parametrize("kvm", [False, True], ids=["user", "kvm"])
 @pytest.mark.parametrize(
     "name", ["window-refused", "memlock-limit", "misbehaving-device", "hostd-restart", "remote-by-message"]
 )
-def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
-    verdict = ran(name, tmp_path)
+def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, kvm: bool, tmp_path: Path) -> None:
+    verdict = ran(name, tmp_path, kvm=kvm)
     assert verdict.last_line == f"PASS {name}", verdict.reason
     assert {path.name for path in tmp_path.iterdir()} >= {"verdict.json", "events.jsonl", "timeline.json"}
     assert verdict.first_dma_seconds is not None
