@@ -20,7 +20,8 @@ def ran(name: str, folder: Path, *, kvm: bool = False) -> Verdict:
 
 @pytest.mark.parametrize("kvm", [False, True], ids=["user", "kvm"])
 @pytest.mark.parametrize(
-    "name", ["window-refused", "memlock-limit", "misbehaving-device", "hostd-restart", "remote-by-message"]
+    "name",
+    ["window-refused", "memlock-limit", "misbehaving-device", "hostd-restart", "remote-by-message", "two-bridges"],
 )
 def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, kvm: bool, tmp_path: Path) -> None:
     verdict = ran(name, tmp_path, kvm=kvm)
