@@ -1,14 +1,16 @@
 """Connecting a guest's address space to a container, and letting go of it.
 
-The order is the kernel's and QEMU's (``vfio_legacy_connect_container`` with ``VFIO_SPAPR_TCE_v2_IOMMU``)::
+The order is the kernel's and QEMU's (``vfio_legacy_connect_container``)::
 
-    open container, open group ─► SET_CONTAINER ─► SET_IOMMU v2 ─► prereg listener on the system address space (its
-    error ends it)
-      ─► GET_INFO ─► remove the default window ─► VFIOListener on the devices' address space (its error ends it) ─►
-      initialized
+    open container, CHECK_EXTENSION ─► open group ─► SET_CONTAINER ─► SET_IOMMU
+      ─► sPAPR v2: prereg listener on the system address space (its error ends it) ─► GET_INFO ─► remove the default
+         window
+         sPAPR v1: ENABLE ─► GET_INFO
+         type 1: GET_INFO
+      ─► VFIOListener on the devices' address space (its error ends it) ─► initialized
 
-RAM must be preregistered before anything can be mapped, and is unregistered after everything is unmapped. A
-container whose host is gone is *abandoned*: its listeners go without a word to anybody, and a new container is
+With sPAPR v2 RAM must be preregistered before anything can be mapped, and is unregistered after everything is unmapped.
+A container whose host is gone is *abandoned*: its listeners go without a word to anybody, and a new container is
 connected in its place; that its listeners are handed every section, and every section its mappings, is what
 rebuilds the host's tables.
 """
@@ -18,11 +20,16 @@ from __future__ import annotations
 from vfio_model.errors import PeerLost, VfioModelError
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.containers import DRIVERS
+from vfio_model.vfio.container import VFIOIOMMU
 from vfio_model.vfio.ioctl import SpaprContainer, VfioGroup, VfioPort
+from vfio_model.vfio.kinds import ContainerChoice, choose_kind
 from vfio_model.vfio.kvm import KvmAccelerator
 from vfio_model.vfio.listener import PreregListener, VFIOListener
 from vfio_model.vfio.region import DeviceConnection
 from vfio_model.vfio.spapr import SpaprV2
+from vfio_model.vfio.spapr_v1 import SpaprV1
+from vfio_model.vfio.type1 import Type1
 
 CONTAINER_PATH = "/dev/vfio/vfio"
 
@@ -39,17 +46,32 @@ class VFIOContainer:
         host_page_size: int,
         trace: Trace,
         kvm: KvmAccelerator | None = None,
+        wanted: ContainerChoice = "auto",
     ) -> None:
         self.port, self.system, self.device_as, self._trace = port, system, device, trace
         self.handle = port.open(CONTAINER_PATH)
-        self.backend = SpaprV2(SpaprContainer(port, self.handle), host_page_size=host_page_size, trace=trace)
-        self.prereg = PreregListener(self.backend, trace=trace)
+        self.backend = self._make_backend(wanted, host_page_size)
+        self.prereg = PreregListener(self.backend, trace=trace) if isinstance(self.backend, SpaprV2) else None
         self.listener = VFIOListener(self.backend, system, host_page_size=host_page_size, trace=trace)
         self.groups: dict[str, VfioGroup] = {}
         self._kvm = kvm
-        if kvm is not None:
+        if kvm is not None and self.prereg is not None:  # what the host maps by itself must be preregistered
             self.listener.link = lambda region: kvm.link(region, [group.handle for group in self.groups.values()])
         self._registered: list[tuple[AddressSpace, PreregListener | VFIOListener]] = []
+
+    def _make_backend(self, wanted: ContainerChoice, host_page_size: int) -> VFIOIOMMU:
+        container = SpaprContainer(self.port, self.handle)
+        try:
+            kind = choose_kind(container, wanted)
+        except (OSError, VfioModelError):
+            self.port.close(self.handle)
+            raise
+        if kind in ("type1v2", "type1"):
+            return Type1(container, host_page_size=host_page_size, trace=self._trace, kind=kind)
+        if DRIVERS[kind] == "type1":
+            return Type1(container, host_page_size=host_page_size, trace=self._trace, kind=kind)
+        make = SpaprV2 if kind == "spapr-v2" else SpaprV1
+        return make(container, host_page_size=host_page_size, trace=self._trace)
 
     @property
     def lost(self) -> bool:
@@ -94,7 +116,8 @@ class VFIOContainer:
     def start(self) -> None:
         """From SET_IOMMU to initialized; at least one group is attached."""
         self.backend.set_type()
-        self._register(self.system, self.prereg)
+        if self.prereg is not None:
+            self._register(self.system, self.prereg)
         self.backend.start()
         self._register(self.device_as, self.listener)
         self.listener.initialized = True
@@ -145,14 +168,16 @@ def connect_container(
     host_page_size: int,
     trace: Trace = NULL_TRACE,
     kvm: KvmAccelerator | None = None,
+    kind: ContainerChoice = "auto",
 ) -> VFIOContainer:
     """A container that follows ``device`` (the PHB's address space) with ``group`` attached; ``system`` is where
-    RAM lies. With ``kvm`` its windows are linked to the tables that live in the kernel.
+    RAM lies; it is of the ``kind`` that is asked for. With ``kvm`` its windows are linked to the tables that live in
+    the kernel.
 
     :raise OSError: the first error of the host or of a listener, as the text above orders them; nothing is left behind.
     :raise PeerLost: the host went away meanwhile.
     """
-    container = VFIOContainer(port, system, device, host_page_size=host_page_size, trace=trace, kvm=kvm)
+    container = VFIOContainer(port, system, device, host_page_size=host_page_size, trace=trace, kvm=kvm, wanted=kind)
     try:
         container.add_group(group)
         container.start()

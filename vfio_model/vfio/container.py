@@ -20,6 +20,7 @@ from vfio_model.errors import PeerLost
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.ranges import Hva, Iova
 from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import DmaMap, DmaMapFlags, DmaUnmap, Ioctl
 from vfio_model.vfio.host_window import HostWindows
 from vfio_model.vfio.ioctl import BatchError, VfioPort
@@ -35,12 +36,24 @@ _pack_map, _pack_unmap = DmaMap.FORMAT.pack, DmaUnmap.FORMAT.pack
 class VFIOIOMMU(Protocol):
     """What a memory listener needs of a container, whatever its kind."""
 
+    kind: ContainerKind
     windows: HostWindows
     queue: MappingQueue
     dma_max_mappings: int
     """How many mappings the host lets this container have at a time."""
     coalesces: bool
     """Whether one MAP_DMA may cover pages that are unmapped one by one later."""
+
+    def set_type(self) -> None:
+        """``VFIO_SET_IOMMU``; a group must be attached. :raise OSError: as it does."""
+        ...
+
+    def start(self) -> None:
+        """Make the container ready to map, and learn what it can. RAM that must be preregistered is already.
+
+        :raise OSError: as the ioctls that this takes do.
+        """
+        ...
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Make the host able to map all of ``section``.
@@ -104,13 +117,16 @@ class MappingQueue:
             return None
         try:
             for cmd, args, count in pending:
-                self._port.ioctl_many(self._handle, cmd, args, count)
+                self._send(cmd, args, count)
         except BatchError as error:
             self._trace("vfio_dma_error", errno=errno.errorcode.get(error.errno or 0, "?"), done=error.done)
             return error
         except PeerLost as error:
             self.gone(error)
         return None
+
+    def _send(self, cmd: int, args: bytes | bytearray | memoryview, count: int) -> None:
+        self._port.ioctl_many(self._handle, cmd, args, count)
 
     def gone(self, error: PeerLost) -> None:
         """The host is gone: forget what is queued and tell the owner, once."""

@@ -73,8 +73,8 @@ class VfioPort(Protocol):
         ...
 
 
-class SpaprContainer:
-    """Ioctls of ``/dev/vfio/vfio`` with an sPAPR type. Every method raises ``OSError`` as the uapi documents it."""
+class ContainerFile:
+    """Ioctls of ``/dev/vfio/vfio`` whatever its type. Every method raises ``OSError`` as the uapi documents it."""
 
     def __init__(self, port: VfioPort, handle: int) -> None:
         self.port, self.handle = port, handle
@@ -95,6 +95,27 @@ class SpaprContainer:
         """``VFIO_SET_IOMMU``."""
         self.port.ioctl(self.handle, Ioctl.VFIO_SET_IOMMU, struct.pack("=I", kind))
 
+    def map_dma(self, iova: int, vaddr: int, size: int, flags: int = 3) -> None:
+        """``VFIO_IOMMU_MAP_DMA``; ``flags`` of :class:`~vfio_model.uapi.vfio.DmaMapFlags`, both by default."""
+        arg = DmaMap(flags=int(DmaMapFlags(flags)), vaddr=vaddr, iova=iova, size=size).pack()
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_MAP_DMA, arg)
+
+    def unmap_dma(self, iova: int, size: int) -> None:
+        """``VFIO_IOMMU_UNMAP_DMA``."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_UNMAP_DMA, DmaUnmap(iova=iova, size=size).pack())
+
+
+class SpaprContainer(ContainerFile):
+    """Ioctls of ``/dev/vfio/vfio`` with an sPAPR type of either version."""
+
+    def enable(self) -> None:
+        """``VFIO_IOMMU_ENABLE`` (version 1)."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_ENABLE, b"")
+
+    def disable(self) -> None:
+        """``VFIO_IOMMU_DISABLE`` (version 1)."""
+        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_DISABLE, b"")
+
     def get_info(self) -> SpaprTceInfo:
         """``VFIO_IOMMU_SPAPR_TCE_GET_INFO``."""
         return SpaprTceInfo.unpack(
@@ -110,15 +131,6 @@ class SpaprContainer:
         """``VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY``."""
         arg = SpaprRegisterMemory(vaddr=vaddr, size=size).pack()
         self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY, arg)
-
-    def map_dma(self, iova: int, vaddr: int, size: int, flags: int = 3) -> None:
-        """``VFIO_IOMMU_MAP_DMA``; ``flags`` of :class:`~vfio_model.uapi.vfio.DmaMapFlags`, both by default."""
-        arg = DmaMap(flags=int(DmaMapFlags(flags)), vaddr=vaddr, iova=iova, size=size).pack()
-        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_MAP_DMA, arg)
-
-    def unmap_dma(self, iova: int, size: int) -> None:
-        """``VFIO_IOMMU_UNMAP_DMA``."""
-        self.port.ioctl(self.handle, Ioctl.VFIO_IOMMU_UNMAP_DMA, DmaUnmap(iova=iova, size=size).pack())
 
     def tce_create(self, page_shift: int, window_size: int, levels: int = 1) -> int:
         """``VFIO_IOMMU_SPAPR_TCE_CREATE``: the bus address at which the window begins."""

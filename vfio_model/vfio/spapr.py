@@ -17,6 +17,7 @@ from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.ranges import Range
 from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import IommuType, SpaprTceInfo
 from vfio_model.vfio.container import DMA_MAX_MAPPINGS, MappingQueue
 from vfio_model.vfio.host_window import HostWindows, VFIOHostDMAWindow
@@ -40,6 +41,8 @@ def table_levels(entries: int, host_page_size: int, host_levels: int) -> int:
 
 class SpaprV2:
     """:class:`~vfio_model.vfio.container.VFIOIOMMU` over a v2 container."""
+
+    kind: ContainerKind = "spapr-v2"
 
     def __init__(self, container: SpaprContainer, *, host_page_size: int, trace: Trace = NULL_TRACE) -> None:
         self.container = container
