@@ -41,9 +41,9 @@ WINDOW = 16 << 12
 SHAPES = ("default only", "64-bit only", "both", "none", "default removed, then recreated")
 
 
-def chain(shape: str, *, connect: bool = True) -> Chain:
+def chain(shape: str, *, connect: bool = True, kvm: bool = False) -> Chain:
     """A guest whose windows have ``shape``, each with a few mappings."""
-    made = Chain(ram=2 * MIB, page_size=1 << 16, window=WINDOW, connect=connect)
+    made = Chain(ram=2 * MIB, page_size=1 << 16, window=WINDOW, connect=connect, kvm=kvm)
     if shape in ("both", "64-bit only"):
         assert made.create_window(16, 18)[0] == 0
         assert made.put(1 << 59, 0x3_0003, LIOBN1) == 0
@@ -67,10 +67,12 @@ def tables(machine: PseriesMachine) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.parametrize("from_kvm", [False, True], ids=["from user", "from kvm"])
+@pytest.mark.parametrize("to_kvm", [False, True], ids=["to user", "to kvm"])
 @pytest.mark.parametrize("connect", [True, False], ids=["with a container", "alone"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_windows_tces_and_liobns_arrive(shape: str, connect: bool) -> None:
-    source, destination = chain(shape), chain("default only", connect=connect)
+def test_windows_tces_and_liobns_arrive(shape: str, connect: bool, from_kvm: bool, to_kvm: bool) -> None:
+    source, destination = chain(shape, kvm=from_kvm), chain("default only", connect=connect, kvm=to_kvm)
     load_device_state(destination.machine, save_device_state(source.machine))
     assert tables(destination.machine) == tables(source.machine)
     if connect:

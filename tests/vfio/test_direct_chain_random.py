@@ -31,13 +31,16 @@ class Guest(RuleBasedStateMachine):
     """A chain whose machine may move to another one; ``GROUP`` is the host's, None for one with two windows."""
 
     GROUP: ClassVar[GroupSpec | None] = None
+    KVM: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self.chain = self._chain()
 
     def _chain(self, *, connect: bool = True) -> Chain:
-        return Chain(ram=2 * MIB, page_size=1 << 16, window=PAGES << 12, group=self.GROUP, connect=connect)
+        return Chain(
+            ram=2 * MIB, page_size=1 << 16, window=PAGES << 12, group=self.GROUP, kvm=self.KVM, connect=connect
+        )
 
     # -- what a guest does
 
@@ -130,7 +133,15 @@ class GuestOfOneWindow(Guest):
     GROUP = ONE_WINDOW
 
 
+class AcceleratedGuest(Guest):
+    """Tables live in the kernel where they can."""
+
+    KVM = True
+
+
 TestTheHostFollowsTheGuest = Guest.TestCase
 TestTheHostFollowsTheGuest.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestAHostWithOneWindow = GuestOfOneWindow.TestCase
 TestAHostWithOneWindow.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+TestAnAcceleratedGuest = AcceleratedGuest.TestCase
+TestAnAcceleratedGuest.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
