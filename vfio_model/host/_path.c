@@ -136,6 +136,41 @@ static PyObject *path_write(Path *p, PyObject *const *args, Py_ssize_t nargs)
     return move(p, args, nargs, 1);
 }
 
+/* many(iovas, size, pieces, first, to_ram): each piece in a section of its own, in order, from the first one on. Returns
+ * how many went before one that is not plainly good. */
+static PyObject *path_many(Path *p, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer iovas, pieces;
+    PyObject *result = NULL;
+    unsigned long long size, first;
+    int to_ram;
+
+    if (nargs != 5)
+        return PyErr_Format(PyExc_TypeError, "many takes iovas, size, pieces, first, to_ram");
+    size = PyLong_AsUnsignedLongLong(args[1]);
+    first = PyLong_AsUnsignedLongLong(args[3]);
+    to_ram = PyObject_IsTrue(args[4]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &iovas, PyBUF_SIMPLE))
+        return NULL;
+    if (!PyObject_GetBuffer(args[2], &pieces, to_ram ? PyBUF_SIMPLE : PyBUF_WRITABLE)) {
+        const uint64_t total = (uint64_t)iovas.len / 8;
+        if (!size || total > (uint64_t)pieces.len / size) {
+            PyErr_Format(PyExc_ValueError, "%llu bytes for each address do not make the pieces", size);
+        } else {
+            uint64_t at = first, iova;
+            for (; p->knows && at < total; at++) {
+                memcpy(&iova, (char *)iovas.buf + at * 8, 8);
+                if (!section(p, iova, (char *)pieces.buf + at * size, size, to_ram))
+                    break;
+            }
+            result = PyLong_FromUnsignedLongLong(at > first ? at - first : 0);
+        }
+        PyBuffer_Release(&pieces);
+    }
+    PyBuffer_Release(&iovas);
+    return result;
+}
+
 static void drop(Path *p)
 {
     if (!p->knows)
@@ -274,6 +309,7 @@ static PyObject *path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static PyMethodDef path_methods[] = {
     FAST(read),
     FAST(write),
+    FAST(many),
     {"know", (PyCFunction)(void (*)(void))path_know, METH_VARARGS, NULL},
     {"forget", (PyCFunction)(void (*)(void))path_forget, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -29,6 +29,13 @@ class Path:
     def write(self, iova: int, data: ReadBuffer, /) -> MemTxResult:
         """As :meth:`read`, with ``slow_write``."""
 
+    def many(self, iovas: memoryview, size: int, pieces: memoryview, first: int, to_ram: bool, /) -> int:
+        """Move the pieces of ``size`` bytes from number ``first`` on, each in a section of its own; returns how many
+        went before one that is not plainly good. ``iovas`` are words.
+
+        :raise ValueError: when there are fewer pieces than addresses.
+        """
+
     def know(
         self,
         root_word: int,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vfio_model.batch import variant
-from vfio_model.host.dma_many import make_many
+from vfio_model.host.dma_many import PathMany, make_many
 from vfio_model.host.explain import Step, explain
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import (
@@ -222,8 +222,10 @@ class AssignedImpl:
         if gate is None:
             use_path = compiled and Path is not None and variant.chosen == "compiled"
             make = _make_compiled if use_path else _make_fast
-            self.read, self.write, self._near = make(self._walker, segments)
-            self.read_many, self.write_many = make_many(self.read, self.write, self._near, pe_words, domain_words, lane)
+            self.read, self.write, self._near, many = make(self._walker, segments)
+            self.read_many, self.write_many = make_many(
+                self.read, self.write, self._near, pe_words, domain_words, lane, many
+            )
         else:
             self.read, self.write = _make_slow(self._walker)
             self.read_many, self.write_many = make_many(self.read, self.write, None, pe_words, domain_words, lane)
@@ -294,12 +296,15 @@ def _make_slow(walker: _Walker) -> tuple[Read, Write]:
     return read, write
 
 
-def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callable[[], _Near]]:
+Made = tuple[Read, Write, Callable[[], _Near], PathMany | None]
+
+
+def _make_fast(walker: _Walker, segments: Segments) -> Made:
     """``read`` and ``write`` whose fast half runs on cells that the slow half sets, and a look at those cells.
 
     The two fast halves are alike on purpose: a call or a test that they shared would cost more than they do. So are the
-    literal 8, 9 and 13 (PE_STATE, PE_BUS_MASTER, PE_DIRTY) and 262144 (SECTION_BYTES): a global's name is looked up at every access.
-    Nothing is learnt from an access that failed.
+    literal 8, 9 and 13 (PE_STATE, PE_BUS_MASTER, PE_DIRTY) and 262144 (SECTION_BYTES): a global's name is looked up at
+    every access. Nothing is learnt from an access that failed.
     """
     slow_read, slow_write = _make_slow(walker)
     pe, lane, slot, note = walker.pe, walker.lane.words, walker.lane.slot, walker.note
@@ -369,10 +374,10 @@ def _make_fast(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callab
         dull.clear()
 
     segments.on_change(forget)
-    return read, write, lambda: near
+    return read, write, lambda: near, None
 
 
-def _make_compiled(walker: _Walker, segments: Segments) -> tuple[Read, Write, Callable[[], _Near]]:
+def _make_compiled(walker: _Walker, segments: Segments) -> Made:
     """:func:`_make_fast` with its fast halves in C (``_path.c``)."""
     slow_read, slow_write = _make_slow(walker)
     nowhere = near = _Near(None, walker.domain)
@@ -414,7 +419,7 @@ def _make_compiled(walker: _Walker, segments: Segments) -> tuple[Read, Write, Ca
     dirty = memoryview(walker.dirty) if len(walker.dirty) else None
     path = Path(memoryview(walker.pe), memoryview(walker.lane.words), walker.lane.slot, read, write, _OK, dirty)
     segments.on_change(forget)
-    return path.read, path.write, lambda: near
+    return path.read, path.write, lambda: near, path.many
 
 
 def _look(walker: _Walker, segments: Segments, iova: int) -> _Near:

@@ -6,7 +6,7 @@ vectors: the addresses become table indices once, before any section, which is a
 and on a window record, which never changes; a section in which anything is unusual moves nothing.
 
 A piece at which a batch stops goes by itself, so that faults are found exactly and another window or segment is learnt.
-So do all pieces that are written while writes are noted in a dirty map.
+So do pieces of a table with several levels, and pieces that are noted in a dirty map, in sections of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
 
 Iovas = Sequence[int] | Any
+PathMany = Callable[[Any, int, memoryview, int, bool], int]
+"""See ``_path.pyi``."""
 Many = Callable[[Iovas, int, Any], MemTxResult]
 
 _U64_MASK = (1 << 64) - 1
@@ -63,9 +65,12 @@ def make_many(
     pe: memoryview,
     domain: memoryview,
     lane: Lane,
+    many: PathMany | None = None,
 ) -> tuple[Callable[[Iovas, int, WriteBuffer], MemTxResult], Callable[[Iovas, int, ReadBuffer], MemTxResult]]:
-    """``read_many`` and ``write_many`` over the single forms; without ``near`` all pieces go one by one."""
-    batch = None if near is None else _batch(near, pe, domain, lane)
+    """``read_many`` and ``write_many`` over the single forms; without ``near`` all pieces go one by one. ``many`` is
+    the compiled single form for many pieces.
+    """
+    batch = None if near is None else _batch(near, pe, domain, lane, many)
 
     def read_many(iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
         view, total, done = _pieces(iovas, size, out), len(iovas), 0
@@ -96,11 +101,13 @@ def make_many(
     return read_many, write_many
 
 
-def _batch(near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane) -> _Batch | None:
+def _batch(
+    near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane, many: PathMany | None
+) -> _Batch | None:
     if variant.chosen == "reference":
         return None
     kernel = variant.kernel()
-    return _CompiledBatch(kernel, near, pe, domain, lane) if kernel else _Batch(near, pe, domain, lane)
+    return _CompiledBatch(kernel, near, pe, domain, lane, many) if kernel else _Batch(near, pe, domain, lane)
 
 
 def _pieces(iovas: Iovas, size: int, buffer: ReadBuffer) -> memoryview:
@@ -208,9 +215,16 @@ class _CompiledBatch(_Batch):
     """By the compiled library, where the segment's memory is one run."""
 
     def __init__(
-        self, kernel: Any, near: Callable[[], NearView], pe: memoryview, domain: memoryview, lane: Lane
+        self,
+        kernel: Any,
+        near: Callable[[], NearView],
+        pe: memoryview,
+        domain: memoryview,
+        lane: Lane,
+        many: PathMany | None,
     ) -> None:
         super().__init__(near, pe, domain, lane)
+        self._many = many
         self._gather, self._scatter = kernel.gather, kernel.scatter
 
     def places(self, iovas: Iovas) -> Any:
@@ -230,12 +244,15 @@ class _CompiledBatch(_Batch):
 
     def run(self, iovas: Any, size: int, view: memoryview, first: int, to_ram: bool) -> int:
         """Move the pieces from ``first`` on; returns how many went before anything unusual came."""
-        near, lane, slot = self.near(), self.lane.words, self.lane.slot
+        near, lane, slot, pe = self.near(), self.lane.words, self.lane.slot, self.pe
+        noted = to_ram and pe[PE_DIRTY]
+        if near.fast and near.window is not None and (near.window.levels > 1 or noted) and self._many is not None:
+            return self._many(iovas, size, view, first, to_ram)
         if not near.fast or near.window is None or near.window.levels > 1:
             return super().run(iovas, size, view, first, to_ram)
         if size > SECTION_BYTES:
             return 0
-        move, pe = self._scatter if to_ram else self._gather, self.pe
+        move = self._scatter if to_ram else self._gather
         window = (near.tces, near.first << near.shift, near.shift, near.base, near.ram)
         root_word, record, per, total, done = near.root_word, near.record, SECTION_BYTES // size, len(iovas), first
         while done < total:
