@@ -46,6 +46,13 @@ class Phb(Struct, forbid_unknown_fields=True, kw_only=True):
         return f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
 
 
+class Vio(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One VIO device: the window that comes with it. ``reg``: its unit address, which is its LIOBN."""
+
+    kind: Literal["llan", "vscsi", "tpm", "vty"]
+    reg: Size | None = None
+
+
 class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
     """The guest machine, with QEMU's property names and defaults. ``ddw`` to ``dma64_win_addr`` hold for every PHB that
     does not say otherwise.
@@ -67,6 +74,7 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
     """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
     phbs: list[Phb] = []
     """The host bridges; none given: one, with index 0."""
+    vio: list[Vio] = []
     quirks: list[str] = []
     """Differences from QEMU to give up; ``qemu``: all that can be."""
 

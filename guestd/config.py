@@ -41,6 +41,13 @@ class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
         return f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
 
 
+class VioConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One VIO device, as far as its DMA goes: a window of its own. ``reg`` is its unit address; None: the next free."""
+
+    kind: Literal["llan", "vscsi", "tpm", "vty"]
+    reg: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+
+
 class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """A pseries machine. ``ddw`` to ``dma64_win_addr`` hold for every PHB that does not say otherwise."""
 
@@ -58,6 +65,7 @@ class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """Whether the hypercalls for many TCEs are there."""
     phbs: list[PhbConfig] = []
     """None given: one, with index 0."""
+    vio: list[VioConfig] = []
     quirks: list[str] = []
     """Differences from QEMU to give up, by name, or ``qemu`` for all that can be."""
     memlock: Size | None = None

@@ -31,6 +31,7 @@ from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, PeerLost
 from vfio_model.machine.phb import EehPort, SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
+from vfio_model.machine.vio import KINDS
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.bus import BusOptions, PCIBus
@@ -67,6 +68,8 @@ class Guest:
         )
         for phb in machine.phbs:
             self.machine.add_phb(phb.index)
+        for unit in machine.vio:
+            self.machine.vio.add(KINDS[unit.kind], unit.reg)
         port_path = Path(config.port) if config.port else directory / "hostd.zmq"
         self.host = HostLink(
             HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page),

@@ -24,7 +24,7 @@ STEPS = {
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The file": scenario.Scenario,
     **{
-        kind.__name__: kind for kind in (scenario.Machine, scenario.Phb, scenario.Host, scenario.Device, scenario.Fault)
+        kind.__name__: kind for kind in (scenario.Machine, scenario.Phb, scenario.Vio, scenario.Host, scenario.Device, scenario.Fault)
     },
     **{kind.__name__: kind for kind in (scenario.StartFails, scenario.Probe)},
     **STEPS,
