@@ -53,6 +53,7 @@ def topology(scenario: Scenario) -> dict[str, Any]:
         "groups": [{"id": group, "devices": devices, **window} for group, devices in sorted(groups.items())],
         "host_page_size": int(host.page_size),
         "hpa": host.hpa,
+        "containers": host.containers,
     }
 
 
@@ -71,6 +72,7 @@ def guest_config(scenario: Scenario, directory: Path) -> dict[str, Any]:
         "devices": devices,
         "memlock": int(scenario.host.memlock),
         "host_page_size": int(scenario.host.page_size),
+        "container": scenario.container,
         "notifier": scenario.notifier,
         "port": str(directory / (INTERPOSED_PORT if scenario.interpose else PORT)),
         "name": scenario.name,

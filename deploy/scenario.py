@@ -19,6 +19,7 @@ from deploy.quantity import UNLIMITED, Limit, Seconds, Size
 from protocols.interpose import Rule, errno_number
 from vfio_model.errors import ConfigError
 from vfio_model.ranges import is_aligned
+from vfio_model.vfio.kinds import ContainerChoice, ContainerKind
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1, le=1 << 32)]
@@ -123,6 +124,10 @@ class Host(Struct, forbid_unknown_fields=True, kw_only=True):
     max_windows: Annotated[int, Meta(ge=1, le=2)] = 2
     default_window: Size = Size(1 << 31)
     """Size of the host's 32-bit window in bytes."""
+    containers: Annotated[list[ContainerKind], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: ["spapr-v2", "spapr-v1"]
+    )
+    """The kinds of VFIO container that it has."""
     on_stuck: Literal["kill", "warn", "stop-guest"] = "kill"
     """What becomes of a device that does not leave its DMA section by the deadline of a revoke."""
 
@@ -347,6 +352,8 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
     machine: Machine = msgspec.field(default_factory=Machine)
     host: Host = msgspec.field(default_factory=Host)
     devices: list[Device] = []
+    container: ContainerChoice = "auto"
+    """The kind of container that guestd asks for: ``auto`` is the first that the host has, in QEMU's order."""
     notifier: Literal["process", "inline"] = "process"
     restart: Literal["never", "on-failure"] = "never"
     interpose: list[Fault] = []

@@ -16,6 +16,7 @@ from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr import quirks, regs
 from vfio_model.iommu.spapr.regs import DEFAULT_WINDOW_SIZE, DMA64_WINDOW_ADDR, DmaOptions
 from vfio_model.ranges import U32_MAX, is_aligned
+from vfio_model.vfio.kinds import ContainerChoice
 
 Size = Annotated[int, Meta(ge=0)]
 UNLIMITED = (1 << 64) - 1
@@ -167,6 +168,17 @@ class MonitorConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     mode: Literal["control", "readline"] = "control"
 
 
+class QtestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """qtest on the AF_UNIX stream socket ``path``: guestd connects to it, or listens there when ``server``.
+
+    With it, time only passes by steps. ``log``: a file for what is received and sent; ``none``; empty for stderr.
+    """
+
+    path: str
+    server: bool = False
+    log: str = "none"
+
+
 class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -175,11 +187,19 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     memlock: Size | Literal["unlimited"] | None = None
     """RLIMIT_MEMLOCK of this client in bytes."""
     host_page_size: Size | None = None
+    container: ContainerChoice = "auto"
+    """The kind of VFIO container for assigned devices; ``auto``: the first that the host has, in QEMU's order."""
     notifier: Literal["process", "inline"] = "process"
     port: str = ""
     """Where ioctls go; empty: ``hostd.zmq`` in the runtime directory."""
     name: str = "guest"
     monitors: list[MonitorConfig] = []
+    qtest: QtestConfig | None = None
+    uuid: str = "00000000-0000-0000-0000-000000000000"
+    paused: bool = False
+    """Whether the machine waits for ``cont`` before its time passes."""
+    incoming: str = ""
+    """Where a machine that migrates comes from: ``unix:PATH``, ``tcp:HOST:PORT``, ``defer``; empty: it starts here."""
 
     @property
     def memlock_bytes(self) -> int:

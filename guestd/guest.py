@@ -72,7 +72,7 @@ class Guest:
             self.machine.vio.add(KINDS[unit.kind], unit.reg)
         port_path = Path(config.port) if config.port else directory / "hostd.zmq"
         self.host = HostLink(
-            HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page),
+            HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page, config.container),
             GuestSide((self.ram,), self.machine.system, lambda device: self.phb_of(device).address_space, self.clock),
             loop,
             trace,
@@ -117,8 +117,8 @@ class Guest:
         return PCIAddress.of(phb.bus.number, PCIAddress.parse(device.addr).devfn, phb.index)
 
     def _eeh(self, phb: SpaprPhb) -> EehPort | None:
-        container = self.host.containers.get(phb.address_space.name)
-        return eeh_port([container] if container is not None and not container.lost else [])
+        space = self.host.containers.get(phb.address_space.name)
+        return eeh_port(space.containers if space is not None and not space.lost else [])
 
     def start(self) -> None:
         """Plug every device of the configuration.

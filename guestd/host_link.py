@@ -36,7 +36,9 @@ from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import Trace
-from vfio_model.vfio.connect import VFIOContainer, connect_container
+from vfio_model.vfio.address_space import ContainerOptions, VFIOAddressSpace
+from vfio_model.vfio.ioctl import VfioPort
+from vfio_model.vfio.kinds import ContainerChoice
 from vfio_model.vfio.kvm import KvmAccelerator, KvmPort
 from vfio_model.vfio.pci import VFIOPCIDevice
 
@@ -52,6 +54,7 @@ class HostOptions:
     name: str
     memlock: int
     host_page_size: int
+    container: ContainerChoice = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,15 @@ class _Probe:
 
 
 class HostLink:
-    """All assigned devices of one bridge live in one container, and all containers are reached over one port. Nothing
-    is opened before the first device.
+    """All assigned devices of one bridge live in one container, or in as many as its kind takes, and all containers are
+    reached over one port. Nothing is opened before the first device.
     """
 
     def __init__(self, options: HostOptions, guest: GuestSide, loop: Loop, trace: Trace) -> None:
         self._options, self._guest, self._loop, self._trace = options, guest, loop, trace
         self.port: WirePort | None = None
-        self.containers: dict[str, VFIOContainer] = {}
-        """By the name of the address space that each follows."""
+        self.containers: dict[str, VFIOAddressSpace] = {}
+        """By the name of the address space that they follow."""
         self.devices: dict[str, tuple[DeviceConfig, VFIOPCIDevice | None]] = {}
         self.losses = 0
         """How often the host was lost."""
@@ -143,17 +146,10 @@ class HostLink:
             self._connect_port()
         assert self.port is not None, "connected above"
         path, self._opening = config.group_path, config.id
-        guest, space = self._guest, self._guest.device_as(config)
-        container = self.containers.get(space.name)
-        if container is None:
-            page = self._options.host_page_size
-            container = connect_container(
-                self.port, path, guest.system, space, host_page_size=page, trace=self._trace, kvm=self.kvm
-            )
-            self.containers[space.name] = container
-        else:
-            container.add_group(path)
-        device = container.get_device(path, config.host)
+        space = self._guest.device_as(config)
+        containers = self.containers_of(space, self.port)
+        containers.add_group(path)
+        device = containers.get_device(path, config.host)
         assert isinstance(device, VfioUserDevice), "the wire port makes these"
         try:
             self._guest.clock.attach(device)
@@ -161,6 +157,15 @@ class HostLink:
             device.close()
             raise
         return device
+
+    def containers_of(self, space: AddressSpace, port: VfioPort) -> VFIOAddressSpace:
+        """The containers that follow ``space``, a bridge's; those that are to come are reached over ``port``."""
+        known = self.containers.get(space.name)
+        if known is None:
+            options = ContainerOptions(self._options.host_page_size, self._options.container, self.kvm)
+            known = VFIOAddressSpace(port, self._guest.system, space, options, trace=self._trace)
+            self.containers[space.name] = known
+        return known
 
     def follow(self, config: DeviceConfig, device: VFIOPCIDevice) -> None:
         """Bring ``device`` back when the host comes back; what its connection notices it is told."""
@@ -173,17 +178,15 @@ class HostLink:
         if config is None:
             return
         space, path = self._guest.device_as(config).name, config.group_path
-        container = self.containers.get(space)
-        if container is None or container.lost:
+        containers = self.containers.get(space)
+        if containers is None or containers.lost:
             return
         if any(other.group_path == path for other, _ in self.devices.values()):
             return
         try:
-            container.remove_group(path)
+            containers.remove_group(path)
         except (OSError, PeerLost) as error:
             self._trace("vfio_error", reason=f"{name}: its group did not leave the container: {error}")
-        if not container.groups:
-            del self.containers[space]
 
     def _connect_port(self) -> None:
         options = self._options
@@ -225,8 +228,8 @@ class HostLink:
     def _drop(self) -> None:
         if self.kvm is not None:
             self.kvm.disconnect()
-        for container in self.containers.values():
-            container.abandon()
+        for containers in self.containers.values():
+            containers.abandon()
         self.containers.clear()
         if self.port is not None:
             self.port.close_all()
@@ -277,12 +280,13 @@ class HostLink:
 
     def status(self) -> dict[str, object]:
         """For guestd's status."""
-        containers = list(self.containers.values())
-        windows = [window for container in containers for window in container.backend.windows]
+        containers = [container for space in self.containers.values() for container in space.containers]
+        windows = [window for space in self.containers.values() for window in space.windows]
         return {
             "lost": self.lost,
             "losses": self.losses,
             "reason": self.reason,
+            "containers": [container.backend.kind for container in containers],
             "connected": bool(containers) and not any(container.lost for container in containers),
             "kvm": self.kvm is not None and self.kvm.connected,
             "windows": [{"start": window.min_iova, "last": window.max_iova} for window in windows],
@@ -295,9 +299,9 @@ class HostLink:
             self._probe.close()
             self._probe = None
         if self.port is not None and self.port.lost is None:
-            for container in self.containers.values():
+            for containers in self.containers.values():
                 try:
-                    container.close()
+                    containers.close()
                 except (OSError, PeerLost) as error:
                     self._trace("host_close_failed", reason=str(error))
             self.containers.clear()

@@ -30,7 +30,6 @@ from vfio_model.memory.revoke import NoFence, Revoke
 from vfio_model.memory.ring import RingReader, RingWriter, init_ring, ring_size
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import Trace
-from vfio_model.vfio.connect import connect_container
 
 
 class InlineNotifier:
@@ -99,17 +98,9 @@ class InlineGuest(Guest):
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         path = config.group_path
-        system, space, containers = self.machine.system, self.phb_of(config).address_space, self.host.containers
-        container = containers.get(space.name)
-        if container is None:
-            page, trace = self.config.host_page, self._trace
-            container = connect_container(
-                self._host.port, path, system, space, host_page_size=page, trace=trace, kvm=self.host.kvm
-            )
-            containers[space.name] = container
-        else:
-            container.add_group(path)
-        return self._plug(config, devfn, container.get_device(path, config.host))
+        containers = self.host.containers_of(self.phb_of(config).address_space, self._host.port)
+        containers.add_group(path)
+        return self._plug(config, devfn, containers.get_device(path, config.host))
 
     # -- remote devices ------------------------------------------------------------------------------------------
 
@@ -172,8 +163,8 @@ class InlineGuest(Guest):
         """Unplug everything, unmap everything, free the memory. Harmless twice."""
         for name in list(self.devices):
             self.remove_device(name)
-        for container in self.host.containers.values():
-            container.close()
+        for containers in self.host.containers.values():
+            containers.close()
         self.host.containers.clear()
         super().close()
         with contextlib.suppress(BufferError):  # views of it go with the machine

@@ -66,8 +66,6 @@ class VFIOContainer:
         except (OSError, VfioModelError):
             self.port.close(self.handle)
             raise
-        if kind in ("type1v2", "type1"):
-            return Type1(container, host_page_size=host_page_size, trace=self._trace, kind=kind)
         if DRIVERS[kind] == "type1":
             return Type1(container, host_page_size=host_page_size, trace=self._trace, kind=kind)
         make = SpaprV2 if kind == "spapr-v2" else SpaprV1
