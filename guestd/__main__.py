@@ -7,57 +7,15 @@ and only then the control socket answers: ``hello`` means that every device is t
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
 import click
 
-from guestd.config import GuestConfig, load
-from guestd.control import ROLE, GuestControl
-from guestd.guest import Guest
-from guestd.qmp import Monitors
-from protocols.transport.eventfile import EventFile
-from protocols.transport.heap import settle
+from guestd.config import load
+from guestd.process import Surroundings, serve
 from protocols.transport.kernel import die_with_parent as arm_death
-from protocols.transport.loop import Loop
-from protocols.transport.runtime import RoleLock
 from vfio_model.errors import VfioModelError
-
-
-def serve(directory: Path, config: GuestConfig, *, realtime: bool = False) -> None:
-    """Run the guest until it is told to end.
-
-    :raise ConfigError: when it cannot be built.
-    """
-    lock = RoleLock(directory, ROLE)
-    events = EventFile(directory / f"{ROLE}.events")
-    loop = Loop()
-    try:
-        loop.on_signal(signal.SIGTERM, loop.stop)
-        loop.on_signal(signal.SIGINT, loop.stop)
-        events.follow(loop)
-        guest = Guest(config, directory, loop, events.trace, realtime=realtime)
-        try:
-            guest.start()
-            control = GuestControl(guest, directory, lock, loop, events.trace)
-            monitors = Monitors(control.monitor, loop)
-            try:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.on_signal(number, lambda: control.operations.quit("host-signal"))
-                for endpoint in config.monitors:
-                    monitors.start(endpoint)
-                settle()
-                loop.run()
-            finally:
-                monitors.close()
-                control.close()
-        finally:
-            guest.close()
-    finally:
-        loop.close()
-        events.close()
-        lock.close()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,7 +62,7 @@ def main(
             guest.port = str(port)
         if notifier is not None:
             guest.notifier = "inline" if notifier == "inline" else "process"
-        serve(directory, guest, realtime=clock == "realtime")
+        serve(directory, guest, Surroundings(realtime=clock == "realtime"))
     except VfioModelError as error:
         print(f"guestd: {error}", file=sys.stderr)
         sys.exit(1)

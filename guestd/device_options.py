@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -16,7 +16,6 @@ from guestd.config import DeviceConfig
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.pci.address import PCIAddress
-from vfio_model.pci.bus import PCIBus
 
 ASSIGNED: Final = "vfio-pci"
 REMOTE: Final = "vfio-user-pci"
@@ -27,6 +26,20 @@ _SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": Fal
 _COMMON: Final = frozenset(("driver", "id", "bus", "addr"))
 
 
+class Slots(Protocol):
+    """A bus, as far as places on it go."""
+
+    @property
+    def devices(self) -> Mapping[int, object]:
+        """What is there, by devfn: a device, or its configuration."""
+
+    def free_devfn(self, first_slot: int = ...) -> int:
+        """Function 0 of the first free slot.
+
+        :raise ConfigError: when there is none.
+        """
+
+
 def drivers() -> list[str]:
     """What may be a ``driver``."""
     return sorted((*DEVICES, ASSIGNED, REMOTE))
@@ -34,7 +47,7 @@ def drivers() -> list[str]:
 
 def device_config(
     options: Mapping[str, object],
-    buses: Mapping[str, PCIBus],
+    buses: Mapping[str, Slots],
     taken: Collection[str],
     *,
     anonymous: str,
@@ -71,7 +84,7 @@ def device_config(
         raise ConfigError(str(error)) from error
 
 
-def _devfn(driver: str, addr: object, bus: PCIBus) -> int:
+def _devfn(driver: str, addr: object, bus: Slots) -> int:
     """``addr=``: slot, or slot.function, hexadecimal; as a number the devfn; -1 for the first free slot."""
     if addr == -1:
         return bus.free_devfn(0)
@@ -86,7 +99,7 @@ def _devfn(driver: str, addr: object, bus: PCIBus) -> int:
     return devfn
 
 
-def _check_free(bus: PCIBus, devfn: int) -> None:
+def _check_free(bus: Slots, devfn: int) -> None:
     slot, zero = devfn >> 3, bus.devices.get(devfn & ~7)
     if devfn & 7 and zero is not None:
         raise ConfigError(
@@ -98,7 +111,9 @@ def _check_free(bus: PCIBus, devfn: int) -> None:
 
 
 def driver_of(device: object) -> str:
-    """The driver that ``device`` is of."""
+    """The driver that ``device``, or the device of that configuration, is of."""
+    if isinstance(device, DeviceConfig):
+        return device.model or {"assigned": ASSIGNED, "remote": REMOTE}[device.attach]
     return next((name for name, kind in DEVICES.items() if type(device) is kind), ASSIGNED)
 
 

@@ -25,6 +25,7 @@ class RunState(StrEnum):
     """QEMU's ``RunState``, those that there are."""
 
     RUNNING = "running"
+    PRELAUNCH = "prelaunch"
     PAUSED = "paused"
     INMIGRATE = "inmigrate"
     FINISH_MIGRATE = "finish-migrate"

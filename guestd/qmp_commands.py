@@ -23,7 +23,6 @@ LINGER_NS: Final = 50_000_000
 """Between the answer to ``quit`` and the end: a client (qmp-shell) that sees the socket close before it has finished
 with the answer takes it for a crash.
 """
-NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 
 class MonitorCommands:
@@ -34,14 +33,14 @@ class MonitorCommands:
         self.migration = MigrationCommands()
         self._guest = operations.guest
         self._human = HumanMonitor(operations, self.run, self._device_add_text, version)
-        self._anonymous = itertools.count()
+        self._anonymous = itertools.count(sum(name.startswith(ANONYMOUS) for name in self._guest.devices))
         migration = self.migration
         self.handlers: dict[str, Handler] = {
             "query-version": lambda _: version_document(version),
             "query-commands": lambda _: [{"name": name} for name in COMMANDS],
             "query-status": self._status,
             "query-name": lambda _: {"name": self._guest.config.name},
-            "query-uuid": lambda _: {"UUID": NO_UUID},
+            "query-uuid": lambda _: {"UUID": self._guest.config.uuid},
             "query-target": lambda _: {"arch": "ppc64"},
             "query-kvm": lambda _: dict.fromkeys(("enabled", "present"), self._guest.config.machine.kvm),
             "query-cpus-fast": lambda _: [],  # the machine has none

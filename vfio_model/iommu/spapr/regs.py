@@ -52,6 +52,17 @@ class RtasToken(IntEnum):
     IBM_RESET_PE_DMA_WINDOW = 0x2029
 
 
+def _rtas_name(token: RtasToken) -> str:
+    if token is RtasToken.SET_TCE_BYPASS:
+        return "ibm,set-tce-bypass"
+    vendor, _, rest = token.name.lower().partition("_")
+    return f"ibm,{rest.replace('_', '-')}" if vendor == "ibm" else token.name.lower().replace("_", "-")
+
+
+RTAS_TOKENS: dict[str, RtasToken] = {_rtas_name(token): token for token in RtasToken}
+"""The calls by the names of their properties in the device tree's ``/rtas``."""
+
+
 class TcePerm(IntFlag):
     """Bits 1:0 of a TCE: what the *device* may do."""
 

@@ -1,0 +1,264 @@
+"""``-device``, ``-global`` and ``-object`` of QEMU's command line, as parts of the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from guestd.config import DeviceConfig, MachineConfig, PhbConfig
+from guestd.device_options import ASSIGNED, REMOTE, Slots, device_config, drivers
+from guestd.operations import ANONYMOUS
+from guestd.option_syntax import identifier, number, only, size, split, switch
+from vfio_model.devices import DEVICES
+from vfio_model.errors import ConfigError
+from vfio_model.iommu.spapr.regs import MAX_PHBS
+
+PHB: Final = "spapr-pci-host-bridge"
+PHB_NUMBERS: Final = ("index", "pgsz", "dma_win_addr", "dma_win_size", "dma64_win_addr")
+PHB_PROPERTIES: Final = (*PHB_NUMBERS, "ddw")
+_PHB_NO_MEANING: Final = ("driver", "id", "numa_node", "pre-5.1-associativity")
+_BACKENDS: Final = ("memory-backend-memfd", "memory-backend-ram", "memory-backend-file", "memory-backend-shm")
+_BACKEND_KEYS: Final = frozenset(
+    (
+        "qom-type",
+        "id",
+        "size",
+        "share",
+        "hugetlb",
+        "hugetlbsize",
+        "seal",
+        "prealloc",
+        "prealloc-threads",
+        "reserve",
+        "merge",
+        "dump",
+        "policy",
+        "host-nodes",
+        "mem-path",
+        "align",
+        "offset",
+        "pmem",
+        "discard-data",
+        "readonly",
+        "rom",
+        "x-use-canonical-path-for-ramblock-id",
+    )
+)
+_SMALLEST_PAGE: Final = 4096
+_HUGE_PAGE: Final = 2 << 20
+_SLOTS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBackend:
+    """``-object memory-backend-…``. ``page_size`` 0: as usual."""
+
+    id: str
+    size: int = 0
+    share: bool = False
+    page_size: int = 0
+
+
+def memory_backend(given: Mapping[str, object]) -> MemoryBackend:
+    """:raise ConfigError: for what QEMU refuses, too."""
+    kind = given.get("qom-type")
+    if kind not in _BACKENDS:
+        raise ConfigError(f"invalid object type: {kind}")
+    if "id" not in given:
+        raise ConfigError("Parameter 'id' is missing")
+    name = identifier(given["id"])
+    only(given, _BACKEND_KEYS)
+    if "size" not in given:
+        raise ConfigError("Parameter 'size' is missing")
+    if kind == "memory-backend-file" and "mem-path" not in given:
+        raise ConfigError("Parameter 'mem-path' is missing")
+    bytes_ = size("size", given["size"])
+    if not bytes_:
+        raise ConfigError(f"property 'size' of {kind} doesn't take value '0'")
+    share = switch("share", given.get("share", kind in ("memory-backend-memfd", "memory-backend-shm")))
+    return MemoryBackend(name, bytes_, share, _page_size(given))
+
+
+def _page_size(given: Mapping[str, object]) -> int:
+    page = size("hugetlbsize", given["hugetlbsize"]) if "hugetlbsize" in given else 0
+    if page and (page < _SMALLEST_PAGE or page & (page - 1)):
+        raise ConfigError(f"hugetlbsize {page} is not a power of two of at least {_SMALLEST_PAGE}")
+    if not page and switch("hugetlb", given.get("hugetlb", "off")):
+        page = _HUGE_PAGE
+    if not page and "mem-path" in given:
+        try:
+            page = os.statvfs(str(given["mem-path"])).f_bsize
+        except OSError as error:
+            raise ConfigError(f"can't open backing store {given['mem-path']}: {error.strerror}") from error
+        page = page if page >= _HUGE_PAGE else 0
+    return page
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWords:
+    """One ``-device``; ``text`` when it was not JSON."""
+
+    options: dict[str, object]
+    text: bool
+    where: str
+
+    @property
+    def is_phb(self) -> bool:
+        """Whether it is a host bridge."""
+        return self.options.get("driver") == PHB
+
+
+class Globals:
+    """``-global DRIVER.PROPERTY=VALUE``: defaults of every device of that kind."""
+
+    def __init__(self) -> None:
+        self._given: list[tuple[str, str, str]] = []
+        self.phb: dict[str, object] = {}
+        """Of every PHB."""
+
+    def add(self, text: str) -> None:
+        """:raise ConfigError: when it is neither form."""
+        head, equals, value = text.partition("=")
+        driver, dot, name = head.partition(".")
+        if not (equals and dot):
+            given = split(text)
+            only(given, ("driver", "property", "value"))
+            if set(given) != {"driver", "property", "value"}:
+                raise ConfigError("options 'driver', 'property', and 'value' are required")
+            driver, name, value = given["driver"], given["property"], given["value"]
+        self._given.append((driver, name, value))
+        if driver == PHB:
+            if name not in PHB_PROPERTIES:
+                raise ConfigError(f"can't apply global {driver}.{name}={value}: Property '{driver}.{name}' not found")
+            self.phb[name] = value
+
+    def of(self, driver: object) -> dict[str, object]:
+        """The defaults of ``driver``.
+
+        :raise ConfigError: for a property that it has not got.
+        """
+        found: dict[str, object] = {}
+        for kind, name, value in self._given:
+            if kind == driver:
+                if kind in DEVICES and name not in DEVICES[kind].PROPS:
+                    what = f"can't apply global {kind}.{name}={value}: Property '{kind}.{name}' not found"
+                    raise ConfigError(what)
+                found[name] = value
+        return found
+
+    def warnings(self) -> list[str]:
+        """About what holds for nothing."""
+        known = (*drivers(), PHB)
+        return [f"global {kind}.{name} has invalid class name" for kind, name, _ in self._given if kind not in known]
+
+
+def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWords]) -> MachineConfig:
+    """The machine with its first PHB, and those that ``devices`` name.
+
+    :raise ConfigError: see :func:`_phb`.
+    """
+    phbs = [PhbConfig(index=0)]
+    for words in devices:
+        if words.is_phb:
+            try:
+                phbs.append(_phb(words.options, {phb.index for phb in phbs}))
+            except ConfigError as error:
+                raise ConfigError(str(error), where=words.where) from error
+    try:
+        return msgspec.convert({"phbs": msgspec.to_builtins(phbs), **fields}, MachineConfig)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ConfigError(str(error), where="-machine") from error
+
+
+def _phb(options: Mapping[str, object], taken: set[int]) -> PhbConfig:
+    fields: dict[str, object] = {}
+    for name, value in options.items():
+        if name in PHB_NUMBERS:
+            fields[name] = number(name, value, kind="uint64" if name != "index" else "uint32")
+        elif name == "ddw":
+            fields[name] = switch(name, value)
+        elif name not in _PHB_NO_MEANING:
+            raise ConfigError(f"Property '{PHB}.{name}' not found")
+    index = fields.get("index")
+    if index is None:
+        raise ConfigError('"index" for PAPR PHB is mandatory')
+    assert isinstance(index, int), "read as a number"
+    if index >= MAX_PHBS:
+        raise ConfigError(f'"index" for PAPR PHB is too large (max {MAX_PHBS - 1})')
+    if index in taken:
+        raise ConfigError(f"PHB {index} already attached")
+    if "id" in options:
+        fields["id"] = identifier(options["id"])
+    return msgspec.convert(fields, PhbConfig)
+
+
+@dataclass
+class _Bus:
+    """A bus before there is one."""
+
+    name: str
+    devices: dict[int, DeviceConfig] = field(default_factory=dict)
+
+    def free_devfn(self, first_slot: int = 0) -> int:
+        used = {devfn >> 3 for devfn in self.devices}
+        for slot in range(first_slot, _SLOTS):
+            if slot not in used:
+                return slot << 3
+        raise ConfigError(f"PCI: no slot/function available on bus '{self.name}', all in use or reserved")
+
+
+def plug_all(
+    devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, *, shared: bool
+) -> list[DeviceConfig]:
+    """Every device of ``devices`` but PHBs, each on its bus. ``shared``: whether remote ones get guest RAM.
+
+    :raise ConfigError: naming the option.
+    """
+    buses = _buses(machine)
+    taken: dict[str, DeviceConfig] = {}
+    for words in devices:
+        if words.is_phb:
+            continue
+        own = words.options
+        place = sum(name.startswith(ANONYMOUS) for name in taken)
+        try:
+            config = _plug({**given.of(own.get("driver")), **own}, buses, taken, place, text=words.text)
+        except ConfigError as error:
+            raise ConfigError(str(error), where=words.where) from error
+        if config.attach == "remote" and "dma" not in own and not shared:
+            config.dma = "message"
+        taken[config.id] = config
+    return list(taken.values())
+
+
+def _plug(
+    own: dict[str, object], buses: Mapping[str, Slots], taken: Mapping[str, DeviceConfig], place: int, *, text: bool
+) -> DeviceConfig:
+    if own.get("driver") == REMOTE and "socket.path" in own:
+        own["socket"] = own.pop("socket.path")
+        own.pop("socket.type", None)
+    if own.get("driver") == ASSIGNED and "host" in own and "group" not in own:
+        raise ConfigError("No IOMMU group: use group=N", hint="there is no sysfs to find it in")
+    config = device_config(own, buses, taken, anonymous=f"{ANONYMOUS}{place}]", text=text)
+    bus = buses[config.bus]
+    assert isinstance(bus, _Bus), "made by _buses"
+    slot, function = config.addr.split(".")
+    bus.devices[int(slot, 16) << 3 | int(function)] = config
+    config.bus = bus.name
+    return config
+
+
+def _buses(machine: MachineConfig) -> dict[str, Slots]:
+    """The bus of each PHB, by its name and, for a PHB without an id, by the one that QEMU would count up to."""
+    found: dict[str, Slots] = {}
+    unnamed = 0
+    for phb in machine.phbs:
+        bus = found[phb.bus] = _Bus(phb.bus)
+        if phb.id is None:
+            found.setdefault(f"pci.{unnamed}", bus)
+            unnamed += 1
+    return found
