@@ -159,8 +159,8 @@ def test_vio_devices_have_windows() -> None:
     vio = "[{kind: vty}, {kind: llan}, {kind: vscsi, reg: 0x2000}]"
     steps = "  - map: {iova: 0x1000, gpa: 0x200000, liobn: 0x71000001}\n"
     steps += "  - hcall: {name: H_PUT_TCE, args: [0x71000000, 0, 3], expect: H_PARAMETER}\n"
-    steps += "  - rtas: {name: 'ibm,set-tce-bypass', args: [0x2000, 1], expect: 0}\n"
-    steps += "  - rtas: {name: 'ibm,set-tce-bypass', args: [0x71000000, 1], expect: -3}\n"
+    steps += "  - rtas: {name: 0x2010, args: [0x2000, 1], expect: 0}\n"
+    steps += "  - rtas: {name: 0x2010, args: [0x71000000, 1], expect: -3}\n"
     scenario = parsed(steps, f"name: mine\nmachine: {{ram: 64MiB, vio: {vio}}}\n", "")
     with closing(InlineSystem(scenario)) as system:
         reason = Runner(scenario, system, Path()).run()

@@ -87,7 +87,7 @@ def test_a_block_is_aligned_to_its_size(machine: PseriesMachine) -> None:
 
 
 def test_asking_for_none_takes_back(machine: PseriesMachine) -> None:
-    assert change(machine, EDU, 0) == [PARAM_ERROR]
+    assert change(machine, EDU, 0) == [HW_ERROR]
     change(machine, EDU, 1)
     assert change(machine, EDU, 0) == [0, 0]
     assert source(machine, EDU, 0) == [HW_ERROR]

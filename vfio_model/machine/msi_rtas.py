@@ -61,7 +61,7 @@ class MsiRtas:
     @staticmethod
     def _take_back(phb: SpaprPhb, msi: MsiCapability, config_addr: int) -> list[int]:
         if not phb.msi.release(config_addr):
-            return PARAM_ERROR
+            return HW_ERROR
         msi.set_message(0, 0)
         return [_SUCCESS, 0]
 
