@@ -63,17 +63,18 @@ class Interrupted(Exception):
 
 class Live:
     """A running system; a context manager. ``scale`` of deadlines; daemons that end are started afresh by
-    :meth:`revive`.
+    :meth:`revive`. With ``kvm`` the host answers hypercalls, and the card caches no translation that it could not tell
+    of a change.
     """
 
-    def __init__(self, *, scale: float = SCALE, card: str = "edu", interpose: bool = False) -> None:
+    def __init__(self, *, scale: float = SCALE, card: str = "edu", interpose: bool = False, kvm: bool = False) -> None:
         devices = [
             Device(id=NIC, model="dma-burst", attach="assigned", addr=ADDRESSES[NIC]),
-            Device(id=CARD, model=card, attach="remote", addr=ADDRESSES[CARD]),
+            Device(id=CARD, model=card, attach="remote", addr=ADDRESSES[CARD], dma="message" if kvm else "shared"),
         ]
         self.scenario = Scenario(
             name="survive",
-            machine=Machine(ram=Size(RAM), page_size=Size(1 << 16)),
+            machine=Machine(ram=Size(RAM), page_size=Size(1 << 16), kvm=kvm),
             devices=devices,
             interpose=[Fault(action="delay", ioctl="UNMAP_DMA", armed=False)] if interpose else [],
             restart="on-failure",
