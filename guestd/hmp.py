@@ -59,6 +59,7 @@ class HumanMonitor:
             "pci": (lambda _: hmp_info.pci(guest), "", "show PCI info"),
             "qtree": (lambda _: hmp_info.qtree(guest), "", "show device tree"),
             "status": (lambda _: [self._status()], "", "show the current VM status (running|paused)"),
+            "uuid": (lambda _: [guest.config.uuid], "", "show the current VM UUID"),
             "version": (lambda _: [f"{_number()}vfio-model {version}"], "", "show the version of QEMU"),
             "windows": (lambda _: hmp_info.windows(guest), "", "show the open DMA windows"),
         }

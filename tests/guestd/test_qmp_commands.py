@@ -25,6 +25,12 @@ def test_every_command_of_the_table_has_who_carries_it_out(machine: Machine) -> 
     assert machine.refusal("nope") == ("CommandNotFound", "The command nope has not been found")
 
 
+def test_who_the_guest_is(machine: Machine) -> None:
+    assert machine.ask("query-name") == {"name": "guest"} and machine.ask("query-target") == {"arch": "ppc64"}
+    assert machine.ask("query-uuid") == {"UUID": machine.human("info uuid").strip()}
+    assert machine.ask("query-kvm") == {"enabled": False, "present": False}
+
+
 def test_query_pci_shows_functions_and_what_their_bars_decode(machine: Machine) -> None:
     machine.config(0x10, 4, BAR)
     machine.config(0x3C, 1, 9)
