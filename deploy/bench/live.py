@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ PACKED = "back to back"
 class Bench:
     """The running system: the guest's control link, a CPU on it, the load generator, and the echo."""
 
+    launcher: Launcher
     link: Link
     cpu: ControlCpu
     device: DmaBurstDriver
@@ -84,12 +85,18 @@ def put(ioba: int, tce: int) -> control.Hcall:
     return control.Hcall(regs.HCall.H_PUT_TCE, [LIOBN, ioba, tce])
 
 
+def _nothing(_directory: Path) -> None:
+    """The files are as the scenario has them."""
+
+
 @contextmanager
-def running() -> Iterator[Bench]:
-    """Start everything, do one DMA, and end everything."""
+def running(scenario: Scenario, prepare: Callable[[Path], None] = _nothing) -> Iterator[Bench]:
+    """Start everything, do one DMA, and end everything. ``prepare(directory)`` may change the daemons' files before."""
     began = time.perf_counter()
-    with Launcher("bench", live.connect) as launcher:
-        launcher.start(assemble.daemons(_scenario(), launcher.directory))
+    with Launcher(scenario.name, live.connect) as launcher:
+        daemons = assemble.daemons(scenario, launcher.directory)
+        prepare(launcher.directory)
+        launcher.start(daemons)
         link = Link(launcher.directory, "guestd", watch=launcher.check)
         cpu = ControlCpu(link)
         window = MmioWindow.pseries()
@@ -101,13 +108,13 @@ def running() -> Iterator[Bench]:
             raise VfioModelError("the first DMA did not arrive")
         first = time.perf_counter() - began
         with echo(launcher.directory) as trips:
-            yield Bench(link, cpu, driver, trips, first)
+            yield Bench(launcher, link, cpu, driver, trips, first)
         link.close()
 
 
 def rows() -> Iterator[Row]:
     """Every figure of the live system."""
-    with running() as bench:
+    with running(_scenario()) as bench:
         yield Row("start to first DMA", bench.start_to_dma, "2.5 s", 2.5, aim=1.0)
         yield from _puts(bench)
         yield from _indirect(bench)

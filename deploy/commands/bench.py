@@ -11,7 +11,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from deploy.bench import dma, live
+from deploy.bench import dma, huge, live
 from deploy.bench.measure import Row
 from deploy.console import StepProgress, output
 
@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "scattered": dma.scattered,
     "batch": dma.batches,
     "live": live.rows,
+    "huge": huge.rows,
 }
 
 
