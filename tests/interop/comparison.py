@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.interop.execution import Execution, Outcome, expectations
-from tests.interop.operations import Call, Edu, Indirect, Program, Reset, Rtas, TestDev
-from tests.interop.peers import Peer
+from tests.interop.operations import Call, Edu, Indirect, Program, QtestRtas, Reset, Rtas, TestDev
+from tests.interop.peers import Peer, signed
 from tests.interop.places import POOL
 from tests.interop.shadow import Expected, Shadow
 from tests.interop.variants import Variant
@@ -48,8 +48,8 @@ class Tally:
             self.operations += 1
             self.kinds[type(operation).__name__] += 1
             match operation:
-                case Rtas():
-                    self.returns[f"H_RTAS {outcome.ret}"] += 1
+                case Rtas() | QtestRtas():
+                    self.returns[f"H_RTAS {signed(outcome.ret)}"] += 1
                     self.returns[f"RTAS {outcome.rtas_status}"] += 1
                     self.good += outcome.ret == 0 and outcome.rtas_status == 0
                 case Call() | Indirect():

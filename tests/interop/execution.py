@@ -6,7 +6,20 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.interop.operations import Call, Edu, Fill, Indirect, Operation, Program, Register, Reset, Rtas, TestDev
+from tests.interop.operations import (
+    Call,
+    Edu,
+    Fill,
+    Indirect,
+    Operation,
+    Program,
+    QtestRtas,
+    Register,
+    Reset,
+    Rtas,
+    Switched,
+    TestDev,
+)
 from tests.interop.peers import Peer
 from tests.interop.places import ARENA, BATCH, EDU_BAR, POOL, SLOT, TESTDEV_BAR, bar_gpa
 from tests.interop.shadow import Expected, Shadow
@@ -64,7 +77,7 @@ class Execution:
             self.calls([Call(HCall.H_PUT_TCE, (*entry, POOL.start | 3))])
             self._edu(Edu(index, to_ram=False, iova=dma.dma_win_addr, length=edu.BUFFER_SIZE, offset=0))
             for offset in (edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT):
-                self._other(Register(index, offset, 4, 0), Expected())
+                self._other(Register(index, "edu", offset, 4, 0), Expected())
 
     def run(self, program: Program, expected: Sequence[Expected]) -> list[Outcome]:
         """The outcome of each operation, from :meth:`prepare` on."""
@@ -120,19 +133,45 @@ class Execution:
                 peer.write(gpa, data * times)
                 return Outcome(0)
             case Register(phb=phb, offset=offset, size=size, value=value):
-                at = bar_gpa(phb, EDU_BAR) + offset
+                at = bar_gpa(phb, EDU_BAR if operation.device == "edu" else TESTDEV_BAR) + offset
                 if value is None:
                     return Outcome(0, (peer.load(at, size),))
                 peer.store(at, size, value)
-                while offset == edu.FACTORIAL and peer.load(at - offset + edu.STATUS, 4) & edu.STATUS_COMPUTING:
-                    pass
+                if (operation.device, offset) == ("edu", edu.FACTORIAL):  # another thread of QEMU's computes it
+                    while peer.load(at - offset + edu.STATUS, 4) & edu.STATUS_COMPUTING:
+                        pass
                 return Outcome(0)
             case Edu():
                 self._edu(operation)
                 return Outcome(0, (), self._touched(known))
             case TestDev():
                 return Outcome(self._testdev(operation), (), self._touched(known))
+            case QtestRtas(name=name, args=args, nret=nret):
+                cells = (*args, *[_UNTOUCHED] * _RETS)
+                peer.write(ARENA, struct.pack(f">{len(cells)}I", *cells))
+                rets = ARENA + 4 * len(args)
+                ret = peer.rtas(name, (len(args), ARENA), (nret, rets))
+                (data,) = peer.read_many([(rets, 4 * _RETS)])
+                return Outcome(ret, struct.unpack(f">{_RETS}I", data))
+            case Switched():
+                return self._switched(operation)
         raise AssertionError(operation)
+
+    def _switched(self, operation: Switched) -> Outcome:
+        """What the edu's registers show meanwhile and afterwards. A DMA into its buffer leaves that its own state."""
+        base = bar_gpa(operation.phb, EDU_BAR)
+        buid = phb_buid(operation.phb)
+        values: list[int] = []
+        self._edu(Edu(operation.phb, to_ram=False, iova=operation.iova, length=64, offset=0))
+        for command in (operation.command, 0x6):
+            args = (config_addr(0, EDU_SLOT << 3, 0x04), buid >> 32, buid & U32_MAX, 2, command)
+            (outcome,) = self.calls([Rtas(RtasToken.IBM_WRITE_PCI_CONFIG, args, 1)])
+            values.append(outcome.values[0])
+            self._peer.store(base + edu.INVERSION, 4, command)
+            values += [self._peer.load(base + offset, 4) for offset in (edu.IDENTIFICATION, edu.INVERSION)]
+            if command & 0x2:
+                self._edu(Edu(operation.phb, to_ram=False, iova=operation.iova, length=128, offset=32))
+        return Outcome(0, tuple(values))
 
     def _touched(self, known: Expected) -> tuple[bytes, ...]:
         spans = [(gpa - _MARGIN, size + 2 * _MARGIN) for gpa, size in known.spans]

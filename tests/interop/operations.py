@@ -76,16 +76,17 @@ class TestDev:
 
 @dataclass(frozen=True)
 class Register:
-    """A load (``value`` None) or store of ``size`` bytes in BAR 0 of the edu of ``phb``."""
+    """A load (``value`` None) or store of ``size`` bytes in BAR 0 of ``device`` (edu, testdev) of ``phb``."""
 
     phb: int
+    device: str
     offset: int
     size: int
     value: int | None = None
 
     def __repr__(self) -> str:
         what = "" if self.value is None else f" = {self.value:#x}"
-        return f"edu{self.phb}.bar0[{self.offset:#x}].{self.size}{what}"
+        return f"{self.device}{self.phb}.bar0[{self.offset:#x}].{self.size}{what}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,30 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class QtestRtas:
+    """An RTAS call by name, as qtest's ``rtas`` makes it."""
+
+    name: str
+    args: tuple[int, ...]
+    nret: int
+
+    def __repr__(self) -> str:
+        return f"rtas {self.name} [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret}"
+
+
+@dataclass(frozen=True)
+class Switched:
+    """While the command register of the edu of ``phb`` is ``command``: loads, stores, and a DMA from ``iova``."""
+
+    phb: int
+    command: int
+    iova: int
+
+    def __repr__(self) -> str:
+        return f"edu{self.phb}: registers and DMA from {self.iova:#x} with command {self.command:#x}"
+
+
+@dataclass(frozen=True)
 class Reset:
     """A system reset; the firmware's configuration of the bus is repeated after it."""
 
@@ -108,5 +133,5 @@ class Reset:
         return "system_reset"
 
 
-Operation = Call | Indirect | Rtas | Edu | TestDev | Register | Fill | Reset
+Operation = Call | Indirect | Rtas | Edu | TestDev | Register | Fill | QtestRtas | Switched | Reset
 Program = tuple[Operation, ...]

@@ -22,7 +22,7 @@ from tests.interop.variants import EDU_SLOT, RAM_SIZE, TESTDEV_SLOT, Variant
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.edu.regs import DMA_DELAY_MS
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
-from vfio_model.iommu.spapr.regs import HCall
+from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HCall, HReturn
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import U64_MAX, Hva
@@ -40,6 +40,12 @@ class Peer(Protocol):
 
     def calls(self, wanted: Sequence[Sequence[int]]) -> list[CallResult]:
         """Hypercalls, one after another: each an opcode and up to six arguments."""
+
+    def rtas(self, name: str, args: tuple[int, int], rets: tuple[int, int]) -> int:
+        """An RTAS call by name; ``args`` and ``rets`` are (number of cells, guest-physical address).
+
+        :return: the return code, unsigned.
+        """
 
     def write(self, gpa: int, data: bytes) -> None:
         """The CPU stores ``data``."""
@@ -68,7 +74,7 @@ class Peer(Protocol):
 
 def signed(value: int) -> int:
     """A register as a return code."""
-    return value - (1 << 64) if value >> 63 else value
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 _LETTER = {1: "b", 2: "w", 4: "l", 8: "q"}
@@ -106,6 +112,10 @@ class _Process:
     def own_arguments(self) -> list[str]:
         """What only this kind of process is told."""
         return []
+
+    def rtas(self, name: str, args: tuple[int, int], rets: tuple[int, int]) -> int:
+        """See :class:`Peer`."""
+        return int(self._qtest.ask(f"rtas {name} {args[0]} {args[1]:#x} {rets[0]} {rets[1]:#x}"))
 
     def write(self, gpa: int, data: bytes) -> None:
         """See :class:`Peer`."""
@@ -192,6 +202,10 @@ class GuestdPeer(_Process):
 
     name = "guestd"
 
+    def own_arguments(self) -> list[str]:
+        """Time passes only in steps."""
+        return ["-accel", "qtest"]
+
     def calls(self, wanted: Sequence[Sequence[int]]) -> list[CallResult]:
         """See :class:`Peer`."""
         for call in wanted:
@@ -228,6 +242,12 @@ class ModelPeer:
     def calls(self, wanted: Sequence[Sequence[int]]) -> list[CallResult]:
         """See :class:`Peer`."""
         return [(ret, tuple(outs)) for ret, outs in (self.machine.hcall(*call) for call in wanted)]
+
+    def rtas(self, name: str, args: tuple[int, int], rets: tuple[int, int]) -> int:
+        """See :class:`Peer`."""
+        token = RTAS_TOKENS.get(name)
+        ret = int(HReturn.H_PARAMETER) if token is None else self.machine.rtas_in_memory(int(token), args, rets)
+        return ret & U64_MAX
 
     def write(self, gpa: int, data: bytes) -> None:
         """See :class:`Peer`."""

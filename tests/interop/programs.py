@@ -6,14 +6,29 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from tests.interop.operations import Call, Edu, Fill, Indirect, Operation, Program, Register, Reset, Rtas, TestDev
+from tests.interop.operations import (
+    Call,
+    Edu,
+    Fill,
+    Indirect,
+    Operation,
+    Program,
+    QtestRtas,
+    Register,
+    Reset,
+    Rtas,
+    Switched,
+    TestDev,
+)
 from tests.interop.places import PAGES
 from tests.interop.shadow import MAX_ENTRIES, Bridge, Shadow, Window
 from tests.interop.variants import EDU_SLOT, RAM_SIZE, TESTDEV_SLOT, Variant
 from vfio_model.devices.edu import regs as edu
+from vfio_model.devices.iommu_testdev import regs as testdev
 from vfio_model.iommu.spapr.regs import (
     MSI_WINDOW,
     PCI_BASE,
+    RTAS_TOKENS,
     HCall,
     RtasToken,
     config_addr,
@@ -27,6 +42,8 @@ UNKNOWN_TOKENS = (0, 0x1FFF, 0x2100, 0xFFFF)
 """Tokens that nobody answers. Others that are not here may stop the guest or the machine."""
 EEH_TOKENS = tuple(token for token in RtasToken if "EEH" in token.name or "SLOT" in token.name)
 COUNTS = (0, 1, 2, 3, 4, 5, 6, 7, 12, 17, 40)
+
+_NAMES = {int(token): name for name, token in RTAS_TOKENS.items()}
 
 
 class Generator:
@@ -51,6 +68,9 @@ class Generator:
             (4, self._bad_ddw),
             (6, self._config),
             (2, self._other_rtas),
+            (2, self._qtest_rtas),
+            (1, self._switched),
+            (2, self._messages),
         ]
 
     def program(self, length: int) -> Program:
@@ -217,7 +237,7 @@ class Generator:
         slot = self.rng.choice((EDU_SLOT, TESTDEV_SLOT))
         _, hi, lo = self._pe(bridge)
         size = self.rng.choice((1, 2, 4))
-        offset = self.rng.randrange(0, 64, size)
+        offset = self.rng.randrange(0, 256, size)
         place = config_addr(0, slot << 3, offset)
         if self.rng.random() < 0.45:
             return Rtas(RtasToken.IBM_READ_PCI_CONFIG, (place, hi, lo, size), 2)
@@ -278,6 +298,25 @@ class Generator:
             )
         )
 
+    def _messages(self) -> Operation:
+        """Asking for message interrupts, and for their numbers."""
+        bridge = self._bridge()
+        pe = self._pe(bridge, self.rng.choice((EDU_SLOT, EDU_SLOT, EDU_SLOT, TESTDEV_SLOT, 9)))
+        change, query = RtasToken.IBM_CHANGE_MSI, RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER
+        if self.rng.random() < 0.5:
+            return Rtas(query, (*pe, self.rng.choice((0, 0, 0, 1))), 3)
+        function, requested = self.rng.choice((1, 3, 3, 3, 2, 4)), self.rng.choice((0, 1, 1, 1, 2))
+        return Rtas(change, (*pe, function, requested, self.rng.randrange(4)), self.rng.choice((3, 4)))
+
+    def _qtest_rtas(self) -> Operation:
+        made = self._ddw() if self.rng.random() < 0.6 else self._bad_ddw()
+        assert isinstance(made, Rtas), "DDW calls are RTAS calls"
+        return QtestRtas(_NAMES[made.token], made.args, made.nret)
+
+    def _switched(self) -> Operation:
+        bridge = self._bridge()
+        return Switched(bridge.index, self.rng.choice((0x0, 0x2, 0x4, 0x402)), self._iova(bridge, 128))
+
     # -- devices and RAM -----------------------------------------------------------------------------------------
 
     def _iova(self, bridge: Bridge, length: int) -> int:
@@ -311,13 +350,20 @@ class Generator:
 
     def _register(self) -> Operation:
         bridge = self._bridge()
+        if self.rng.random() < 0.25:
+            size = self.rng.choice((4, 4, 4, 1, 2, 8))
+            offset = self.rng.choice([*list(testdev.BY_OFFSET)[1:], 0x24, 0x80, 0xFF8])
+            return Register(bridge.index, "testdev", max(offset & -size, 8), size)
+        if self.rng.random() < 0.1:
+            size = self.rng.choice((1, 2, 8))
+            return Register(bridge.index, "edu", self.rng.randrange(0, 0xC0, size), size)
         offset = self.rng.choice((*edu.BY_OFFSET, 0x0C, 0x28, 0x7C, 0xA0, 0xFFFF8))
         size = 8 if offset >= edu.WIDE_FROM and self.rng.random() < 0.6 else 4
         writable = (edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT, edu.IDENTIFICATION)
         if offset in writable and self.rng.random() < 0.5:
             value = self.rng.randrange(20) if offset == edu.FACTORIAL else self.rng.randrange(1 << size * 8)
-            return Register(bridge.index, offset, size, value)
-        return Register(bridge.index, offset, size)
+            return Register(bridge.index, "edu", offset, size, value)
+        return Register(bridge.index, "edu", offset, size)
 
     def _fill(self) -> Operation:
         page = self.rng.choice(PAGES[self.rng.choice(PAGE_SHIFTS)])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.interop.operations import Call, Edu, Indirect, Operation, Reset, Rtas, TestDev
+from tests.interop.operations import Call, Edu, Indirect, Operation, QtestRtas, Reset, Rtas, Switched, TestDev
 from tests.interop.variants import RAM_SIZE, Variant
 from vfio_model.iommu.spapr.regs import (
     INDIRECT_LIST_ALIGN,
     INDIRECT_MAX_TCES,
     MAX_WINDOWS,
+    RTAS_TOKENS,
     TCE_PAGE_SHIFT,
     DmaOptions,
     HCall,
@@ -145,6 +146,11 @@ class Shadow:
                 return Expected(self._indirect(operation))
             case Rtas():
                 return self._rtas(operation)
+            case QtestRtas():
+                token = RTAS_TOKENS.get(operation.name)
+                return Expected(False) if token is None else self._rtas(Rtas(token, operation.args, operation.nret))
+            case Switched(phb=phb, iova=iova):
+                return Expected(True, hazard=self._dma(phb, iova, 128, READ).hazard)
             case Edu(phb=phb, iova=iova, length=length, to_ram=to_ram):
                 return self._dma(phb, iova, length, WRITE if to_ram else READ)
             case TestDev(phb=phb, iova=iova, length=length):
