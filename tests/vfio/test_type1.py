@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 
 from tests.vfio.direct_chain import DEVICE, HVA, LIOBN0, LIOBN1, MIB, Chain, FaultyPort
 from vfio_model.errors import VfioModelError
+from vfio_model.host.dma import AssignedImpl
 from vfio_model.host.host import Host
 from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
 from vfio_model.host.type1 import Type1Container
 from vfio_model.iommu.spapr.ddw import DmaOptions
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
+from vfio_model.memory.lane import Lane
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import ListTrace
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import Ioctl
 from vfio_model.vfio.connect import connect_container
 from vfio_model.vfio.direct import DirectPort
+from vfio_model.vfio.dirty import DirtySync
 from vfio_model.vfio.ioctl import ContainerFile
 from vfio_model.vfio.type1 import Type1, Type1Queue
 
@@ -201,6 +204,73 @@ def test_dirty_pages_are_asked_for_by_bus_address() -> None:
     assert backend.unmap_dirty_bitmap(0, 16 * 4096) == bytes([16]) + bytes(7)
     backend.set_dirty_page_tracking(False)
     assert chain.host_view() == {}
+
+
+class Tracked:
+    """A chain with an open device that writes, and the RAM that was reported as written."""
+
+    def __init__(self) -> None:
+        self.chain = Type1Chain()
+        container = self.chain.container
+        assert container is not None and isinstance(container.backend, Type1)
+        token = container.groups["/dev/vfio/26"].get_device_fd(DEVICE)
+        noted = memoryview(bytearray(64 * MIB))
+        self.chain.host.set_dirty_map(token, noted)
+        device = self.chain.host.device(DEVICE)
+        words = self.chain.driver.domain_words
+        self.dma = AssignedImpl(device.pe.words, words, self.chain.direct.segments, Lane.private(), dirty=noted)
+        self.pages: set[int] = set()
+        space = self.chain.machine.phb().address_space
+        self.sync = DirtySync(container.backend, space, self.chain.machine.system, self.mark)
+        self.sync.start()
+
+    def mark(self, block: RAMBlock, offset: int, size: int) -> None:
+        assert block is self.chain.ram
+        self.pages.update(range(offset >> 12, offset + size >> 12))
+
+    def write(self, iova: int) -> None:
+        assert self.dma.write(iova, b"x") == 0
+
+    def written(self) -> set[int]:
+        self.sync.sync()
+        found, self.pages = self.pages, set()
+        return found
+
+
+def test_what_devices_write_is_found_in_the_guests_ram() -> None:
+    tracked = Tracked()
+    chain = tracked.chain
+    chain.indirect(0, [(n + 5) * 4096 | 3 for n in range(32)])
+    assert tracked.written() == set()
+    tracked.write(3 * 4096)
+    tracked.write(20 * 4096)
+    assert tracked.written() == {8, 25}
+    assert tracked.written() == set()
+    assert chain.create_window(16, 23)[0] == 0
+    assert chain.put(DMA64 + 0x1_0000, 0x2_0000 | 3, LIOBN1) == H_SUCCESS
+    tracked.write(DMA64 + 0x1_3000)
+    assert tracked.written() == {0x23}
+    tracked.sync.stop()
+    assert chain.host_view() == chain.guest_view()
+
+
+def test_what_was_written_until_an_unmap_is_found_where_it_went() -> None:
+    tracked = Tracked()
+    chain = tracked.chain
+    chain.indirect(0, [(n + 5) * 4096 | 3 for n in range(32)])
+    tracked.write(3 * 4096)
+    assert chain.put(3 * 4096, 0) == H_SUCCESS
+    tracked.write(4 * 4096)
+    assert chain.put(4 * 4096, 0x6_4000 | 3) == H_SUCCESS, "overwritten"
+    tracked.write(4 * 4096)
+    tracked.write(10 * 4096)
+    assert chain.stuff(10 * 4096, 0, 5) == H_SUCCESS
+    assert tracked.written() == {8, 9, 0x64, 15}
+    tracked.write(20 * 4096)
+    assert chain.remove_window(LIOBN0) == 0
+    assert tracked.written() == {25}
+    assert chain.host_view() == chain.guest_view() == {} and chain.mm == 0
+    tracked.sync.stop()
 
 
 STEP = st.tuples(

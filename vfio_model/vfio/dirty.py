@@ -1,0 +1,162 @@
+"""Which guest RAM the devices behind a type 1 container have written, for a machine that migrates.
+
+The container knows bus addresses, the machine wants its RAM. In between are the guest's translations: this listener
+follows them as the mapping listener does, and remembers each until it was unmapped on the host. For while writes are
+tracked an unmap collects what was written until it took effect; that belongs to the RAM that the entry led to, which
+the guest's table does not know any more.
+
+Source: QEMU's ``docs/devel/migration/vfio.rst`` ("System memory dirty pages tracking when vIOMMU is enabled").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry
+from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
+from vfio_model.memory.ram import RAMBlock
+from vfio_model.memory.region import RAMRegion
+from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
+from vfio_model.ranges import U64_MAX, Gpa
+from vfio_model.vfio.ram_span import ram_span
+from vfio_model.vfio.type1 import Type1
+
+Mark = Callable[[RAMBlock, int, int], None]
+"""``mark(block, offset, size)``: these bytes were written."""
+_RW = int(IOMMUAccessFlags.RW)
+_LONGEST = 1 << 34
+"""Bytes that one question is about; a multiple of every page size."""
+
+
+class _Followed:
+    """One IOMMU section: bus address of each page → guest-physical address, and the same of pages that are going."""
+
+    def __init__(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> None:
+        self.section, self.region = section, region
+        self.page = region.get_min_page_size()
+        self.known: dict[int, int] = {}
+        self.going: dict[int, int] = {}
+        self._offset = section.offset_within_address_space - section.offset_within_region
+        start = section.offset_within_region
+        last = start + section.size - 1
+        self.notifier = IOMMUNotifier(self._notify, IOMMUNotifierFlag.IOTLB_EVENTS, start, last)
+
+    def _notify(self, _notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
+        first, size = (entry.iova + self._offset) & U64_MAX, entry.addr_mask + 1
+        if size > self.page and not int(entry.perm) & _RW:
+            pages = [iova for iova in self.known if first <= iova < first + size]
+        else:
+            pages = list(range(first, first + size, self.page))
+        for iova in pages:
+            before = self.known.pop(iova, None)
+            if before is not None:
+                self.going.setdefault(iova, before)
+            if int(entry.perm) & _RW:
+                self.known[iova] = entry.translated_addr + iova - first
+
+    def pages(self, first: int, last: int) -> list[int]:
+        """Bus addresses of the pages in the range that the host may have mapped, in order."""
+        both = self.known.keys() | self.going.keys()
+        return sorted(iova for iova in both if first <= iova <= last)
+
+    def gpa(self, iova: int) -> int | None:
+        """Where the host's mapping of ``iova`` leads."""
+        page, within = iova & -self.page, iova & self.page - 1
+        found = self.going.get(page, self.known.get(page))
+        return None if found is None else found + within
+
+
+class DirtySync(MemoryListener):
+    """Register it with the devices' address space of the container while writes are tracked: between :meth:`start` and
+    :meth:`stop`, which do that. ``system`` is where RAM lies.
+    """
+
+    priority = 5  # sections come here first, and go here when the mapping listener has unmapped them
+
+    def __init__(self, backend: Type1, space: AddressSpace, system: AddressSpace, mark: Mark) -> None:
+        self._backend, self._space, self._system, self._mark = backend, space, system, mark
+        self._followed: list[_Followed] = []
+        self._ram: list[MemoryRegionSection] = []
+
+    def start(self) -> None:
+        """Every write from now on will be reported. :raise OSError: as ``VFIO_IOMMU_DIRTY_PAGES`` does."""
+        self._backend.set_dirty_page_tracking(True)
+        self._space.register_listener(self)
+        self._backend.set_unmapper(self._unmap)
+
+    def stop(self) -> None:
+        """Report what is left, and nothing more."""
+        self.sync()
+        self._backend.set_unmapper(None)
+        self._space.unregister_listener(self)
+        self._backend.set_dirty_page_tracking(False)
+
+    def region_add(self, section: MemoryRegionSection) -> None:
+        """Follow a section."""
+        if isinstance(section.mr, IOMMUMemoryRegion):
+            followed = _Followed(section, section.mr)
+            self._followed.append(followed)
+            section.mr.register_notifier(followed.notifier)
+            section.mr.replay(followed.notifier)
+        elif isinstance(section.mr, RAMRegion):
+            self._ram.append(section)
+
+    def region_del(self, section: MemoryRegionSection) -> None:
+        """Forget a section: it is unmapped."""
+        for followed in [f for f in self._followed if f.section == section]:
+            self._followed.remove(followed)
+            followed.region.unregister_notifier(followed.notifier)
+        if section in self._ram:
+            self._ram.remove(section)
+
+    def sync(self) -> None:
+        """Report what was written since the last time. :raise OSError: as the host does."""
+        for followed in self._followed:
+            for first, size in _stretches(list(followed.known), followed.page):
+                self._report(followed, first, self._backend.query_dirty_bitmap(first, size))
+        page = self._backend.host_page_size
+        for section in self._ram:
+            first, region = section.offset_within_address_space, section.mr
+            assert isinstance(region, RAMRegion), "only RAM is kept here"
+            for number in _set_bits(self._backend.query_dirty_bitmap(first, section.size)):
+                self._mark(region.block, section.offset_within_region + number * page, page)
+
+    def _unmap(self, iova: int, size: int) -> None:
+        """In the queue's place: unmap with the bitmaps of what is mapped there, then whatever else there may be."""
+        for followed in self._followed:
+            pages = followed.pages(iova, iova + size - 1)
+            for first, length in _stretches(pages, followed.page):
+                self._report(followed, first, self._backend.unmap_dirty_bitmap(first, length))
+            for page in pages:
+                followed.going.pop(page, None)
+        self._backend.container.unmap_dma(iova, size)
+
+    def _report(self, followed: _Followed, first: int, bitmap: bytes) -> None:
+        page = self._backend.host_page_size
+        for number in _set_bits(bitmap):
+            gpa = followed.gpa(first + number * page)
+            span = ram_span(self._system, Gpa(gpa)) if gpa is not None else None
+            if span is not None:
+                self._mark(span.block, span.offset, min(page, span.size))
+
+
+def _stretches(pages: list[int], page: int) -> Iterator[tuple[int, int]]:
+    """(first, size) of pages that follow one another, at most :data:`_LONGEST` bytes each."""
+    first = end = -1
+    for iova in sorted(pages):
+        if iova != end or end - first >= _LONGEST:
+            if end > first:
+                yield first, end - first
+            first = iova
+        end = iova + page
+    if end > first:
+        yield first, end - first
+
+
+def _set_bits(bitmap: bytes) -> Iterator[int]:
+    for at, byte in enumerate(bitmap):
+        while byte:
+            low = byte & -byte
+            yield at * 8 + low.bit_length() - 1
+            byte ^= low
