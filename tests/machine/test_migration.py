@@ -10,6 +10,7 @@ import pytest
 
 from tests.machine.boards import pseries
 from tests.vfio.direct_chain import LIOBN0, LIOBN1, MIB, Chain
+from tests.vfio.test_pci import Connection
 from vfio_model.devices.dma_burst.device import DMABurstDevice
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.edu.device import EduDevice
@@ -32,7 +33,8 @@ from vfio_model.machine.vio import KINDS
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
-from vfio_model.uapi.vfio import Ioctl
+from vfio_model.uapi.vfio import Ioctl, PciIrq
+from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vmstate.fields import encode
 from vfio_model.vmstate.ram import RamSender
 from vfio_model.vmstate.stream import FrameKind, FrameReader, FrameWriter, Section
@@ -353,6 +355,28 @@ def test_a_device_that_does_not_say_what_migrates_blocks_it() -> None:
     machine.phb().bus.plug(Forgetful, 8)
     with pytest.raises(VMStateError, match="function 0x8: Forgetful does not say"):
         save_device_state(machine)
+
+
+def test_an_assigned_function_keeps_what_the_guest_configured_and_its_device_hears_of_it() -> None:
+    source, destination = small(), small()
+    connections = Connection(), Connection()
+    for machine, connection in zip((source, destination), connections, strict=True):
+        bus = machine.phb().bus
+        bus.attach(VFIOPCIDevice(bus.host_for(8), connection, name="nic"), 8)
+    bus = source.phb().bus
+    before = bus.devices[8]
+    assert before.msi is not None
+    bus.config_write(8, 0x10, 4, 0x9000_0000)
+    before.msi.set_message(regs.MSI_WINDOW, regs.MSI_BASE)
+    bus.config_write(8, before.msi.offset + 2, 2, 0x11)
+    bus.config_write(8, 4, 2, 6)
+    load_device_state(destination, save_device_state(source))
+    after, there = destination.phb().bus.devices[8], connections[1]
+    assert bytes(after.config) == bytes(before.config)
+    assert after.bar_range(0) == before.bar_range(0) is not None
+    assert there.model.bus_master
+    there.irqs[PciIrq.VFIO_PCI_MSI_IRQ_INDEX][1]()
+    assert dict(destination.irqs.raised) == {regs.MSI_BASE + 1: 1}
 
 
 @pytest.mark.parametrize("bypass", [False, True])
