@@ -76,7 +76,7 @@ class _Seen:
     """What the options so far said."""
 
     machine: dict[str, object] = field(default_factory=dict)
-    memory: dict[str, str] = field(default_factory=dict)
+    ram: int = 0
     backends: dict[str, devices.MemoryBackend] = field(default_factory=dict)
     devices: list[devices.DeviceWords] = field(default_factory=list)
     globals: Globals = field(default_factory=Globals)
@@ -138,7 +138,7 @@ class _Reader:
         self._handlers: dict[str, Callable[[str], None]] = {
             "machine": self._machine,
             "accel": self._accel,
-            "m": lambda value: seen.memory.update(split(value, "size")),
+            "m": self._memory,
             "object": self._object,
             "device": self._device,
             "global": seen.globals.add,
@@ -176,6 +176,12 @@ class _Reader:
 
     def _machine(self, value: str) -> None:
         self.seen.machine |= options(value, "type")
+
+    def _memory(self, value: str) -> None:
+        given = split(value, "size")
+        only(given, ("size", "slots", "maxmem"))
+        if "size" in given:
+            self.seen.ram = size("size", given["size"], shift=_MEBI)
 
     def _accel(self, value: str) -> None:
         for name in split(value, "accel").get("accel", "").split(":"):
@@ -321,9 +327,7 @@ class _Reader:
         return devices.machine_with_phbs(fields, self.seen.devices)
 
     def _ram(self, backend: devices.MemoryBackend) -> int:
-        memory = self.seen.memory
-        only(memory, ("size", "slots", "maxmem"))
-        asked = size("size", memory["size"], shift=_MEBI) if "size" in memory else 0
+        asked = self.seen.ram
         if backend.size and asked not in (0, backend.size):
             raise ConfigError(_ONE_RAM)
         return backend.size or asked or DEFAULT_RAM

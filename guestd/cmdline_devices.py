@@ -241,6 +241,8 @@ def _plug(
     if own.get("driver") == REMOTE and "socket.path" in own:
         own["socket"] = own.pop("socket.path")
         own.pop("socket.type", None)
+    if own.get("driver") == REMOTE and not own.get("socket"):
+        raise ConfigError("No socket specified")
     if own.get("driver") == ASSIGNED and "host" in own and "group" not in own:
         raise ConfigError("No IOMMU group: use group=N", hint="there is no sysfs to find it in")
     config = device_config(own, buses, taken, anonymous=f"{ANONYMOUS}{place}]", text=text)

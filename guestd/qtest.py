@@ -173,7 +173,8 @@ class QtestServer:
             try:
                 self._serve(ByteConnection.connect(endpoint.path, "qtest"))
             except PeerLost as error:
-                raise ConfigError(str(error), where=f'qtest "unix:{endpoint.path}"') from error
+                why = f"Failed to connect to '{endpoint.path}': {error.doing.rpartition(': ')[2]}"
+                raise ConfigError(f'{why}\nFailed to initialize device for qtest: "unix:{endpoint.path}"') from error
         self._irqs.listeners.append(self._irq)
 
     def _accept(self) -> None:

@@ -78,7 +78,7 @@ def hex_data(word: str, size: int) -> bytes:
     if _HEX.fullmatch(digits):
         return bytes.fromhex(digits).ljust(size, b"\0")
     pairs = zip(digits[::2], digits[1::2], strict=True)
-    return bytes(_nibble(high) * 16 + _nibble(low) & 0xFF for high, low in pairs).ljust(size, b"\0")
+    return bytes((_nibble(high) << 4 | _nibble(low)) & 0xFF for high, low in pairs).ljust(size, b"\0")
 
 
 def _nibble(digit: str) -> int:
