@@ -22,14 +22,16 @@ from protocols.control import messages as control
 from protocols.notifier import messages as hub
 from protocols.port import files
 from protocols.port import messages as port
+from protocols.transport.unix import close_fds
 from tests.processes.disturbance import told
-from tests.processes.port_client import RawPort
+from tests.processes.port_client import RawFile, RawPort
 from tests.processes.rig import CARD, NIC, Live
 from tests.processes.senders import PacketSender, VfioUserSender, ZmqSender
 from tests.processes.traffic import Traffic
 from tests.protocols.fuzz import CHANNELS, Fuzzer
 from vfio_model.guest_drivers.pci import MmioWindow
 from vfio_model.iommu.spapr.regs import HCall, RtasToken
+from vfio_model.uapi.kvm import CreateSpaprTce64, KvmIoctl, UserspaceMemoryRegion
 from vfio_model.uapi.vfio import Ioctl
 
 SEED = 20260611
@@ -46,6 +48,7 @@ QUESTIONS = (
     control.DeviceList,
 )
 """Commands to a guest that leave it as it is."""
+HVA, MIB, LIOBN = 0x7000_0000_0000, 1 << 20, 0x8000_0000
 LONGEST_STEP_NS = 1 << 40
 
 Sender = ZmqSender | PacketSender | VfioUserSender
@@ -90,6 +93,17 @@ class OwnHandles:
         self._random = fuzzer.random
         self.client = RawPort(directory, name="fuzz")
         self._container = self.client.open("/dev/vfio/vfio")
+        self._vm = self.client.open("/dev/kvm")
+        self.client.declare("fuzz", HVA, MIB)
+        slot = UserspaceMemoryRegion(0, 0, 0, MIB, HVA).pack()
+        self.client.ioctl(self._vm, KvmIoctl.KVM_SET_USER_MEMORY_REGION, slot)
+        table = RawFile(directory)
+        arg = CreateSpaprTce64(LIOBN, 12, 0, 0, 512).pack()
+        table.send(files.CreateSpaprTce(self.client.mm.handle, self._vm, arg))
+        opened, fds = table.receive()
+        assert isinstance(opened, files.OpenedTable)
+        close_fds(fds)
+        self.client.files[opened.handle] = table
         self.mm = self.client.mm.handle
 
     def ioctl(self, message: port.Request) -> port.Request:
@@ -99,11 +113,30 @@ class OwnHandles:
         changes: dict[str, Any] = {}
         if self._random.random() < 0.8:
             changes["mm"] = self.mm
+        if isinstance(message, port.Hcall):
+            return self._hcall(message, changes)
         if self._random.random() < 0.8:
             changes["handle"] = self._container
         if self._random.random() < 0.8:
-            changes["cmd"] = int(self._random.choice(list(Ioctl)))
+            changes["cmd"] = int(self._random.choice([*Ioctl, *KvmIoctl]))
+        if self._random.random() < 0.2:
+            changes["handle"] = self._vm
         return msgspec.structs.replace(message, **changes)
+
+    def _hcall(self, message: port.Hcall, changes: dict[str, Any]) -> port.Hcall:
+        """A hypercall about a table that exists, most of the time."""
+        args = list(message.args)
+        if self._random.random() < 0.8:
+            changes |= {"handle": self._vm, "links": 0}
+            changes["nr"] = int(self._random.choice((HCall.H_PUT_TCE, HCall.H_STUFF_TCE, HCall.H_PUT_TCE_INDIRECT)))
+            args[0] = LIOBN
+        if self._random.random() < 0.5:
+            args[1] = self._random.randrange(512) << 12
+        if self._random.random() < 0.5:
+            args[2] = self._random.randrange(256) << 12
+        if self._random.random() < 0.5:
+            args[3] = self._random.randrange(600)
+        return msgspec.structs.replace(message, args=args, **changes)
 
     def prelude(self) -> files.Request | None:
         """Half of the connections are an mm."""
@@ -116,6 +149,9 @@ class OwnHandles:
 
     def file(self, message: files.Request) -> files.Request:
         """A file opened on behalf of a known mm."""
+        if isinstance(message, files.CreateSpaprTce) and self._random.random() < 0.8:
+            arg = CreateSpaprTce64(self._random.randrange(1 << 32), 12, 0, 0, self._random.randrange(1 << 12)).pack()
+            return msgspec.structs.replace(message, mm=self.mm, vm=self._vm, arg=arg)
         if isinstance(message, files.OpenFile) and self._random.random() < 0.8:
             return msgspec.structs.replace(message, mm=self.mm)
         return message

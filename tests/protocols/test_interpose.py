@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from protocols.interpose import (
     AnswerError,
     AnswerSuccess,
+    AnswerTooHard,
     Deliver,
     Interposer,
     Kill,
@@ -22,9 +23,10 @@ from protocols.interpose import (
     seen_command,
 )
 from protocols.notifier.messages import Flush
-from protocols.port.messages import Ioctl, Ping
+from protocols.port.messages import Hcall, Ioctl, Ping
 from vfio_model.errors import ConfigError
 from vfio_model.uapi import vfio
+from vfio_model.uapi.hvcall import HCall
 
 
 def unmap(iova: int = 0, size: int = 4096, count: int = 1) -> Ioctl:
@@ -47,6 +49,44 @@ def test_each_action(rule: Rule, actions: list[object]) -> None:
     interposer = Interposer([rule])
     assert interposer.decide(seen(unmap())) == actions
     assert interposer.decide(seen(unmap())) == [Deliver()]
+
+
+def hcall(nr: int, *args: int) -> Hcall:
+    return Hcall(1, 0, 2, 3, nr, [0x8000_0000, *args, 0, 0, 0][:4], 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message", "refers"),
+    [
+        (Rule(action="drop", ioctl="UNMAP_DMA"), hcall(HCall.H_PUT_TCE, 0x3000, 0), True),
+        (Rule(action="drop", ioctl="UNMAP_DMA"), hcall(HCall.H_PUT_TCE, 0x3000, 0x5003), False),
+        (Rule(action="drop", ioctl="MAP_DMA"), hcall(HCall.H_PUT_TCE, 0x3000, 0x5003), True),
+        (Rule(action="drop", ioctl="UNMAP_DMA"), hcall(HCall.H_STUFF_TCE, 0x3000, 0, 16), True),
+        (Rule(action="fail", ioctl="MAP_DMA"), hcall(HCall.H_PUT_TCE_INDIRECT, 0x3000, 0x10000, 16), True),
+        (Rule(action="fail", ioctl="UNMAP_DMA"), hcall(HCall.H_PUT_TCE_INDIRECT, 0x3000, 0x10000, 16), True),
+        (Rule(action="drop", ioctl="UNMAP_DMA", iova=0x4000), hcall(HCall.H_STUFF_TCE, 0x3000, 0, 2), True),
+        (Rule(action="drop", ioctl="UNMAP_DMA", iova=1 << 30), hcall(HCall.H_STUFF_TCE, 0x3000, 0, 2), False),
+        (Rule(action="drop", ioctl="UNMAP_DMA", armed=False), hcall(HCall.H_PUT_TCE, 0x3000, 0), False),
+        (Rule(action="drop", ioctl="SET_IOMMU"), hcall(HCall.H_PUT_TCE, 0x3000, 0), False),
+        (Rule(action="drop", kind="notify"), hcall(HCall.H_PUT_TCE, 0x3000, 0), False),
+        (Rule(action="drop"), hcall(HCall.H_PUT_TCE, 0x3000, 0), True),
+    ],
+)
+def test_a_hypercall_whose_ioctl_a_rule_awaits_is_referred_back(rule: Rule, message: Hcall, refers: bool) -> None:
+    interposer = Interposer([rule])
+    assert interposer.decide(seen(message)) == ([AnswerTooHard()] if refers else [Deliver()])
+    assert interposer.counters() == [{"matched": 0, "acted": 0}], "the rule counts the ioctl, which comes next"
+
+
+def test_a_rule_that_has_acted_awaits_nothing() -> None:
+    interposer = Interposer([Rule(action="drop", ioctl="UNMAP_DMA")])
+    assert interposer.decide(seen(unmap())) == [AnswerSuccess()]
+    assert interposer.decide(seen(hcall(HCall.H_PUT_TCE, 0x3000, 0))) == [Deliver()]
+
+
+def test_a_rule_about_hypercalls_acts_on_them() -> None:
+    interposer = Interposer([Rule(action="fail", kind="hcall")])
+    assert interposer.decide(seen(hcall(HCall.H_PUT_TCE, 0x3000, 0))) == [AnswerError(errno.EIO)]
 
 
 def test_without_rules_everything_is_delivered() -> None:

@@ -86,13 +86,13 @@ class VFIOContainer:
         group = VfioGroup(self.port, self.port.open(path))
         try:
             group.set_container(self.handle)
+            if self._kvm is not None:
+                self._kvm.add_group(group.handle)
         except OSError:
             self.port.close(group.handle)
             raise
         self.groups[path] = group
-        if self._kvm is not None:
-            self._kvm.add_group(group.handle)
-            self.listener.link_again()
+        self.listener.link_again()
         return group
 
     def remove_group(self, path: str) -> None:
