@@ -41,6 +41,8 @@ _CHUNK = 256
 ONE_AT_A_TIME = 600
 ALONE = "one at a time, in turn with the limit"
 PACKED = "back to back"
+IN_KERNEL = ", in the kernel"
+"""Behind the names of rows that were taken with in-kernel acceleration."""
 
 
 @dataclass
@@ -69,12 +71,12 @@ class Bench:
         return seconds
 
 
-def _scenario() -> Scenario:
+def _scenario(*, kvm: bool = False) -> Scenario:
     device = Device(id="load", model="dma-burst", attach="assigned", addr="02.0")
     return Scenario(
         name="bench",
         description="what hypercalls cost",
-        machine=Machine(ram=Size(RAM), page_size=Size(16 << 20)),
+        machine=Machine(ram=Size(RAM), page_size=Size(16 << 20), kvm=kvm),
         devices=[device],
         steps=[],
     )
@@ -120,6 +122,10 @@ def rows() -> Iterator[Row]:
         yield from _indirect(bench)
         yield from _busy(bench)
         yield from _recorded_boot(bench)
+    with running(_scenario(kvm=True)) as bench:
+        yield from _puts(bench, IN_KERNEL)
+        yield from _indirect(bench, IN_KERNEL)
+        yield from _busy(bench, IN_KERNEL)
 
 
 def _in_turn(bench: Bench, batches: Sequence[Sequence[control.Command]]) -> tuple[list[list[float]], list[float]]:
@@ -155,16 +161,18 @@ def _map_and_unmap(number: int) -> list[control.Command]:
     return [put(ioba, 0x40_0003), put(ioba, 0)]
 
 
-def _puts(bench: Bench) -> Iterator[Row]:
+def _puts(bench: Bench, where: str = "") -> Iterator[Row]:
     times, bare = _in_turn(bench, [_map_and_unmap(number) for number in range(ONE_AT_A_TIME)])
-    yield _row("H_PUT_TCE, end to end", [pair[0] for pair in times], bare, note=ALONE)
-    yield _row("unmap with revoke, device idle", [pair[1] for pair in times], bare, aim=2.0, note=ALONE)
+    yield _row(f"H_PUT_TCE, end to end{where}", [pair[0] for pair in times], bare, note=ALONE)
+    yield _row(f"unmap with revoke, device idle{where}", [pair[1] for pair in times], bare, aim=2.0, note=ALONE)
     times, bare = _back_to_back(bench, [[call for n in range(128) for call in _map_and_unmap(n)]] * 8)
-    yield _row("H_PUT_TCE, end to end", [each for batch in times for each in batch[::2]], bare, note=PACKED)
-    yield _row("unmap with revoke, device idle", [each for batch in times for each in batch[1::2]], bare, note=PACKED)
+    yield _row(f"H_PUT_TCE, end to end{where}", [each for batch in times for each in batch[::2]], bare, note=PACKED)
+    yield _row(
+        f"unmap with revoke, device idle{where}", [each for batch in times for each in batch[1::2]], bare, note=PACKED
+    )
 
 
-def _indirect(bench: Bench) -> Iterator[Row]:
+def _indirect(bench: Bench, where: str = "") -> Iterator[Row]:
     page_list = b"".join(struct.pack(">Q", (0x400_0000 + i * PAGE * 3) | 3) for i in range(512))
     bench.cpu.write_memory(LIST_GPA, page_list)
     bench.cpu.flush()
@@ -175,7 +183,7 @@ def _indirect(bench: Bench) -> Iterator[Row]:
         lists += bench.timed([call, clear] * 16)[::2]
         puts += bench.timed([put(0x200_0000, 0x30_0003), put(0x200_0000, 0)] * 16)[::2]
     yield Row(
-        "H_PUT_TCE_INDIRECT of 512",
+        f"H_PUT_TCE_INDIRECT of 512{where}",
         statistics.median(lists),
         "one H_PUT_TCE",
         statistics.median(puts),
@@ -184,7 +192,7 @@ def _indirect(bench: Bench) -> Iterator[Row]:
     )
 
 
-def _busy(bench: Bench) -> Iterator[Row]:
+def _busy(bench: Bench, where: str = "") -> Iterator[Row]:
     command = burst.COMMAND_WRITE | burst.COMMAND_BACKGROUND | burst.COMMAND_FOREVER
     bench.device.start(0, 4096, 1 << 20, command=command)
     bench.cpu.flush()  # stores are posted, and what follows goes past this CPU
@@ -192,7 +200,7 @@ def _busy(bench: Bench) -> Iterator[Row]:
     done = bench.device.stop()
     if done.failed or not done.completed:
         raise VfioModelError(f"the busy device did not stay busy: {done}")
-    yield _row("unmap with revoke, device busy", [pair[1] for pair in times], bare, note=ALONE)
+    yield _row(f"unmap with revoke, device busy{where}", [pair[1] for pair in times], bare, note=ALONE)
 
 
 def _recorded_boot(bench: Bench) -> Iterator[Row]:
