@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
 import msgspec
 
-from guestd.config import DeviceConfig, MachineConfig, PhbConfig
+from guestd.config import DeviceConfig, MachineConfig, PhbConfig, VioConfig
 from guestd.device_options import ASSIGNED, REMOTE, Slots, device_config, drivers
 from guestd.operations import ANONYMOUS
 from guestd.option_syntax import identifier, number, only, size, split, switch
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr.regs import MAX_PHBS
+from vfio_model.iommu.spapr.regs import MAX_PHBS, VIO_UNIT_BASE
 
 PHB: Final = "spapr-pci-host-bridge"
 PHB_NUMBERS: Final = ("index", "pgsz", "dma_win_addr", "dma_win_size", "dma64_win_addr")
 PHB_PROPERTIES: Final = (*PHB_NUMBERS, "ddw")
+VIO: Final = {"spapr-vlan": "llan", "spapr-vscsi": "vscsi", "tpm-spapr": "tpm", "spapr-vty": "vty"}
+"""Drivers of VIO devices; of them no more is here than their DMA windows."""
+_VIO_NO_MEANING: Final = ("driver", "id", "irq", "netdev", "mac", "bootindex", "chardev", "tpmdev")
+_FIRST_UNIT: Final = VIO_UNIT_BASE + 1
+"""Units are counted up from here; the one below is the NVRAM's, which this machine does not show."""
 _PHB_NO_MEANING: Final = ("driver", "id", "numa_node", "pre-5.1-associativity")
 _BACKENDS: Final = ("memory-backend-memfd", "memory-backend-ram", "memory-backend-file", "memory-backend-shm")
 _BACKEND_KEYS: Final = frozenset(
@@ -111,6 +117,11 @@ class DeviceWords:
         """Whether it is a host bridge."""
         return self.options.get("driver") == PHB
 
+    @property
+    def is_vio(self) -> bool:
+        """Whether it is a VIO device."""
+        return self.options.get("driver") in VIO
+
 
 class Globals:
     """``-global DRIVER.PROPERTY=VALUE``: defaults of every device of that kind."""
@@ -152,24 +163,28 @@ class Globals:
 
     def warnings(self) -> list[str]:
         """About what holds for nothing."""
-        known = (*drivers(), PHB)
+        known = (*drivers(), PHB, *VIO)
         return [f"global {kind}.{name} has invalid class name" for kind, name, _ in self._given if kind not in known]
 
 
 def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWords]) -> MachineConfig:
-    """The machine with its first PHB, and those that ``devices`` name.
+    """The machine with its first PHB, and the PHBs and VIO devices that ``devices`` name.
 
-    :raise ConfigError: see :func:`_phb`.
+    :raise ConfigError: see :func:`_phb` and :func:`_vio`.
     """
     phbs = [PhbConfig(index=0)]
+    vio: list[VioConfig] = []
     for words in devices:
-        if words.is_phb:
-            try:
+        try:
+            if words.is_phb:
                 phbs.append(_phb(words.options, {phb.index for phb in phbs}))
-            except ConfigError as error:
-                raise ConfigError(str(error), where=words.where) from error
+            elif words.is_vio:
+                vio.append(_vio(words.options, {each.reg for each in vio}))
+        except ConfigError as error:
+            raise ConfigError(str(error), where=words.where) from error
+    parts = {"phbs": msgspec.to_builtins(phbs), "vio": msgspec.to_builtins(vio)}
     try:
-        return msgspec.convert({"phbs": msgspec.to_builtins(phbs), **fields}, MachineConfig)
+        return msgspec.convert({**parts, **fields}, MachineConfig)
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigError(str(error), where="-machine") from error
 
@@ -196,6 +211,19 @@ def _phb(options: Mapping[str, object], taken: set[int]) -> PhbConfig:
     return msgspec.convert(fields, PhbConfig)
 
 
+def _vio(options: Mapping[str, object], taken: set[int | None]) -> VioConfig:
+    driver = str(options["driver"])
+    unit = next(unit for unit in count(_FIRST_UNIT) if unit not in taken)
+    for name, value in options.items():
+        if name == "reg":
+            unit = number(name, value, kind="uint32")
+        elif name not in _VIO_NO_MEANING:
+            raise ConfigError(f"Property '{driver}.{name}' not found")
+    if unit in taken:
+        raise ConfigError(f"VIO unit {unit:#x} is taken")
+    return msgspec.convert({"kind": VIO[driver], "reg": unit}, VioConfig)
+
+
 @dataclass
 class _Bus:
     """A bus before there is one."""
@@ -214,14 +242,14 @@ class _Bus:
 def plug_all(
     devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, *, shared: bool
 ) -> list[DeviceConfig]:
-    """Every device of ``devices`` but PHBs, each on its bus. ``shared``: whether remote ones get guest RAM.
+    """Every PCI device of ``devices``, each on its bus. ``shared``: whether remote ones get guest RAM.
 
     :raise ConfigError: naming the option.
     """
     buses = _buses(machine)
     taken: dict[str, DeviceConfig] = {}
     for words in devices:
-        if words.is_phb:
+        if words.is_phb or words.is_vio:
             continue
         own = words.options
         place = sum(name.startswith(ANONYMOUS) for name in taken)
