@@ -23,9 +23,8 @@ STEPS = {
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The file": scenario.Scenario,
-    **{
-        kind.__name__: kind for kind in (scenario.Machine, scenario.Phb, scenario.Vio, scenario.Host, scenario.Device, scenario.Fault)
-    },
+    **{kind.__name__: kind for kind in (scenario.Machine, scenario.Phb, scenario.Vio)},
+    **{kind.__name__: kind for kind in (scenario.Host, scenario.Device, scenario.Fault)},
     **{kind.__name__: kind for kind in (scenario.StartFails, scenario.Probe)},
     **STEPS,
 }
