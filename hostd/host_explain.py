@@ -9,12 +9,12 @@ from vfio_model.host.explain import Step
 from vfio_model.host.group import HostDevice
 from vfio_model.host.host import Host
 from vfio_model.host.layout import TCE_READ, TCE_WRITE
-from vfio_model.host.walk import find_window
+from vfio_model.host.walk import find_window, page_shift_at
 
 
 def explain(host: Host, name: str, iova: int) -> dict[str, object]:
     """The steps for device ``name`` at ``iova``: ``{"steps": [{"what", "value", "ok"}], "result": hpa or null, "perm",
-    "page_size": of the host's window in bytes, or 0}``.
+    "page_size": of the host's page or window in bytes, or 0}``.
 
     :raise KeyError: when the host has no such device.
     """
@@ -40,5 +40,6 @@ def _page_size(device: HostDevice, iova: int) -> int:
     container = device.group.container
     if container is None or container.driver is None:
         return 0
-    window = find_window(device.pe.words, container.driver.domain_words, iova, {})
-    return 0 if window is None else 1 << window.page_shift
+    domain = container.driver.domain_words
+    window = find_window(device.pe.words, domain, iova, {})
+    return 0 if window is None else 1 << page_shift_at(domain, window, iova)

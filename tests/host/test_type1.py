@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.host.type1_rig import GIB, HVA, MIB, PAGE, Type1Rig
 from vfio_model.host import type1
-from vfio_model.host.walk import load_tce, load_tces
+from vfio_model.host.explain import explain
+from vfio_model.host.walk import load_tce, load_tces, page_shift_at
 from vfio_model.memory.types import MemTxResult
 from vfio_model.uapi.vfio import (
     DIRTY_BITMAP_SIZE_MAX,
@@ -280,6 +281,12 @@ def test_leaves_are_as_large_as_the_backing(backing: int, shift: int) -> None:
     size = max(backing, 2 * MIB)
     rig.map(GIB, 0, size)
     assert rig.sizes() == {1 << shift: size >> shift}
+    window, domain = rig.container.table.window, rig.memory.words
+    assert page_shift_at(domain, window, GIB + size - 1) == shift
+    assert page_shift_at(domain, window, 1 << 50) == 12
+    steps = explain(rig.device.pe.words, domain, rig.host.segments, GIB + size - 1, True)
+    assert (steps[-1].what, steps[-1].value) == ("memory", place(rig) + size - 1)
+    assert steps[-3].what.startswith("leaf" if shift > 12 else "TCE")
     dma = rig.impl()
     for at in (0, size - 1, size // 2, size // 2 + PAGE - 2):
         for _ in range(2):

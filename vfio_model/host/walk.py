@@ -83,6 +83,20 @@ def load_tce(domain: memoryview, window: Window, iova: int) -> int:
     return tce
 
 
+def page_shift_at(domain: memoryview, window: Window, iova: int) -> int:
+    """log2 of the page that maps ``iova``, as large as the leaf that does; the window's where none does."""
+    index = (iova - window.start) >> window.page_shift
+    table, shift = window.table, window.level_shift
+    for level in range(window.levels - 1, 0, -1):
+        entry: int = domain[table + (index >> shift * level & (1 << shift) - 1)]
+        if not entry:
+            break
+        if entry & TCE_LEAF:
+            return window.page_shift + shift * level
+        table = (entry & ~TCE_PERM) >> 3
+    return window.page_shift
+
+
 def load_tces(domain: Any, window: Window, indices: Any) -> Any:
     """:func:`load_tce` of many page numbers of ``window`` (int64 array), from ``domain`` as a uint64 array. Each entry
     is loaded once.
