@@ -14,6 +14,7 @@ from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import U32_MAX, Hva
 from vfio_model.trace import ListTrace
+from vfio_model.uapi.containers import ContainerKind
 from vfio_model.vfio.connect import VFIOContainer, connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.ioctl import VfioPort
@@ -83,13 +84,14 @@ class Chain:
         connect: bool = True,
         kvm: bool | None = None,
         kvm_lacks: tuple[str, ...] = (),
+        containers: tuple[ContainerKind, ...] = ("spapr-v2", "spapr-v1"),
     ) -> None:
         self.trace = ListTrace()
         self.ram = RAMBlock("ram", bytearray(ram), page_size=page_size, hva=HVA)
         options = PseriesOptions(dma=DmaOptions(ddw=ddw, dma_win_size=window))
         self.machine = PseriesMachine([self.ram], options, trace=self.trace)
         spec = group or GroupSpec(26, (DeviceSpec(DEVICE, "edu"),))
-        self.host = Host(HostTopology((spec,), domain_bytes=16 * MIB, kvm_lacks=kvm_lacks))
+        self.host = Host(HostTopology((spec,), domain_bytes=16 * MIB, kvm_lacks=kvm_lacks, containers=containers))
         self.direct = DirectPort(self.host, self.host.create_mm(memlock, "guest"))
         self.port = FaultyPort(self.direct)
         self.port.declare_memory(self.ram)

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vfio.direct_chain import LIOBN0, LIOBN1, MIB, Chain, host_gone
+from tests.vfio.direct_chain import DEVICE, LIOBN0, LIOBN1, MIB, Chain, host_gone
+from vfio_model.host.topology import DeviceSpec, GroupSpec
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry
 from vfio_model.memory.types import IOMMUNotifierFlag
+from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.hvcall import HCall, HReturn
 from vfio_model.uapi.kvm import KvmIoctl
 from vfio_model.uapi.vfio import Ioctl
@@ -321,6 +323,27 @@ def test_a_follower_that_the_host_does_not_serve_is_told_of_everything(connect: 
     assert chain.put(0x1000, 0x5003) == SUCCESS
     assert chain.port.hcalls == [(PUT, SUCCESS)]
     assert not connect or chain.host_view() == chain.guest_view() != {}
+
+
+@pytest.mark.parametrize("kind", ["spapr-v1", "type1", "type1v2"])
+def test_a_container_that_does_not_preregister_is_told_by_ioctl(kind: ContainerKind) -> None:
+    group = GroupSpec(26, (DeviceSpec(DEVICE, "edu"),), dma32_size=1 << 30)
+    chain = Chain(window=1 << 30, kvm=True, group=group, containers=(kind,), connect=False)
+    if kind != "spapr-v1":  # whose page is the host's, and not the default window's
+        chain.remove_window(LIOBN0)
+        assert chain.create_window(16, 30)[0] == 0
+    chain.container = chain.connect()
+    index = 0x1_0000 >> table_of(chain).page_shift
+    assert in_kernel(chain)
+    chain.port.calls.clear()
+    assert chain.put(0x1_0000, 0x3_0003) == SUCCESS
+    assert not chain.port.hcalls and [cmd for cmd, _ in chain.port.calls] == [MAP]
+    assert table_of(chain).entries[index] == 0x3_0003
+    assert chain.put(0x1_0000, 0) == SUCCESS
+    assert len(chain.port.calls) == 2
+    chain.container.close()
+    assert chain.put(0x1_0000, 0x3_0003) == SUCCESS
+    assert chain.port.hcalls == [(PUT, SUCCESS)]
 
 
 def test_a_link_that_the_host_refuses_fails_the_section() -> None:
