@@ -10,7 +10,7 @@ Nothing here waits by itself: a hypercall returns when every follower of the tab
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vfio_model.clock import VirtualClock
@@ -19,6 +19,7 @@ from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.acceleration import Accelerator
 from vfio_model.iommu.spapr.ddw import PhbDma
 from vfio_model.iommu.spapr.hcalls import HCallHandler, HCallResult, TceHcalls
+from vfio_model.iommu.spapr.quirks import PGSZ_AS_GIVEN
 from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
@@ -118,7 +119,7 @@ class PseriesMachine:
             raise ConfigError(f"PHB index {index} is taken")
         phb = SpaprPhb(
             index,
-            self.options.per_phb.get(index, self.options.dma),
+            self._dma_options(index),
             system=self.system,
             irqs=self.irqs,
             clock=self.clock,
@@ -131,6 +132,12 @@ class PseriesMachine:
         phb.reset()
         self.relocate_tables()
         return phb
+
+    def _dma_options(self, index: int) -> DmaOptions:
+        options = self.options.per_phb.get(index, self.options.dma)
+        if PGSZ_AS_GIVEN in options.quirks or not self.ram:
+            return options
+        return replace(options, pgsz=regs.pgsz_over(options.pgsz, min(block.page_size for block in self.ram)))
 
     def accelerate(self, accelerator: Accelerator) -> None:
         """From now on ``accelerator`` decides which TCE tables live in the kernel, and their hypercalls go there

@@ -6,7 +6,7 @@ import pytest
 
 from tests.machine.boards import LIOBN, LIOBN64, PE, pseries, tce
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS, PEERS, QUIRKS, selected
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS, PGSZ_AS_GIVEN, PEERS, QUIRKS, selected
 from vfio_model.iommu.spapr.regs import DMA64_WINDOW_ADDR, DmaOptions, HCall, RtasToken
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.ranges import U32_MAX
@@ -47,6 +47,7 @@ def test_the_list_is_complete_and_names_are_unique() -> None:
 
 def test_names_and_peers_select() -> None:
     assert selected([]) == frozenset()
-    assert selected(["qemu"]) == selected([OVERLAPPING_WINDOWS]) == {OVERLAPPING_WINDOWS}
+    assert selected([OVERLAPPING_WINDOWS]) == {OVERLAPPING_WINDOWS}
+    assert selected(["qemu"]) == selected([OVERLAPPING_WINDOWS, PGSZ_AS_GIVEN]) == {OVERLAPPING_WINDOWS, PGSZ_AS_GIVEN}
     with pytest.raises(ConfigError, match="no quirk 'window-too-large' can be selected"):
         selected(["window-too-large"])

@@ -29,6 +29,7 @@ class Quirk:
 
 
 OVERLAPPING_WINDOWS: Final = "overlapping-windows"
+PGSZ_AS_GIVEN: Final = "pgsz-as-given"
 QUIRKS: tuple[Quirk, ...] = (
     Quirk(
         OVERLAPPING_WINDOWS,
@@ -37,6 +38,15 @@ QUIRKS: tuple[Quirk, ...] = (
         "ibm,create-pe-dma-window answers HW_ERROR when the new window would lie on the one at the 64-bit address",
         "both windows are opened at the same bus address; devices see the second table's",
         "a bus address has one meaning, and a host could not map both",
+        selectable=True,
+    ),
+    Quirk(
+        PGSZ_AS_GIVEN,
+        "QEMU",
+        "2.7 to 11.1",
+        "windows of 16M pages are offered when all RAM is backed by pages at least that large, whatever pgsz says",
+        "the pages that pgsz says are offered",
+        "RAM on huge pages is there to be mapped by them; the default pgsz has 16M anyway",
         selectable=True,
     ),
     Quirk(

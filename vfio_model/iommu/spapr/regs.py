@@ -102,6 +102,9 @@ order.
 DEFAULT_PGSZ = (1 << 12) | (1 << 16) | (1 << 21) | (1 << 24)
 """Supported IOMMU page sizes as a bitmap of sizes (QEMU's ``pgsz`` property): 4K, 64K, 2M, 16M."""
 
+HUGE_PAGE = 1 << 24
+"""What hugetlbfs gives on POWER8 and is offered as IOMMU page for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DmaOptions:
@@ -115,6 +118,13 @@ class DmaOptions:
     dma64_win_addr: int = DMA64_WINDOW_ADDR
     quirks: frozenset[str] = frozenset()
     """Selected quirks by name; see :mod:`vfio_model.iommu.spapr.quirks`."""
+
+
+def pgsz_over(pgsz: int, backing: int) -> int:
+    """``pgsz``, a bitmap of page sizes in bytes, with 16M added for RAM whose smallest backing page has ``backing``
+    bytes, if that is so large.
+    """
+    return pgsz | HUGE_PAGE if backing >= HUGE_PAGE else pgsz
 
 
 def page_mask(pgsz: int) -> int:
