@@ -242,13 +242,18 @@ class _Bus:
 def plug_all(
     devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, *, shared: bool
 ) -> list[DeviceConfig]:
-    """Every PCI device of ``devices``, each on its bus. ``shared``: whether remote ones get guest RAM.
+    """Every PCI device of ``devices``, each on its bus, which a bridge before it has made. ``shared``: whether remote
+    ones get guest RAM.
 
     :raise ConfigError: naming the option.
     """
-    buses = _buses(machine)
+    bridges = iter(machine.phbs)
+    buses: dict[str, Slots] = {}
+    unnamed = _add_bus(buses, next(bridges), unnamed=0)
     taken: dict[str, DeviceConfig] = {}
     for words in devices:
+        if words.is_phb:
+            unnamed += _add_bus(buses, next(bridges), unnamed)
         if words.is_phb or words.is_vio:
             continue
         own = words.options
@@ -275,20 +280,19 @@ def _plug(
         raise ConfigError("No IOMMU group: use group=N", hint="there is no sysfs to find it in")
     config = device_config(own, buses, taken, anonymous=f"{ANONYMOUS}{place}]", text=text)
     bus = buses[config.bus]
-    assert isinstance(bus, _Bus), "made by _buses"
+    assert isinstance(bus, _Bus), "made by _add_bus"
     slot, function = config.addr.split(".")
     bus.devices[int(slot, 16) << 3 | int(function)] = config
     config.bus = bus.name
     return config
 
 
-def _buses(machine: MachineConfig) -> dict[str, Slots]:
-    """The bus of each PHB, by its name and, for a PHB without an id, by the one that QEMU would count up to."""
-    found: dict[str, Slots] = {}
-    unnamed = 0
-    for phb in machine.phbs:
-        bus = found[phb.bus] = _Bus(phb.bus)
-        if phb.id is None:
-            found.setdefault(f"pci.{unnamed}", bus)
-            unnamed += 1
-    return found
+def _add_bus(buses: dict[str, Slots], phb: PhbConfig, unnamed: int) -> int:
+    """The bus of ``phb``, which comes last now: by its name and, without an id, by the one that QEMU would count up to
+    after ``unnamed`` others. How many more are unnamed now: 1 or 0.
+    """
+    bus = _Bus(phb.bus)
+    if phb.id is None:
+        buses.setdefault(f"pci.{unnamed}", bus)
+    buses[phb.bus] = bus
+    return int(phb.id is None)

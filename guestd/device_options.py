@@ -53,8 +53,8 @@ def device_config(
     anonymous: str,
     text: bool = False,
 ) -> DeviceConfig:
-    """The device that ``options`` ask for on one of ``buses``, the first unless they name another; ``anonymous`` is its
-    name when they give no id.
+    """The device that ``options`` ask for on one of ``buses``, the last (QEMU's choice, too) unless they name another;
+    ``anonymous`` is its name when they give no id.
 
     ``text``: values come from a command line, numbers and switches as words.
 
@@ -65,7 +65,7 @@ def device_config(
         raise ConfigError("Parameter 'driver' is missing")
     if driver not in drivers():
         raise ConfigError(f"'{driver}' is not a valid device model name")
-    bus = options.get("bus", next(iter(buses)))
+    bus = options.get("bus", list(buses)[-1])
     if not isinstance(bus, str) or bus not in buses:
         raise ConfigError(f"Bus '{bus}' not found")
     name = options.get("id", anonymous)
