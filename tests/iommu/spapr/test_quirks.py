@@ -6,7 +6,7 @@ import pytest
 
 from tests.machine.boards import LIOBN, LIOBN64, PE, pseries, tce
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS, PGSZ_AS_GIVEN, PEERS, QUIRKS, selected
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS, PEERS, PGSZ_AS_GIVEN, QUIRKS, selected
 from vfio_model.iommu.spapr.regs import DMA64_WINDOW_ADDR, DmaOptions, HCall, RtasToken
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.ranges import U32_MAX
