@@ -21,9 +21,7 @@ from tests.interop.programs import Generator
 from tests.interop.variants import VARIANTS, Variant
 from vfio_model.iommu.spapr.quirks import QUIRKS
 
-OPERATIONS = 24_000
-LENGTH = 250
-"""Operations of a program."""
+OPERATIONS = 60_000
 PROBES = 16
 """Entries of each window that are read back although no operation named them."""
 
@@ -85,7 +83,7 @@ class Campaign:
             self.qemu_version = qemu.version
             comparison = Comparison(variant, qemu, other, tally)
             while tally.operations < share:
-                program = generator.program(LENGTH)
+                program = generator.program(variant.length)
                 found = comparison.run(program, [rng.randrange(1 << 30) for _ in range(PROBES)])
                 if found is not None:
                     self.differences.append(f"variant {variant.name}: {comparison.shrink(found)}")

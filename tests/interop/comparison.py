@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.interop.execution import Execution, Outcome, expectations
-from tests.interop.operations import Call, Edu, Indirect, Program, QtestRtas, Reset, Rtas, TestDev
+from tests.interop.operations import Call, DeviceTest, Edu, Indirect, Program, QtestRtas, Reset, Rtas
 from tests.interop.peers import Peer, signed
 from tests.interop.places import POOL
 from tests.interop.shadow import Expected, Shadow
 from tests.interop.variants import Variant
-from vfio_model.iommu.spapr.regs import HCall, pci_liobn
+from vfio_model.iommu.spapr.regs import HCall
 from vfio_model.ranges import U64_MAX
 
 _SHRINK_RUNS = 400
@@ -57,7 +57,7 @@ class Tally:
                     self.good += outcome.ret == 0
                 case Edu():
                     self.good += known.good
-                case TestDev():
+                case DeviceTest():
                     self.returns[f"testdev {outcome.ret:#x}"] += 1
                     self.good += outcome.ret == 0
                 case Reset():
@@ -112,9 +112,8 @@ class Comparison:
         for operation in program:
             shadow.apply(operation)
         reads = [
-            Call(HCall.H_GET_TCE, (pci_liobn(bridge.index, slot), window.bus + (index << window.shift) & U64_MAX))
-            for bridge in shadow.bridges
-            for slot, window in bridge.windows.items()
+            Call(HCall.H_GET_TCE, (liobn, window.bus + (index << window.shift) & U64_MAX))
+            for liobn, window in shadow.windows().items()
             for index in sorted({*window.tces, *(probe % window.entries for probe in probes)})
         ]
         for start in range(0, len(reads), 64):
@@ -145,9 +144,9 @@ class Comparison:
         budget = _SHRINK_RUNS
         while budget and size:
             start = 1  # the reset stays
-            while start < best.at and budget:
+            while start <= best.at and budget:
                 kept = best.program[: best.at + 1]
-                shorter = kept[:start] + kept[min(start + size, best.at) :]
+                shorter = kept[:start] + kept[start + size :]
                 budget -= 1
                 again = self._difference_of(shorter)
                 if again is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tests.interop.operations import (
     Call,
+    DeviceTest,
     Edu,
     Fill,
     Indirect,
@@ -18,7 +19,6 @@ from tests.interop.operations import (
     Reset,
     Rtas,
     Switched,
-    TestDev,
 )
 from tests.interop.peers import Peer
 from tests.interop.places import ARENA, BATCH, EDU_BAR, POOL, SLOT, TESTDEV_BAR, bar_gpa
@@ -144,7 +144,7 @@ class Execution:
             case Edu():
                 self._edu(operation)
                 return Outcome(0, (), self._touched(known))
-            case TestDev():
+            case DeviceTest():
                 return Outcome(self._testdev(operation), (), self._touched(known))
             case QtestRtas(name=name, args=args, nret=nret):
                 cells = (*args, *[_UNTOUCHED] * _RETS)
@@ -203,7 +203,7 @@ class Execution:
             self._peer.store(base + offset, 8, value)
         self._peer.settle(base + edu.DMA_COMMAND, edu.DMA_RUN)
 
-    def _testdev(self, operation: TestDev) -> int:
+    def _testdev(self, operation: DeviceTest) -> int:
         """The result register; its registers are little-endian on a big-endian machine."""
         base = bar_gpa(operation.phb, TESTDEV_BAR)
         for offset, value in (

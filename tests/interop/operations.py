@@ -62,7 +62,7 @@ class Edu:
 
 
 @dataclass(frozen=True)
-class TestDev:
+class DeviceTest:
     """A DMA of the iommu-testdev of ``phb``: it writes at ``iova`` and looks at ``gpa``."""
 
     phb: int
@@ -133,5 +133,5 @@ class Reset:
         return "system_reset"
 
 
-Operation = Call | Indirect | Rtas | Edu | TestDev | Register | Fill | QtestRtas | Switched | Reset
+Operation = Call | Indirect | Rtas | Edu | DeviceTest | Register | Fill | QtestRtas | Switched | Reset
 Program = tuple[Operation, ...]

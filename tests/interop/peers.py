@@ -24,6 +24,7 @@ from vfio_model.devices.edu.regs import DMA_DELAY_MS
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HCall, HReturn
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
+from vfio_model.machine.vio import KINDS
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import U64_MAX, Hva
 
@@ -88,6 +89,7 @@ class _Process:
     name = ""
 
     def __init__(self, command: Sequence[str], variant: Variant) -> None:
+        self.variant = variant
         # sockets: their paths are short, and the directory is nobody else's
         self._directory = tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp")
         self.where = Path(self._directory.name)
@@ -100,14 +102,17 @@ class _Process:
             [*arguments, *self.own_arguments()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
         )
         try:
-            self._qtest.accept()
-            self._qmp.accept()
+            self._qtest.accept(self._alive)
+            self._qmp.accept(self._alive)
         except BaseException:
             self._end()
             print((self.where / "log").read_text(errors="replace"))
             raise
         of = self._qmp.version["qemu"]
         self.version = f"{of['major']}.{of['minor']}.{of['micro']}"
+
+    def _alive(self) -> bool:
+        return self._child.poll() is None
 
     def own_arguments(self) -> list[str]:
         """What only this kind of process is told."""
@@ -204,7 +209,7 @@ class GuestdPeer(_Process):
 
     def own_arguments(self) -> list[str]:
         """Time passes only in steps."""
-        return ["-accel", "qtest"]
+        return ["-accel", "qtest", *self.variant.for_guestd]
 
     def calls(self, wanted: Sequence[Sequence[int]]) -> list[CallResult]:
         """See :class:`Peer`."""
@@ -238,6 +243,8 @@ class ModelPeer:
             bus = self.machine.phb(index).bus
             bus.plug(EduDevice, EDU_SLOT << 3, dma_mask=U64_MAX)
             bus.plug(IOMMUTestDevice, TESTDEV_SLOT << 3)
+        for unit in variant.vio:
+            self.machine.vio.add(KINDS["vscsi"], unit)
 
     def calls(self, wanted: Sequence[Sequence[int]]) -> list[CallResult]:
         """See :class:`Peer`."""

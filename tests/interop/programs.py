@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tests.interop.operations import (
     Call,
+    DeviceTest,
     Edu,
     Fill,
     Indirect,
@@ -18,7 +19,6 @@ from tests.interop.operations import (
     Reset,
     Rtas,
     Switched,
-    TestDev,
 )
 from tests.interop.places import PAGES
 from tests.interop.shadow import MAX_ENTRIES, Bridge, Shadow, Window
@@ -96,6 +96,9 @@ class Generator:
     def _window(self) -> tuple[Bridge, Window, int]:
         """An open window and its LIOBN; of a bridge without one, what was its default."""
         bridge = self._bridge()
+        if self.variant.vio and self.rng.random() < 0.3:
+            unit = self.rng.choice(self.variant.vio)
+            return bridge, self.shadow.vio[unit], unit
         if not bridge.windows:
             return bridge, Window(12, 0, 1 << 10), pci_liobn(bridge.index, 0)
         slot = self.rng.choice(list(bridge.windows))
@@ -136,7 +139,7 @@ class Generator:
 
     def _count(self, window: Window) -> int:
         most = max(min(window.entries, 600), 2)
-        return self.rng.choice((1, self.rng.randrange(1, 9), self.rng.randrange(1, min(65, most)), 512, 513))
+        return self.rng.choice((1, self.rng.randrange(1, 9), self.rng.randrange(1, min(65, most)), 512, 513, 3000))
 
     def _stuff(self) -> Operation:
         _, window, liobn = self._window()
@@ -197,7 +200,8 @@ class Generator:
         if kind < 0.75 and (free or self.rng.random() < 0.15):
             sizes = [shift for shift in PAGE_SHIFTS if bridge.options.pgsz >> shift & 1]
             shift = self.rng.choice(sizes)
-            bits = self.rng.choice((0, 1, 4, 8, 10, 12, 14, 18, MAX_ENTRIES.bit_length() - 1))
+            bits = self.rng.choice((0, 1, 4, 8, 10, 12, 14, 14, 18, 18, 20, 21))
+            bits = MAX_ENTRIES.bit_length() - 1 if self.rng.random() < 0.01 else bits
             return Rtas(RtasToken.IBM_CREATE_PE_DMA_WINDOW, (*pe, shift, shift + bits), 4)
         if kind < 0.92:
             slot = self.rng.choice([*bridge.windows, 1])
@@ -287,7 +291,7 @@ class Generator:
 
     def _other_rtas(self) -> Operation:
         pe = self._pe(self._bridge())
-        unit = self.rng.choice((0x71000005, pci_liobn(0, 0), 0, U32_MAX))
+        unit = self.rng.choice((0x71000005, 0x71000000, pci_liobn(0, 0), 0, U32_MAX, *self.variant.vio * 3))
         return self.rng.choice(
             (
                 Rtas(RtasToken.SET_TCE_BYPASS, (unit, self.rng.randrange(2)), 1),
@@ -346,7 +350,7 @@ class Generator:
         iova = self._iova(bridge, length)
         found = bridge.tce(iova)
         gpa = found[1] if found is not None and self.rng.random() < 0.9 else PAGES[12][0]
-        return TestDev(bridge.index, iova, length, gpa)
+        return DeviceTest(bridge.index, iova, length, gpa)
 
     def _register(self) -> Operation:
         bridge = self._bridge()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 60.0
+from tests.interop.qtest import accept
 
 
 class QmpError(Exception):
@@ -21,17 +22,15 @@ class Qmp:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(1)
-        self._listener.settimeout(_TIMEOUT_S)
         self._socket: socket.socket | None = None
         self._text = ""
         self._decoder = json.JSONDecoder()
         self.version: dict[str, Any] = {}
         """``QMP.version`` of the greeting."""
 
-    def accept(self) -> None:
-        """Wait for the machine, and leave the negotiation mode."""
-        self._socket, _ = self._listener.accept()
-        self._socket.settimeout(_TIMEOUT_S)
+    def accept(self, alive: Callable[[], bool]) -> None:
+        """Wait for the machine while it is ``alive``, and leave the negotiation mode."""
+        self._socket = accept(self._listener, alive)
         self._listener.close()
         self.version = self._message()["QMP"]["version"]
         self.ask("qmp_capabilities")

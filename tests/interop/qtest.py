@@ -8,14 +8,36 @@ from __future__ import annotations
 
 import base64
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 _TIMEOUT_S = 60.0
+_LOOK_S = 0.5
 _CHUNK = 1 << 18
 
 
 class QTestError(Exception):
     """The machine answered FAIL or ERR, or went away."""
+
+
+def accept(listener: socket.socket, alive: Callable[[], bool]) -> socket.socket:
+    """The connection that comes to ``listener`` while the process that makes it is ``alive``.
+
+    :raise QTestError: when none comes.
+    """
+    deadline = time.monotonic() + _TIMEOUT_S
+    listener.settimeout(_LOOK_S)
+    while time.monotonic() < deadline:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            if not alive():
+                break
+            continue
+        connection.settimeout(_TIMEOUT_S)
+        return connection
+    raise QTestError("the machine did not connect")
 
 
 class QTest:
@@ -25,16 +47,17 @@ class QTest:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(1)
-        self._listener.settimeout(_TIMEOUT_S)
         self._socket: socket.socket | None = None
         self._queue: list[str] = []
         self._waiting = 0
         self._input = b""
 
-    def accept(self) -> None:
-        """Wait for the machine to connect."""
-        self._socket, _ = self._listener.accept()
-        self._socket.settimeout(_TIMEOUT_S)
+    def accept(self, alive: Callable[[], bool]) -> None:
+        """Wait for the machine to connect, while it is ``alive``.
+
+        :raise QTestError: when it does not.
+        """
+        self._socket = accept(self._listener, alive)
         self._listener.close()
 
     def close(self) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.interop.operations import Call, Edu, Indirect, Operation, QtestRtas, Reset, Rtas, Switched, TestDev
+from tests.interop.operations import Call, DeviceTest, Edu, Indirect, Operation, QtestRtas, Reset, Rtas, Switched
 from tests.interop.variants import RAM_SIZE, Variant
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS
 from vfio_model.iommu.spapr.regs import (
     INDIRECT_LIST_ALIGN,
     INDIRECT_MAX_TCES,
     MAX_WINDOWS,
     RTAS_TOKENS,
     TCE_PAGE_SHIFT,
+    VIO_WINDOW_SIZE,
     DmaOptions,
     HCall,
     RtasToken,
@@ -25,7 +27,7 @@ from vfio_model.iommu.spapr.regs import (
 from vfio_model.ranges import U32_MAX, U64_MAX, Range
 
 READ, WRITE = 1, 2
-MAX_ENTRIES = 1 << 21
+MAX_ENTRIES = 1 << 24
 """Windows of more entries are not asked for: QEMU would need the memory."""
 
 
@@ -109,7 +111,8 @@ class Bridge:
 
     def tce(self, iova: int) -> tuple[int, int] | None:
         """(permission, guest-physical address) of a bus address, or None outside of the windows."""
-        for window in self.windows.values():
+        for slot in sorted(self.windows, reverse=True):  # where two windows overlap the later table is seen
+            window = self.windows[slot]
             if window.range.start <= iova <= window.range.last:
                 tce = window.tces.get(window.index(iova), 0)
                 low = (1 << window.shift) - 1
@@ -123,14 +126,25 @@ class Shadow:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.bridges = [Bridge(index, variant.dma) for index in range(variant.phbs)]
+        self.vio: dict[int, Window] = {}
+        """The windows of VIO devices by unit, which is their LIOBN."""
+        self._reset()
+
+    def _reset(self) -> None:
+        for bridge in self.bridges:
+            bridge.reset()
+        self.vio = {unit: Window(TCE_PAGE_SHIFT, 0, VIO_WINDOW_SIZE >> TCE_PAGE_SHIFT) for unit in self.variant.vio}
+
+    def windows(self) -> dict[int, Window]:
+        """Every open window by LIOBN."""
+        found = {
+            pci_liobn(bridge.index, slot): window for bridge in self.bridges for slot, window in bridge.windows.items()
+        }
+        return found | self.vio
 
     def window(self, liobn: int) -> Window | None:
         """The open window of ``liobn``."""
-        for bridge in self.bridges:
-            for slot, window in bridge.windows.items():
-                if pci_liobn(bridge.index, slot) == liobn:
-                    return window
-        return None
+        return self.windows().get(liobn)
 
     def bridge(self, buid_hi: int, buid_lo: int) -> Bridge | None:
         """The bridge of a BUID."""
@@ -153,11 +167,10 @@ class Shadow:
                 return Expected(True, hazard=self._dma(phb, iova, 128, READ).hazard)
             case Edu(phb=phb, iova=iova, length=length, to_ram=to_ram):
                 return self._dma(phb, iova, length, WRITE if to_ram else READ)
-            case TestDev(phb=phb, iova=iova, length=length):
+            case DeviceTest(phb=phb, iova=iova, length=length):
                 return self._dma(phb, iova, length, WRITE)
             case Reset():
-                for bridge in self.bridges:
-                    bridge.reset()
+                self._reset()
         return Expected()
 
     def _call(self, call: Call) -> bool:
@@ -209,8 +222,8 @@ class Shadow:
             return Expected(False)
         if window.entries > MAX_ENTRIES or window.range.last > U64_MAX:
             return Expected(False, hazard="window-too-large")
-        if bridge.overlaps(window):
-            return Expected(False, hazard="overlapping-windows")
+        if bridge.overlaps(window) and OVERLAPPING_WINDOWS not in bridge.options.quirks:
+            return Expected(False, hazard=OVERLAPPING_WINDOWS)
         bridge.create(window)
         return Expected()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS
 from vfio_model.iommu.spapr.regs import DmaOptions
 
 RAM_SIZE = 256 << 20
@@ -21,6 +22,12 @@ class Variant:
     properties: Mapping[str, str] = field(default_factory=dict)
     dma: DmaOptions = field(default_factory=DmaOptions)
     phbs: int = 1
+    vio: tuple[int, ...] = ()
+    """Units of VIO devices with a window."""
+    length: int = 250
+    """Operations of a program."""
+    for_guestd: tuple[str, ...] = ()
+    """Options that guestd alone is given."""
 
     def arguments(self) -> list[str]:
         """Options for QEMU and for guestd alike: the machine and its devices."""
@@ -34,6 +41,8 @@ class Variant:
                 bus = f"pci.{index}.0"
             found += ["-device", f"edu,bus={bus},addr={EDU_SLOT:02x}.0,dma_mask={(1 << 64) - 1:#x}"]
             found += ["-device", f"iommu-testdev,bus={bus},addr={TESTDEV_SLOT:02x}.0"]
+        for unit in self.vio:
+            found += ["-device", f"spapr-vscsi,reg={unit:#x}"]
         return found
 
 
@@ -53,4 +62,12 @@ VARIANTS: tuple[Variant, ...] = (
         {"dma_win_addr": "0x80000000", "dma_win_size": "0x80000000", "dma64_win_addr": "0x1000000000000"},
         DmaOptions(dma_win_addr=0x8000_0000, dma_win_size=0x8000_0000, dma64_win_addr=1 << 48),
     ),
+    Variant("odd-window", {"dma_win_size": "0x30005000"}, DmaOptions(dma_win_size=0x3000_5000), length=1000),
+    Variant("vio", vio=(0x2000, 0x7100_0005)),
+    Variant(
+        "overlapping-windows",
+        dma=DmaOptions(quirks=frozenset((OVERLAPPING_WINDOWS,))),
+        for_guestd=("-machine", f"quirks={OVERLAPPING_WINDOWS}"),
+    ),
+    Variant("three-phbs-and-vio", phbs=3, vio=(0x2000,), length=600),
 )
