@@ -175,7 +175,10 @@ class _Reader:
     # -- machine -------------------------------------------------------------------------------------------------
 
     def _machine(self, value: str) -> None:
-        self.seen.machine |= options(value, "type")
+        given = options(value, "type")
+        if "accel" in given:
+            self._accel(str(given.pop("accel")))
+        self.seen.machine |= given
 
     def _memory(self, value: str) -> None:
         given = split(value, "size")
@@ -279,7 +282,6 @@ class _Reader:
         """
         seen = self.seen
         given = dict(seen.machine)
-        accelerator = str(given.pop("accel", "")) or seen.accelerator
         backend = self._backend(given.pop("memory-backend", None))
         machine = self._machine_config(given, backend)
         plugged = devices.plug_all(seen.devices, machine, seen.globals, shared=backend.share)
@@ -295,7 +297,7 @@ class _Reader:
         )
         if seen.uuid:
             config.uuid = seen.uuid
-        steps = config.qtest is not None or accelerator == "qtest"
+        steps = config.qtest is not None or seen.accelerator == "qtest"
         directory = Path(seen.directory) if seen.directory else None
         warnings = tuple(seen.globals.warnings())
         return Invocation(config, directory, not steps, tuple(seen.patterns), seen.log, warnings)

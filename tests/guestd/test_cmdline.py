@@ -1,0 +1,301 @@
+"""QEMU's command line: its syntax, what it makes of the configuration, and what it refuses in QEMU's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guestd.cmdline import Invocation, parse
+from guestd.cmdline_help import OPTIONS, HelpWanted
+from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig, QtestConfig
+from guestd.option_syntax import options, size, split
+from guestd.system import run
+from guestd.text_trace import TextTrace, line
+from vfio_model.errors import ConfigError
+from vfio_model.guest_drivers.trace_events import parse_line
+from vfio_model.trace import NULL_TRACE, ListTrace
+
+
+def parsed(text: str) -> Invocation:
+    return parse(text.split())
+
+
+def config(text: str) -> GuestConfig:
+    return parsed(text).config
+
+
+def machine(text: str) -> MachineConfig:
+    return config(text).machine
+
+
+def devices(text: str) -> list[DeviceConfig]:
+    return config(text).devices
+
+
+# -- syntax --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "implied", "found"),
+    [
+        ("pseries,ddw=off", "type", {"type": "pseries", "ddw": "off"}),
+        ("type=pseries", "type", {"type": "pseries"}),
+        ("path=/a,,b,server", "", {"path": "/a,b", "server": "on"}),
+        ("/a,,,server=on", "path", {"path": "/a,", "server": "on"}),
+        ("a=1,a=2", "", {"a": "2"}),
+        ("a=b=c,", "", {"a": "b=c"}),
+        ("", "x", {"x": ""}),
+    ],
+)
+def test_keys_and_values(text: str, implied: str, found: dict[str, str]) -> None:
+    assert split(text, implied) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "shift", "found"),
+    [("512", 20, 512 << 20), ("1G", 20, 1 << 30), ("0x10k", 0, 16 << 10), ("1.5M", 0, 3 << 19), ("7b", 20, 7)],
+)
+def test_sizes(text: str, shift: int, found: int) -> None:
+    assert size("size", text, shift=shift) == found
+
+
+@pytest.mark.parametrize("text", ["12x", "", "-1", "16E", "1e3", "G"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="Parameter 'size' expects a non-negative number below 2"):
+        size("size", text)
+
+
+def test_json_in_place_of_keys() -> None:
+    assert options('{"driver": "edu", "addr": "4"}', "driver") == {"driver": "edu", "addr": "4"}
+    with pytest.raises(ConfigError, match="JSON parse error"):
+        options('{"driver"', "driver")
+
+
+# -- what it makes -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_said() -> None:
+    found = parsed("")
+    assert (found.config.machine.ram, found.config.machine.page_size) == (512 << 20, 1 << 16)
+    assert found.directory is None and found.realtime and found.config.qtest is None and not found.config.devices
+
+
+@pytest.mark.parametrize("text", ["-machine pseries", "-M pseries-11.1", "--machine type=pseries,usb=off,cap-htm=on"])
+def test_the_machine_by_its_names(text: str) -> None:
+    assert machine(text) == machine("")
+
+
+def test_properties_of_every_bridge() -> None:
+    found = machine("-machine pseries,ddw=off,pgsz=0x11000,dma_win_size=0x80000000,multitce=off,kvm-tce=on")
+    assert (found.ddw, found.pgsz, found.dma_win_size, found.multitce, found.kvm) == (
+        False,
+        0x11000,
+        1 << 31,
+        False,
+        True,
+    )
+    shared = machine("-global spapr-pci-host-bridge.ddw=off -device spapr-pci-host-bridge,index=1,ddw=on")
+    assert [shared.dma_options(phb).ddw for phb in shared.phbs] == [False, True]
+
+
+def test_bridges_and_their_buses() -> None:
+    found = config(
+        "-device spapr-pci-host-bridge,index=3 -device spapr-pci-host-bridge,index=2,id=far,pgsz=0x1000 "
+        "-device edu,bus=pci.0 -device edu,bus=pci.1,addr=3.1 -device edu -device iommu-testdev,bus=far.0"
+    )
+    assert [(phb.index, phb.bus) for phb in found.machine.phbs] == [(0, "pci.0"), (3, "phb3.0"), (2, "far.0")]
+    assert [(each.bus, each.addr) for each in found.devices] == [
+        ("pci.0", "00.0"),
+        ("phb3.0", "03.1"),
+        ("far.0", "00.0"),
+        ("far.0", "01.0"),
+    ]
+
+
+def test_devices() -> None:
+    found = devices(
+        "-device edu,id=e,addr=2,dma_mask=0xffffffff -device vfio-pci,host=0001:01:00.0,group=26,id=n "
+        "-device vfio-user-pci,socket=/tmp/s -global edu.dma_mask=1 -device edu"
+    )
+    assert [each.id for each in found] == ["e", "n", "device[0]", "device[1]"]
+    assert [each.attach for each in found] == ["emulated", "assigned", "remote", "emulated"]
+    assert [each.addr for each in found] == ["02.0", "00.0", "01.0", "03.0"]
+    assert found[0].props == {"dma_mask": 0xFFFFFFFF} and found[3].props == {"dma_mask": 1}
+    assert (found[1].host, found[1].group_path, found[2].socket) == ("0001:01:00.0", "/dev/vfio/26", "/tmp/s")
+
+
+@pytest.mark.parametrize(
+    ("text", "dma"),
+    [
+        ("", "message"),
+        ("-object memory-backend-memfd,id=m,size=1G -machine memory-backend=m", "shared"),
+        ("-object memory-backend-memfd,id=m,size=1G,share=off -machine memory-backend=m", "message"),
+        ("-object memory-backend-ram,id=m,size=1G -machine memory-backend=m", "message"),
+        ("-object memory-backend-ram,id=m,size=1G,share=on -machine memory-backend=m", "shared"),
+    ],
+)
+def test_a_remote_device_gets_memory_that_is_shared(text: str, dma: str) -> None:
+    assert devices(f"{text} -device vfio-user-pci,socket.type=unix,socket.path=/tmp/s")[0].dma == dma
+
+
+def test_memory() -> None:
+    assert machine("-m 1G").ram == machine("-m size=1024,slots=2,maxmem=4G").ram == 1 << 30
+    huge = machine("-m 64M -object memory-backend-memfd,id=m,size=64M,hugetlb=on,hugetlbsize=16M -M memory-backend=m")
+    assert (huge.ram, huge.page_size) == (64 << 20, 16 << 20)
+
+
+def test_monitors() -> None:
+    found = config(
+        "-qmp unix:/a,server=on,wait=off -chardev socket,path=/b,,c,id=x -mon chardev=x,mode=control -monitor unix:/d "
+        "-serial none -monitor none -chardev socket,id=y,path=/e,server=on -object monitor-qmp,id=q,chardev=y"
+    ).monitors
+    assert found == [
+        MonitorConfig(path="/a", server=True),
+        MonitorConfig(path="/b,c"),
+        MonitorConfig(path="/d", mode="readline"),
+        MonitorConfig(path="/e", server=True),
+    ]
+
+
+def test_qtest() -> None:
+    found = parsed("-qtest unix:/q,server=on,wait=off -qtest-log /dev/null")
+    assert found.config.qtest == QtestConfig(path="/q", server=True, log="/dev/null") and not found.realtime
+    assert config("-chardev socket,id=q,path=/p -qtest chardev:q").qtest == QtestConfig(path="/p", log="")
+    assert not parsed("-accel qtest").realtime and not parsed("-machine accel=qtest:tcg").realtime
+
+
+def test_the_rest(tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    events.write_text("vfio_*  # all\n\nspapr_*\n")
+    text = "-name guest=g -uuid 12345678-1234-1234-1234-123456789abc -S -incoming defer -trace a*,file=x "
+    found = parsed(
+        text + f"-trace events={events} -D log -runtime-dir /tmp/r -cpu power9 -smp 4 -nodefaults -nographic"
+    )
+    assert (found.config.name, found.config.uuid) == ("g", "12345678-1234-1234-1234-123456789abc")
+    assert found.config.paused and found.config.incoming == "defer" and found.log == "log"
+    assert found.patterns == ("a*", "vfio_*", "spapr_*") and found.directory == Path("/tmp/r")
+
+
+# -- what it refuses -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "-foo": "-foo: invalid option",
+    "extra": "extra: Could not open 'extra'",
+    "-m": "-m: requires an argument",
+    "-m 12x": "-m 12x: Parameter 'size' expects",
+    "-m foo=3": "-m foo=3: Invalid parameter 'foo'",
+    "-machine foo": 'unsupported machine type: "foo"',
+    "-machine pseries,foo=1": "Property 'pseries-machine.foo' not found",
+    "-machine ddw=maybe": "Parameter 'ddw' expects 'on' or 'off'",
+    "-machine pgsz=x": "Parameter 'pgsz' expects uint64",
+    "-machine memory-backend=x": "Memory backend 'x' not found",
+    "-accel foo": "-accel foo: invalid accelerator foo",
+    "-device foo": "-device foo: 'foo' is not a valid device model name",
+    "-device edu,colour=1": "-device edu,colour=1: Property 'edu.colour' not found",
+    "-device edu,bus=pci.7": "-device edu,bus=pci.7: Bus 'pci.7' not found",
+    "-device edu,bus=p.0 -device spapr-pci-host-bridge,index=1,id=p": "-device edu,bus=p.0: Bus 'p.0' not found",
+    "-device edu,addr=99": "Property 'edu.addr' doesn't take value '99'",
+    "-device edu,addr=1 -device edu,addr=1": "PCI: slot 1 already occupied by edu",
+    "-device edu,id=0a": "Parameter 'id' expects an identifier",
+    "-device edu,id=a -device edu,id=a": "Duplicate device ID 'a'",
+    "-device vfio-pci": "No provided host device",
+    "-device vfio-pci,host=0:1:0.0": "No IOMMU group",
+    "-device vfio-user-pci": "No socket specified",
+    "-device spapr-pci-host-bridge": '"index" for PAPR PHB is mandatory',
+    "-device spapr-pci-host-bridge,index=31": '"index" for PAPR PHB is too large (max 30)',
+    "-device spapr-pci-host-bridge,index=0": "PHB 0 already attached",
+    "-device spapr-pci-host-bridge,index=1,foo=2": "Property 'spapr-pci-host-bridge.foo' not found",
+    "-global foo": "Invalid parameter 'foo'",
+    "-global edu.colour=1 -device edu": "-device edu: can't apply global edu.colour=1: Property 'edu.colour' not found",
+    "-object foo,id=1": "invalid object type: foo",
+    "-object memory-backend-ram,size=1G": "Parameter 'id' is missing",
+    "-object memory-backend-ram,id=m": "Parameter 'size' is missing",
+    "-object memory-backend-ram,id=m,size=0": "property 'size' of memory-backend-ram doesn't take value '0'",
+    "-object memory-backend-file,id=m,size=1G": "Parameter 'mem-path' is missing",
+    "-object memory-backend-memfd,id=m,size=1G,foo=1": "Invalid parameter 'foo'",
+    "-m 512 -object memory-backend-ram,id=m,size=1G -M memory-backend=m": "Machine memory size does not match",
+    "-chardev foo,id=x": "'foo' is not a valid char driver name",
+    "-chardev socket,path=/x": "chardev: no id specified",
+    "-mon chardev=zz": '-mon chardev=zz: chardev "zz" not found',
+    "-qmp foo": "-qmp foo: 'foo' is not a valid char driver",
+    "-qtest foo": 'Failed to initialize device for qtest: "foo"',
+    "-qtest unix:/a,bar=1": "Invalid parameter 'bar'",
+    "-uuid foo": "-uuid foo: failed to parse UUID string: wrong format",
+    "-name a,b=c": "Invalid parameter 'b'",
+    "-trace events=/nonexistent": "/nonexistent: No such file or directory",
+    "-display gtk": "Parameter 'type' does not accept value 'gtk'",
+    "-serial stdio": "'stdio' is not a valid char driver",
+    "-incoming foo": "'foo' is not a valid migration URI",
+    "-device foo,help": "Device 'foo' not found",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(text)
+    assert REFUSED[text] in str(caught.value)
+
+
+def test_a_global_for_nothing_is_a_warning() -> None:
+    assert parsed("-global foo.x=1").warnings == ("global foo.x has invalid class name",)
+
+
+def test_a_bad_command_line_ends_with_status_1_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("guestd-system-ppc64", ["-device", "foo"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "guestd-system-ppc64: -device foo: 'foo' is not a valid device model name\n" and not said.out
+
+
+HELP = {
+    "--help": "usage: guestd-system-ppc64",
+    "-version": "QEMU emulator version 11.1",
+    "-device help": 'name "edu", bus PCI',
+    "-device edu,help": "dma_mask=<uint64>",
+    "-device spapr-pci-host-bridge,help": "index=<uint32>",
+    "-machine help": "pseries",
+    "-M pseries,help": "memory-backend=",
+    "-accel help": "qtest",
+    "-object help": "memory-backend-memfd",
+}
+
+
+@pytest.mark.parametrize("text", HELP)
+def test_help(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("guestd-system-ppc64", text.split()) == 0
+    assert HELP[text] in capsys.readouterr().out
+
+
+def test_help_names_every_option() -> None:
+    with pytest.raises(HelpWanted) as wanted:
+        parsed("-h")
+    assert all(f"-{name}" in wanted.value.text for name in OPTIONS)
+
+
+# -- traces as text ------------------------------------------------------------------------------------------------
+
+
+def test_events_are_written_as_qemu_writes_them() -> None:
+    pe = {"buid": 0x800000020000000, "cfgaddr": 0x800}
+    query = line("spapr_iommu_ddw_query", {**pe, "wa": 1, "win_size": 1 << 31, "pgmask": 0x107})
+    create = {"pg_size": 1 << 24, "req_size": 1 << 30, "start": 1 << 59, "liobn": 0x80000001}
+    assert query == (
+        "spapr_iommu_ddw_query buid=0x800000020000000 addr=0x800, 1 windows available, max window size=0x80000000, "
+        "mask=0x107"
+    )
+    assert type(parse_line(query)).__name__ == "DdwQuery"
+    assert type(parse_line(line("spapr_iommu_ddw_create", {**pe, **create}))).__name__ == "DdwCreate"
+    assert line("device_add", {"id": "e", "size": 65536, "on": True}) == "device_add id=e size=0x10000 on=True"
+
+
+def test_the_last_pattern_that_matches_holds_and_the_inner_trace_gets_everything() -> None:
+    written: list[str] = []
+    inner = ListTrace()
+    trace = TextTrace(inner, ["spapr*", "-*_xlate"], written.append)
+    trace.cause = 5
+    for event in ("spapr_x", "spapr_iommu_xlate", "vfio_x"):
+        trace(event)
+    assert written == ["spapr_x\n"] and len(inner.records) == 3 and inner.cause == 5
+    TextTrace(NULL_TRACE, ["*"], written.append)("later")
+    assert written[-1] == "later\n"
