@@ -75,14 +75,11 @@ class Linked:
 
 def lists(shift: int) -> st.SearchStrategy[list[int]]:
     """Lists that go at once and such that do not: of one permission or of several, in one region or in both."""
-    pages = st.integers(0, (RAM >> shift) - 1)
-    perms = st.one_of(
-        st.sampled_from((1, 2, 3)).map(lambda perm: [perm] * ENTRIES),
-        st.lists(st.integers(0, 3), min_size=ENTRIES, max_size=ENTRIES),
-    )
-    where = st.one_of(
-        st.lists(pages, max_size=ENTRIES), st.lists(st.integers(0, (RAM >> shift) // 2 - 1), max_size=ENTRIES)
-    )
+    pages, half = st.integers(0, (RAM >> shift) - 1), st.integers(0, (RAM >> shift) // 2 - 1)
+    one = st.integers(1, 3).map(lambda perm: [perm] * ENTRIES)
+    several = st.lists(st.integers(0, 3), min_size=ENTRIES, max_size=ENTRIES)
+    where = st.one_of(st.lists(half, min_size=8, max_size=ENTRIES), st.lists(pages, max_size=ENTRIES))
+    perms = st.one_of(one, several)
     return st.builds(
         lambda numbers, bits: [n << shift | bit for n, bit in zip(numbers, bits, strict=False)], where, perms
     )
