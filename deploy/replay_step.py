@@ -132,7 +132,10 @@ class ReplayStep:
             dma_win_size=machine.dma_win_size,
             dma64_win_addr=machine.dma64_win_addr,
         )
-        self._replayer = Replayer(system.cpu, options=lambda index: options, on_event=self._on_event)
+        self._refused = replay.window == "refused"
+        self._replayer = Replayer(
+            system.cpu, options=lambda index: options, on_event=self._on_event, windows_refused=self._refused
+        )
         self._memory = machine.ram
         self.pages = MappedPages(self._window)
         self.report = ReplayReport()
@@ -154,6 +157,8 @@ class ReplayStep:
             self._replayer.feed(line, event)
             if done % _PROGRESS_EVERY == 0 or done == len(events):
                 self._progress("replay", done, len(events))
+            if self._replayer.refused:
+                break
         self.report = self._replayer.finish()
         return self._wrong()
 
@@ -162,6 +167,8 @@ class ReplayStep:
             f"line {each.line}, {each.event}: expected {each.expected}, seen {each.seen}"
             for each in self.report.mismatches
         ]
+        if self._refused and not self._replayer.refused:
+            wrong.append("no dynamic window was refused")
         wrong += [text for _, prober in self._probes for text in prober.counts.wrong]
         if not wrong:
             return ""
@@ -199,7 +206,7 @@ class ReplayStep:
                     return self.pages.put(event.liobn, start, [event.value] * event.npages)
                 return [], self.pages.clear(event.liobn, start, event.npages)
             case traced.DdwCreate():
-                self._windows += 1
+                self._windows += not self._replayer.refused
             case traced.DdwRemove():
                 return [], self.pages.drop(event.liobn)
             case traced.NewTable():
@@ -250,6 +257,7 @@ class ReplayStep:
             f"({show_size(self.pages.bytes_mapped)}), {self.pages.unmapped:,} unmapped, "
             f"{total.translations_checked:,} translations checked, {len(total.mismatches)} mismatches; "
             f"{sum(prober.counts.pages for _, prober in self._probes):,} pages probed"
+            + ("; the dynamic window was refused" if self._replayer.refused else "")
         )
 
     def facts(self) -> dict[str, int | str | bool | float]:

@@ -91,6 +91,9 @@ class Runner:
 
     def _run_step(self, index: int, step: Step) -> StepResult:
         name, action = step.action
+        kind = self._scenario.kind
+        if isinstance(step.only, list) and kind not in step.only:
+            return StepResult(index, name, True, 0.0, f"not with a {kind} container")
         self._progress(name, 0, 0)
         began = time.monotonic()
         self._system.trace("step_begin", seq=index, step=name)

@@ -19,7 +19,8 @@ from deploy.quantity import UNLIMITED, Limit, Seconds, Size
 from protocols.interpose import Rule, errno_number
 from vfio_model.errors import ConfigError
 from vfio_model.ranges import is_aligned
-from vfio_model.vfio.kinds import ContainerChoice, ContainerKind
+from vfio_model.uapi.containers import DRIVERS
+from vfio_model.vfio.kinds import CONTAINER_KINDS, PREFERENCE, ContainerChoice, ContainerKind
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Count = Annotated[int, Meta(ge=1, le=1 << 32)]
@@ -196,6 +197,8 @@ class Replay(Struct, forbid_unknown_fields=True, kw_only=True):
 
     trace: str
     probes: list[Probe] = []
+    window: Literal["given", "refused"] = "given"
+    """``refused``: the first dynamic window that the recording asks for must be refused, and the replay ends there."""
 
 
 class LinuxDdw(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -303,7 +306,7 @@ class Arm(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Step(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One step: exactly one of these keys."""
+    """One step: exactly one of these keys, besides ``only``: the kinds of container that it is for, all by default."""
 
     replay: Replay | UnsetType = UNSET
     linux_ddw: LinuxDdw | UnsetType = UNSET
@@ -320,9 +323,10 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     explain: Explain | UnsetType = UNSET
     find_lost: FindLost | UnsetType = UNSET
     arm: Arm | UnsetType = UNSET
+    only: list[ContainerKind] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__struct_fields__ if getattr(self, name) is not UNSET]
+        given = [name for name in self.__struct_fields__ if name != "only" and getattr(self, name) is not UNSET]
         if len(given) != 1:
             got = " and ".join(given) if given else "none"
             raise ValueError(f"a step has exactly one action, got {got}")
@@ -342,6 +346,8 @@ class StartFails(Struct, forbid_unknown_fields=True, kw_only=True):
 
     role: Role
     message: str
+    only: list[ContainerKind] = msgspec.field(default_factory=lambda: list(CONTAINER_KINDS))
+    """With these kinds of container; with another the run starts."""
 
 
 class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -373,6 +379,22 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
             for device in filter(None, wanted):
                 if device not in known:
                     raise ValueError(f"steps[{index}].{name}: no device has the id {device}")
+
+    @property
+    def kind(self) -> ContainerKind:
+        """The kind of container that the assigned devices are in."""
+        if self.container != "auto":
+            return self.container
+        return next(kind for kind in PREFERENCE if kind in self.host.containers)
+
+    def use_container(self, kind: ContainerKind) -> None:
+        """Both sides have containers of ``kind``, whatever the file says.
+
+        Type 1 maps no less than a page of the host's, and a pseries guest maps 4 KiB: such a host gets 4 KiB pages.
+        """
+        self.container, self.host.containers = kind, [kind]
+        if DRIVERS[kind] == "type1":
+            self.host.page_size = Size(4096)
 
     @staticmethod
     def _refuse_doubles(what: str, values: list[str]) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from deploy import report, run, shipped
 from deploy.console import StepProgress, output
 from deploy.launcher import Terminated, signals_as_exceptions
+from vfio_model.vfio.kinds import CONTAINER_KINDS, ContainerKind
 
 
 @click.command()
@@ -19,9 +20,21 @@ from deploy.launcher import Terminated, signals_as_exceptions
 @click.option("--keep", is_flag=True, help="Leave everything running after the last step, until Ctrl-C.")
 @click.option("--inline", is_flag=True, help="Run all roles in one process with one log, for debugging.")
 @click.option("--kvm", is_flag=True, help="With in-kernel acceleration, whatever the scenario says.")
+@click.option(
+    "--container",
+    type=click.Choice(CONTAINER_KINDS),
+    help="The kind of VFIO container, whatever the scenario says; the host then has that kind only.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON, without progress.")
 def command(
-    scenario: str, folder: Path | None, no_report: bool, keep: bool, inline: bool, kvm: bool, as_json: bool
+    scenario: str,
+    folder: Path | None,
+    no_report: bool,
+    keep: bool,
+    inline: bool,
+    kvm: bool,
+    container: ContainerKind | None,
+    as_json: bool,
 ) -> int:
     """Run SCENARIO: a shipped one by name (see `vfio-model scenarios`), your own by the path of its YAML file.
 
@@ -32,6 +45,8 @@ def command(
     chosen = shipped.load_scenario(scenario)
     if kvm:
         chosen.machine.kvm = True
+    if container is not None:
+        chosen.use_container(container)
     beside = shipped.scenario_path(scenario).parent
     if not no_report:
         folder = folder or report.default_folder(chosen.name)

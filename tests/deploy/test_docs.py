@@ -20,6 +20,7 @@ REFERENCE = (DOCS / "scenarios.md").read_text()
 STEPS = {
     field.encode_name: next(kind for kind in field.type.__args__ if kind is not msgspec.UnsetType)
     for field in msgspec.structs.fields(scenario.Step)
+    if field.name != "only"
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The file": scenario.Scenario,

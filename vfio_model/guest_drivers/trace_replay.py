@@ -45,7 +45,8 @@ class Replayer:
 
     ``options`` tells how PHB ``index`` was configured. ``provide(liobn)`` is asked before the first event of a PHB or
     VIO device: it may make one on the platform; False: there is none, and its events are passed over.
-    ``on_event`` hears of every event after it took effect.
+    ``on_event`` hears of every event after it took effect. With ``windows_refused`` the platform must refuse the first
+    dynamic window that the recording got; what follows it in the log is of a guest that had one (:attr:`refused`).
     """
 
     def __init__(
@@ -55,8 +56,12 @@ class Replayer:
         options: Callable[[int], DmaOptions] = lambda index: DmaOptions(),
         provide: Callable[[int], bool] = lambda liobn: regs.is_pci_liobn(liobn) and regs.liobn_phb(liobn) == 0,
         on_event: OnEvent = lambda line, event: None,
+        windows_refused: bool = False,
     ) -> None:
         self._cpu, self._options, self._provide, self._on_event = cpu, options, provide, on_event
+        self._windows_refused = windows_refused
+        self.refused = False
+        """A window was refused, as expected: there is nothing more to replay."""
         self._compare = Comparison()
         self.windows: dict[int, Window] = {}
         """Open windows by LIOBN."""
@@ -193,6 +198,10 @@ class Replayer:
             return
         cells = [event.cfgaddr, *_buid_cells(_base_of(event)), page_shift, window_shift]
         rets = self._cpu.rtas(RtasToken.IBM_CREATE_PE_DMA_WINDOW, cells, 4)
+        if self._windows_refused:
+            self.refused = regs.rtas_status(rets) == regs.RtasStatus.HW_ERROR
+            self._compare.value(line, "ddw_create", "status", regs.rtas_status(rets), regs.RtasStatus.HW_ERROR, "d")
+            return
         if regs.rtas_status(rets) != 0:
             self._compare.mismatch(line, "ddw_create", f"status {regs.rtas_status(rets)}", "status 0")
             return
