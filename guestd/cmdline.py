@@ -269,7 +269,7 @@ class _Reader:
             raise ConfigError("failed to parse UUID string: wrong format") from None
 
     def _incoming(self, value: str) -> None:
-        if value != "defer" and not value.startswith(("unix:/", "tcp:")):
+        if value != "defer" and not value.startswith(("unix:", "tcp:")):
             raise ConfigError(f"'{value}' is not a valid migration URI")
         self.seen.incoming = value
 

@@ -177,7 +177,8 @@ def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWord
     for words in devices:
         try:
             if words.is_phb:
-                phbs.append(_phb(words.options, {phb.index for phb in phbs}))
+                unnamed = sum(phb.id is None for phb in phbs)
+                phbs.append(_phb(words.options, {phb.index for phb in phbs}, unnamed))
             elif words.is_vio:
                 vio.append(_vio(words.options, {each.reg for each in vio}))
         except ConfigError as error:
@@ -189,7 +190,8 @@ def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWord
         raise ConfigError(str(error), where="-machine") from error
 
 
-def _phb(options: Mapping[str, object], taken: set[int]) -> PhbConfig:
+def _phb(options: Mapping[str, object], taken: set[int], unnamed: int) -> PhbConfig:
+    """One more bridge than those of the indices ``taken``, of which ``unnamed`` have no id."""
     fields: dict[str, object] = {}
     for name, value in options.items():
         if name in PHB_NUMBERS:
@@ -208,6 +210,8 @@ def _phb(options: Mapping[str, object], taken: set[int]) -> PhbConfig:
         raise ConfigError(f"PHB {index} already attached")
     if "id" in options:
         fields["id"] = identifier(options["id"])
+    else:
+        fields["bus_name"] = f"pci.{unnamed}"
     return msgspec.convert(fields, PhbConfig)
 
 
@@ -249,11 +253,11 @@ def plug_all(
     """
     bridges = iter(machine.phbs)
     buses: dict[str, Slots] = {}
-    unnamed = _add_bus(buses, next(bridges), unnamed=0)
+    _add_bus(buses, next(bridges))
     taken: dict[str, DeviceConfig] = {}
     for words in devices:
         if words.is_phb:
-            unnamed += _add_bus(buses, next(bridges), unnamed)
+            _add_bus(buses, next(bridges))
         if words.is_phb or words.is_vio:
             continue
         own = words.options
@@ -287,12 +291,6 @@ def _plug(
     return config
 
 
-def _add_bus(buses: dict[str, Slots], phb: PhbConfig, unnamed: int) -> int:
-    """The bus of ``phb``, which comes last now: by its name and, without an id, by the one that QEMU would count up to
-    after ``unnamed`` others. How many more are unnamed now: 1 or 0.
-    """
-    bus = _Bus(phb.bus)
-    if phb.id is None:
-        buses.setdefault(f"pci.{unnamed}", bus)
-    buses[phb.bus] = bus
-    return int(phb.id is None)
+def _add_bus(buses: dict[str, Slots], phb: PhbConfig) -> None:
+    """The bus of ``phb``, which comes last now."""
+    buses[phb.bus] = _Bus(phb.bus)

@@ -25,11 +25,13 @@ UNLIMITED = (1 << 64) - 1
 class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """One PHB. What is None is as the machine says for all of them.
 
-    Its bus is named ``id`` with ``.0`` behind it; without an id that is ``pci.0`` for index 0, else ``phb<index>.0``.
+    Its bus is named ``id`` with ``.0`` behind it; without an id that is ``pci.0`` for index 0, else ``phb<index>.0``;
+    unless ``bus_name`` says otherwise.
     """
 
     index: Annotated[int, Meta(ge=0, lt=regs.MAX_PHBS)]
     id: str | None = None
+    bus_name: str | None = None
     ddw: bool | None = None
     pgsz: list[Size] | Size | None = None
     dma_win_addr: Size | None = None
@@ -39,7 +41,7 @@ class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def bus(self) -> str:
         """What a device's ``bus`` calls it."""
-        return f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
+        return self.bus_name or f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
 
 
 class VioConfig(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -104,10 +104,10 @@ def test_bridges_and_their_buses() -> None:
         "-device spapr-pci-host-bridge,index=3 -device spapr-pci-host-bridge,index=2,id=far,pgsz=0x1000 "
         "-device edu,bus=pci.0 -device edu,bus=pci.1,addr=3.1 -device edu -device iommu-testdev,bus=far.0"
     )
-    assert [(phb.index, phb.bus) for phb in found.machine.phbs] == [(0, "pci.0"), (3, "phb3.0"), (2, "far.0")]
+    assert [(phb.index, phb.bus) for phb in found.machine.phbs] == [(0, "pci.0"), (3, "pci.1"), (2, "far.0")]
     assert [(each.bus, each.addr) for each in found.devices] == [
         ("pci.0", "00.0"),
-        ("phb3.0", "03.1"),
+        ("pci.1", "03.1"),
         ("far.0", "00.0"),
         ("far.0", "01.0"),
     ]
