@@ -28,7 +28,7 @@ class Surroundings:
     """What does not belong to the machine."""
 
     realtime: bool = False
-    """Whether virtual time follows real time."""
+    """Whether virtual time follows real time, where no qtest steps it."""
     record: bool = True
     """Whether the runtime directory gets an event log."""
     patterns: Sequence[str] = ()
@@ -51,7 +51,7 @@ def serve(directory: Path, config: GuestConfig, around: Surroundings | None = No
         stack.callback(loop.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
-        guest = Guest(config, directory, loop, trace, realtime=around.realtime)
+        guest = Guest(config, directory, loop, trace, realtime=around.realtime and config.qtest is None)
         stack.callback(guest.close)
         guest.start()
         control = GuestControl(guest, directory, lock, loop, trace)
