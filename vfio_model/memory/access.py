@@ -47,7 +47,7 @@ def build_writer(view: FlatView) -> Writer:
     """``write(addr, data)`` over ``view``."""
     general = _general_writer(view.starts, [r.last for r in view.ranges], [_range_writer(r) for r in view.ranges])
     dominant = dominant_ram(view, for_write=True)
-    return general if dominant is None else _fast_writer(dominant, general)
+    return general if dominant is None or is_logged(dominant) else _fast_writer(dominant, general)
 
 
 def dominant_ram(view: FlatView, *, for_write: bool) -> FlatRange | None:
@@ -58,6 +58,11 @@ def dominant_ram(view: FlatView, *, for_write: bool) -> FlatRange | None:
         if isinstance(r.region, RAMRegion) and not r.region.ram_device and not (for_write and r.readonly)
     ]
     return max(candidates, key=lambda r: r.size, default=None)
+
+
+def is_logged(r: FlatRange) -> bool:
+    """Whether writes to a range are noted at present."""
+    return isinstance(r.region, RAMRegion) and r.region.block.dirty is not None
 
 
 def ram_view(r: FlatRange) -> memoryview:
@@ -178,7 +183,7 @@ def _range_reader(r: FlatRange) -> Reader:
 
 def _range_writer(r: FlatRange) -> Writer:
     if isinstance(r.region, RAMRegion):
-        return _undecoded_write if r.readonly else _ram_writer(r)
+        return _undecoded_write if r.readonly else _logging_ram_writer(r) if is_logged(r) else _ram_writer(r)
     if isinstance(r.region, IOMMUMemoryRegion):
         return _iommu_writer(r.region, r.start - r.offset)
     assert isinstance(r.region, IORegion), "a terminating region is RAM, I/O or an IOMMU"
@@ -205,6 +210,19 @@ def _ram_writer(r: FlatRange) -> Writer:
     def write(addr: int, data: ReadBuffer) -> MemTxResult:
         at = addr - start
         ram[at : at + len(data)] = data
+        return _OK
+
+    return write
+
+
+def _logging_ram_writer(r: FlatRange) -> Writer:
+    assert isinstance(r.region, RAMRegion) and r.region.block.dirty is not None, "a logged range is RAM"
+    ram, start, offset, mark = ram_view(r), r.start, r.offset, r.region.block.dirty.mark
+
+    def write(addr: int, data: ReadBuffer) -> MemTxResult:
+        at = addr - start
+        ram[at : at + len(data)] = data
+        mark(offset + at, len(data))
         return _OK
 
     return write

@@ -89,6 +89,12 @@ class AddressSpace:
         for gone in [r for r in old.ranges if r not in kept]:
             self.mappings.invalidate(gone.start, gone.last)
 
+    def rebind_writers(self) -> None:
+        """What a range does with a write has changed (its RAM is logged, or not any more): nothing else has."""
+        self.write = build_writer(self.view)
+        for dma in self._bound:
+            dma.refresh()
+
     def announce_additions(self) -> None:
         """Tell the listeners what stayed and what is new."""
         had = set(self._previous.ranges)

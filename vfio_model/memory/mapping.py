@@ -67,8 +67,7 @@ class DMAMapping:
                 self.on_invalidate(self)
 
     def unmap(self, access_len: int) -> None:
-        """Give the mapping back; the first ``access_len`` bytes were accessed. A second call is a bug of the caller.
-        """
+        """Give the mapping back; the first ``access_len`` bytes were accessed. A second call is a bug of the caller."""
         assert 0 <= access_len <= self.length, "access_len counts bytes of the mapping"
         release, self.release = self.release, None
         if release is not None:
@@ -110,9 +109,7 @@ class MappingTable:
     def overlapping(self, start: int, last: int) -> list[DMAMapping]:
         """Live mappings that share a byte with ``start``..``last`` (inclusive), oldest first."""
         return [
-            mapping
-            for mapping, spans in self._live.values()
-            if any(lo <= last and start <= hi for lo, hi in spans)
+            mapping for mapping, spans in self._live.values() if any(lo <= last and start <= hi for lo, hi in spans)
         ]
 
     def invalidate(self, start: int, last: int) -> list[DMAMapping]:

@@ -7,8 +7,17 @@ is backed.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from vfio_model.memory.types import WriteBuffer
 from vfio_model.ranges import Hva, is_aligned
+
+
+class WriteLog(Protocol):
+    """Notes what is written (:class:`vfio_model.memory.dirty_log.DirtyMap`)."""
+
+    def mark(self, offset: int, size: int) -> None:
+        """``size`` bytes from ``offset`` were written."""
 
 
 class RAMBlock:
@@ -18,7 +27,7 @@ class RAMBlock:
     :raise ValueError: when the buffer is read-only or empty, or ``page_size`` is not a power of two.
     """
 
-    __slots__ = ("fd", "fd_offset", "hva", "name", "page_size", "size", "view")
+    __slots__ = ("dirty", "fd", "fd_offset", "hva", "name", "page_size", "size", "view")
 
     def __init__(
         self, name: str, buffer: WriteBuffer, *, page_size: int, hva: Hva, fd: int = -1, fd_offset: int = 0
@@ -34,6 +43,8 @@ class RAMBlock:
         self.page_size = page_size
         self.hva = hva
         self.fd, self.fd_offset = fd, fd_offset
+        self.dirty: WriteLog | None = None
+        """Where writes by this process are noted, or None; see :mod:`vfio_model.memory.dirty_log`."""
 
     def hva_of(self, offset: int) -> Hva:
         """The host-virtual address of byte ``offset``."""

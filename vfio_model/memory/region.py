@@ -145,6 +145,11 @@ class RAMRegion(MemoryRegion):
         elif previous is not None:
             previous.on_discarded = lambda _part: None
 
+    def rebind_writers(self) -> None:
+        """Writes to the block begin to be logged, or end to be."""
+        for space in list(self.watchers):
+            space.rebind_writers()
+
     def _discarded(self, part: Range) -> None:
         """Mappings of bytes that are no longer there must be given back, wherever they are shown."""
         for space in list(self.watchers):

@@ -28,6 +28,9 @@ class TopologyView(Protocol):
     def discarded(self, region: object, first: int, last: int) -> None:
         """The RAM at offsets ``first``..``last`` (inclusive) of ``region`` is gone."""
 
+    def rebind_writers(self) -> None:
+        """Bind everybody who writes through it anew."""
+
     def render_pending(self) -> bool:
         """Render the new view; False when it shows nothing new."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vfio_model.batch import pages
-from vfio_model.memory.access import dominant_ram, ram_view
+from vfio_model.memory.access import dominant_ram, is_logged, ram_view
 from vfio_model.memory.dma import Iovas
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.space import Space
@@ -42,6 +42,8 @@ def _locate(space: Space, iovas: Iovas, size: int, *, is_write: bool) -> tuple[m
     while True:
         dominant = dominant_ram(space.view, for_write=is_write)
         if dominant is not None:
+            if is_write and is_logged(dominant):  # one by one: each write is noted
+                return memoryview(b""), addrs[:0]
             offsets = addrs - np.uint64(dominant.start)
             if size > dominant.size:
                 return ram_view(dominant), offsets[:0]

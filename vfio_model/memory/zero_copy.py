@@ -63,7 +63,21 @@ def _map_direct(
             mapping.release = _follow(mapping, parts)
         except OSError:
             return None
+    if is_write:
+        mapping.release = _noted(first.region, first.offset, mapping.release)
     return mapping
+
+
+def _noted(region: RAMRegion, offset: int, then: Release | None) -> Release:
+    """What was written in place is logged when it is given back."""
+
+    def release(mapping: DMAMapping, access_len: int) -> None:
+        if region.block.dirty is not None:
+            region.block.dirty.mark(offset, access_len)
+        if then is not None:
+            then(mapping, access_len)
+
+    return release
 
 
 def _map_bounce(
