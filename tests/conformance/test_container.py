@@ -479,6 +479,8 @@ class TestWindows:
         assert world.container.get_info().levels == 1
         world.container.tce_remove(0)
         assert world.errno(CREATE, self.arg(levels=2)) == "ENOMEM"
+        assert world.errno(CREATE, self.arg(size=GIB + 4096, levels=2)) == "ENOMEM", "before the size is looked at"
+        assert world.errno(CREATE, self.arg(size=GIB + 4096)) == "EINVAL"
         assert world.container.tce_create(12, GIB, 0) == 0
         assert world.client.locked_vm() == 32, "one copy of the table"
 

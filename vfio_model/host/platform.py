@@ -44,15 +44,16 @@ def table_geometry(platform: PlatformName, page_shift: int, window_size: int, le
     """The table for a window; sizes in bytes.
 
     :raise OSError: EINVAL when the window is no power of two, holds no page, or is too deep; on *powernv* also when
-        levels is not 1..5. ENOMEM on *pseries* for more than one level, as accounting fails there.
+        levels is not 1..5. ENOMEM on *pseries* for more than one level, before the window is looked at, as accounting
+        fails there.
     """
     window_shift = window_size.bit_length() - 1
     if platform == "powernv" and not 1 <= levels <= MAX_LEVELS:
         raise OSError(EINVAL, f"levels {levels} is not 1..{MAX_LEVELS}")
-    if window_size != 1 << max(window_shift, 0) or window_shift < page_shift:
-        raise OSError(EINVAL, f"window size {window_size:#x} is not a power of two of at least one page")
     if platform == "pseries" and levels > 1:
         raise OSError(ENOMEM, f"levels {levels}: this platform has one")
+    if window_size != 1 << max(window_shift, 0) or window_shift < page_shift:
+        raise OSError(EINVAL, f"window size {window_size:#x} is not a power of two of at least one page")
     levels = max(levels, 1)
     per_level = -(-(window_shift - page_shift) // levels)
     level_shift = max(per_level, host_page.bit_length() - 1 - 3)
