@@ -1,5 +1,5 @@
 /* The compiled variant of mapping many pages at once: a guest's list of TCEs, the structures made of it, and the host's
- * TCEs made of those.
+ * TCEs made of those, or of a run of pages.
  *
  * A structure is include/uapi/linux/vfio.h's vfio_iommu_type1_dma_map of 32 bytes: argsz and flags (here one word, the
  * head), vaddr, iova, size. vfio_model/batch/tces.py and dma_map.py do the same with numpy; results equal it.
@@ -298,6 +298,7 @@ static PyObject *claim(PyObject *module, PyObject *const *args, Py_ssize_t nargs
 }
 
 PyMethodDef map_functions[] = {
-    FUNCTION(split_tces),   FUNCTION(page_bounds), FUNCTION(consecutive), FUNCTION(pack_dma_maps), FUNCTION(look_at_dma_maps),
-    FUNCTION(maps_to_tces), FUNCTION(store_run),   FUNCTION(claim),       {NULL, NULL, 0, NULL},
+    FUNCTION(split_tces),       FUNCTION(page_bounds),  FUNCTION(consecutive), FUNCTION(pack_dma_maps),
+    FUNCTION(look_at_dma_maps), FUNCTION(maps_to_tces), FUNCTION(store_run),   FUNCTION(claim),
+    {NULL, NULL, 0, NULL},
 };
