@@ -19,7 +19,7 @@
 ``clock_set NS``                      ``OK`` and the new time in ns      absolute, never backwards
 ``irq_intercept_in|_out PATH``        ``OK``                             ``IRQ`` lines from now on
 ``rtas NAME NARGS ARGS NRET RETS``    ``OK`` and 0 or H_PARAMETER        cells in guest memory, status in RETS
-``hcall NR ARG…``                     ``OK RET R4 … R9``, each 0x%016x   ours; RET in two's complement
+``hcall NR ARG…``                     ``OK RET R4 … R9``, each 0x%016x   ours; the registers after the call
 ``endianness``                        ``OK big`` or ``OK little``
 ====================================  =================================  =====================================
 
@@ -281,7 +281,8 @@ class QtestState:
     def _hcall(self, words: Words) -> str:
         nr, *args = [unsigned(word) for word in [*_words(words, 1), *words[2:]]]
         ret, outputs = self._machine.hcall(nr, args)
-        values = [ret, *outputs, *[0] * HCALL_OUTPUTS][: 1 + HCALL_OUTPUTS]
+        registers = [*outputs, *args[len(outputs) :], *[0] * HCALL_OUTPUTS]
+        values = [ret, *registers[:HCALL_OUTPUTS]]
         return "OK " + " ".join(f"0x{value & U64:016x}" for value in values)
 
 

@@ -60,15 +60,17 @@ def test_libqtests_beginning(runtime_dir: Path) -> None:
 
 def test_dma_through_the_table_that_hypercalls_fill(qtest: Qtest) -> None:
     map_edu(qtest)
-    ok = "OK " + " ".join(["0x" + "0" * 16] * 7)
-    assert _put_tce(qtest, 0x3000, 0x20003) == ok and _put_tce(qtest, 0x4000, 0x30003) == ok
+    for ioba, tce in ((0x3000, 0x20003), (0x4000, 0x30003)):
+        registers = [0, LIOBN, ioba, tce, 0, 0, 0]
+        assert _put_tce(qtest, ioba, tce) == "OK " + " ".join(f"0x{word:016x}" for word in registers)
     assert qtest("write 0x20010 5 0x68656c6c6f") == "OK"
     _dma(qtest, 0x3010, 0x40000, 5, 1)
     assert qtest("clock_step 100000000") == "OK 100000000"
     _dma(qtest, 0x40000, 0x4020, 5, 3)
     assert qtest("clock_step") == "OK 200000000"
     assert qtest("read 0x30020 6") == "OK 0x68656c6c6f00"
-    assert qtest("hcall 0x1c 0x80000000 0x4000").split()[1:3] == ["0x" + "0" * 16, "0x0000000000030003"]
+    answer = qtest("hcall 0x1c 0x80000000 0x4000").split()
+    assert answer[1:4] == ["0x" + "0" * 16, "0x0000000000030003", "0x0000000000004000"]
 
 
 def test_a_hypercall_that_fails(qtest: Qtest) -> None:

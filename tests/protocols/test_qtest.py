@@ -261,6 +261,6 @@ def test_where_the_stream_is_cut_makes_no_difference(seed: int) -> None:
     assert got == whole
 
 
-def test_unset_outputs_of_a_hypercall_are_zero(qtest: QtestState) -> None:
+def test_registers_that_nobody_set_are_zero(qtest: QtestState) -> None:
     (reply,) = ask(qtest, "hcall 1")
     assert len(reply.split()) == 2 + HCALL_OUTPUTS
