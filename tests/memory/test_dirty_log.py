@@ -98,6 +98,6 @@ def test_a_map_is_a_set_of_pages(size: int) -> None:
         assert log.dirty_bytes == len(expected) * PAGE
         if rng.random() < 0.2:
             runs = list(log.take())
-            assert all(0 < length and at + length <= size for at, length in runs)
+            assert all(length > 0 and at + length <= size for at, length in runs)
             assert {page for at, n in runs for page in range(at // PAGE, -(-(at + n) // PAGE))} == expected
             expected.clear()

@@ -24,6 +24,7 @@ from vfio_model.uapi.vfio import Ioctl
 from vfio_model.vfio.connect import connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.dirty import DirtySync
+from vfio_model.vfio.dirty_source import ContainerDirty
 from vfio_model.vfio.ioctl import ContainerFile
 from vfio_model.vfio.type1 import Type1, Type1Queue
 
@@ -221,7 +222,8 @@ class Tracked:
         self.dma = AssignedImpl(device.pe.words, words, self.chain.direct.segments, Lane.private(), dirty=noted)
         self.pages: set[int] = set()
         space = self.chain.machine.phb().address_space
-        self.sync = DirtySync(container.backend, space, self.chain.machine.system, self.mark)
+        source = ContainerDirty(container.backend)
+        self.sync = DirtySync(source, container.backend, space, self.chain.machine.system, self.mark)
         self.sync.start()
 
     def mark(self, block: RAMBlock, offset: int, size: int) -> None:

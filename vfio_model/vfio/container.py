@@ -23,7 +23,7 @@ from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import DmaMap, DmaMapFlags, DmaUnmap, Ioctl
 from vfio_model.vfio.host_window import HostWindows
-from vfio_model.vfio.ioctl import BatchError, VfioPort
+from vfio_model.vfio.ioctl import BatchError, ContainerFile, VfioPort
 
 _RW = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
 _RO = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
@@ -38,7 +38,13 @@ class VFIOIOMMU(Protocol):
 
     kind: ContainerKind
     windows: HostWindows
+    host_page_size: int
     queue: MappingQueue
+
+    @property
+    def container(self) -> ContainerFile:
+        """Its file."""
+
     dma_max_mappings: int
     """How many mappings the host lets this container have at a time."""
     coalesces: bool
@@ -67,8 +73,20 @@ class VFIOIOMMU(Protocol):
         ...
 
 
+class Tracker(Protocol):
+    """Who follows what becomes of mappings while writes are tracked."""
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Unmap, in the queue's place. :raise OSError: as the host does."""
+
+    def mapped(self) -> None:
+        """What was queued to be mapped is mapped; entries that were overwritten lead elsewhere now."""
+
+
 class MappingQueue:
     """MAP_DMA and UNMAP_DMA calls that wait to be sent to one container."""
+
+    tracker: Tracker | None = None
 
     def __init__(self, port: VfioPort, handle: int, *, trace: Trace = NULL_TRACE) -> None:
         self._port, self._handle, self._trace = port, handle, trace
@@ -126,7 +144,21 @@ class MappingQueue:
         return None
 
     def _send(self, cmd: int, args: bytes | bytearray | memoryview, count: int) -> None:
-        self._port.ioctl_many(self._handle, cmd, args, count)
+        if self.tracker is None:
+            self._port.ioctl_many(self._handle, cmd, args, count)
+        elif cmd == _UNMAP:
+            self._unmap_tracked(self.tracker, args, count)
+        else:
+            self._port.ioctl_many(self._handle, cmd, args, count)
+            self.tracker.mapped()
+
+    @staticmethod
+    def _unmap_tracked(tracker: Tracker, args: bytes | bytearray | memoryview, count: int) -> None:
+        for done, (_, _, iova, size) in enumerate(DmaUnmap.FORMAT.iter_unpack(args[: count * DmaUnmap.SIZE])):
+            try:
+                tracker.unmap(iova, size)
+            except OSError as error:
+                raise BatchError(error.errno or 0, error.strerror or "", done) from error
 
     def gone(self, error: PeerLost) -> None:
         """The host is gone: forget what is queued and tell the owner, once."""

@@ -1,9 +1,9 @@
-"""Which guest RAM the devices behind a type 1 container have written, for a machine that migrates.
+"""Which guest RAM the devices behind a container have written, for a machine that migrates.
 
-The container knows bus addresses, the machine wants its RAM. In between are the guest's translations: this listener
-follows them as the mapping listener does, and remembers each until it was unmapped on the host. For while writes are
-tracked an unmap collects what was written until it took effect; that belongs to the RAM that the entry led to, which
-the guest's table does not know any more.
+Who tracks writes (:mod:`vfio_model.vfio.dirty_source`) knows bus addresses, the machine wants its RAM. In between are
+the guest's translations: this listener follows them as the mapping listener does, and remembers each until it was
+unmapped on the host, or another took its place there. For while writes are tracked an unmap collects what was written
+until it took effect; that belongs to the RAM that the entry led to, which the guest's table does not know any more.
 
 Source: QEMU's ``docs/devel/migration/vfio.rst`` ("System memory dirty pages tracking when vIOMMU is enabled").
 """
@@ -18,9 +18,10 @@ from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import RAMRegion
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
-from vfio_model.ranges import U64_MAX, Gpa
+from vfio_model.ranges import U64_MAX, Gpa, Range
+from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.dirty_source import DirtySource
 from vfio_model.vfio.ram_span import ram_span
-from vfio_model.vfio.type1 import Type1
 
 Mark = Callable[[RAMBlock, int, int], None]
 """``mark(block, offset, size)``: these bytes were written."""
@@ -74,23 +75,26 @@ class DirtySync(MemoryListener):
 
     priority = 5  # sections come here first, and go here when the mapping listener has unmapped them
 
-    def __init__(self, backend: Type1, space: AddressSpace, system: AddressSpace, mark: Mark) -> None:
-        self._backend, self._space, self._system, self._mark = backend, space, system, mark
+    def __init__(
+        self, source: DirtySource, backend: VFIOIOMMU, space: AddressSpace, system: AddressSpace, mark: Mark
+    ) -> None:
+        self._source, self._backend = source, backend
+        self._space, self._system, self._mark = space, system, mark
         self._followed: list[_Followed] = []
         self._ram: list[MemoryRegionSection] = []
 
     def start(self) -> None:
-        """Every write from now on will be reported. :raise OSError: as ``VFIO_IOMMU_DIRTY_PAGES`` does."""
-        self._backend.set_dirty_page_tracking(True)
+        """Every write from now on will be reported. :raise OSError: tracking cannot start. :raise PeerLost: likewise."""
+        self._source.start()
         self._space.register_listener(self)
-        self._backend.set_unmapper(self._unmap)
+        self._backend.queue.tracker = self
 
     def stop(self) -> None:
-        """Report what is left, and nothing more."""
-        self.sync()
-        self._backend.set_unmapper(None)
+        """Report nothing more; what was not asked for is forgotten. :raise OSError: as the host does."""
+        self._backend.queue.tracker = None
         self._space.unregister_listener(self)
-        self._backend.set_dirty_page_tracking(False)
+        if not self._backend.queue.lost:
+            self._source.stop()
 
     def region_add(self, section: MemoryRegionSection) -> None:
         """Follow a section."""
@@ -114,31 +118,72 @@ class DirtySync(MemoryListener):
         """Report what was written since the last time. :raise OSError: as the host does."""
         for followed in self._followed:
             for first, size in _stretches(list(followed.known), followed.page):
-                self._report(followed, first, self._backend.query_dirty_bitmap(first, size))
-        page = self._backend.host_page_size
+                self._report(followed, first, self._source.query(first, size))
         for section in self._ram:
-            first, region = section.offset_within_address_space, section.mr
-            assert isinstance(region, RAMRegion), "only RAM is kept here"
-            for number in _set_bits(self._backend.query_dirty_bitmap(first, section.size)):
-                self._mark(region.block, section.offset_within_region + number * page, page)
+            for part in _populated(section):
+                self._report_ram(section, part, self._source.query(_to_bus(section, part), part.size))
 
-    def _unmap(self, iova: int, size: int) -> None:
+    def unmap(self, iova: int, size: int) -> None:
         """In the queue's place: unmap with the bitmaps of what is mapped there, then whatever else there may be."""
         for followed in self._followed:
             pages = followed.pages(iova, iova + size - 1)
             for first, length in _stretches(pages, followed.page):
-                self._report(followed, first, self._backend.unmap_dirty_bitmap(first, length))
+                self._report(followed, first, self._source.unmap(first, length))
             for page in pages:
                 followed.going.pop(page, None)
+        for section in self._ram:
+            met = section.range.intersect(Range.sized(iova, size))
+            if met is not None:
+                part = Range.sized(met.start - _to_bus(section), met.size)
+                self._report_ram(section, part, self._source.unmap(met.start, met.size))
         self._backend.container.unmap_dma(iova, size)
 
+    def mapped(self) -> None:
+        """Entries that were overwritten in place (sPAPR) lead elsewhere now. What is written at their addresses from
+        now on cannot be told from what was written before: both pages count.
+        """
+        for followed in self._followed:
+            overwritten = [page for page in followed.going if page in followed.known]
+            for first, length in _stretches(overwritten, followed.page):
+                bitmap = self._source.query(first, length)
+                self._report(followed, first, bitmap)
+                for page in range(first, first + length, followed.page):
+                    del followed.going[page]
+                self._report(followed, first, bitmap)
+
     def _report(self, followed: _Followed, first: int, bitmap: bytes) -> None:
-        page = self._backend.host_page_size
+        page = self._source.page
         for number in _set_bits(bitmap):
             gpa = followed.gpa(first + number * page)
             span = ram_span(self._system, Gpa(gpa)) if gpa is not None else None
             if span is not None:
                 self._mark(span.block, span.offset, min(page, span.size))
+
+    def _report_ram(self, section: MemoryRegionSection, part: Range, bitmap: bytes) -> None:
+        """Bit 0 is the first page of ``part``, which lies in the region of ``section``."""
+        region, page = section.mr, self._source.page
+        assert isinstance(region, RAMRegion), "only RAM is kept here"
+        for number in _set_bits(bitmap):
+            at = part.start + number * page
+            self._mark(region.block, at, min(page, part.last - at + 1))
+
+
+def _populated(section: MemoryRegionSection) -> list[Range]:
+    """The parts of the region of ``section`` that are there: others are not mapped."""
+    region = section.mr
+    assert isinstance(region, RAMRegion), "only RAM is kept here"
+    whole = Range.sized(section.offset_within_region, section.size)
+    if region.discard_manager is None:
+        return [whole]
+    parts: list[Range] = []
+    region.discard_manager.replay_populated(section, parts.append)
+    return parts
+
+
+def _to_bus(section: MemoryRegionSection, part: Range | None = None) -> int:
+    """What is added to an offset in the region; or the bus address of ``part``."""
+    offset = section.offset_within_address_space - section.offset_within_region
+    return offset if part is None else part.start + offset
 
 
 def _stretches(pages: list[int], page: int) -> Iterator[tuple[int, int]]:

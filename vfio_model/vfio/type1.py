@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable
 
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.listener import MemoryRegionSection
@@ -50,15 +49,9 @@ _BITMAP_PAGES = 1 << 22
 
 
 class Type1Queue(MappingQueue):
-    """A queue that unmaps what is in the way of a mapping. ``unmapper(iova, size)`` unmaps while writes are tracked."""
-
-    unmapper: Callable[[int, int], None] | None = None
+    """A queue that unmaps what is in the way of a mapping."""
 
     def _send(self, cmd: int, args: bytes | bytearray | memoryview, count: int) -> None:
-        if cmd == _UNMAP and self.unmapper is not None:
-            for _, _, iova, length in DmaUnmap.FORMAT.iter_unpack(args[: count * DmaUnmap.SIZE]):
-                self.unmapper(iova, length)
-            return
         done = retried = 0
         size, view = len(args) // count, memoryview(args)
         while True:
@@ -95,8 +88,7 @@ class Type1:
     ) -> None:
         self.container, self.host_page_size, self.kind = container, host_page_size, kind
         self.windows = HostWindows()
-        self._queue = Type1Queue(container.port, container.handle, trace=trace)
-        self.queue: MappingQueue = self._queue
+        self.queue: MappingQueue = Type1Queue(container.port, container.handle, trace=trace)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.coalesces = False
         self.pgsizes = _DEFAULT_PGSIZES
@@ -173,10 +165,6 @@ class Type1:
             else DirtyPagesFlags.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP
         )
         self._ioctl(Ioctl.VFIO_IOMMU_DIRTY_PAGES, DirtyBitmap(flags=flag).pack())
-
-    def set_unmapper(self, unmapper: Callable[[int, int], None] | None) -> None:
-        """``unmapper(iova, size)`` is called for every unmap of the queue, in its place."""
-        self._queue.unmapper = unmapper
 
     def query_dirty_bitmap(self, iova: int, size: int) -> bytes:
         """One bit for each host page of ``size`` bytes from ``iova``, least significant first: written since it was
