@@ -21,7 +21,7 @@ from tests.interop.programs import Generator
 from tests.interop.variants import VARIANTS, Variant
 from vfio_model.iommu.spapr.quirks import QUIRKS
 
-OPERATIONS = 60_000
+OPERATIONS = 40_000
 PROBES = 16
 """Entries of each window that are read back although no operation named them."""
 
@@ -100,11 +100,13 @@ class Campaign:
         tally = self.tally
         share = 100 * tally.good / max(tally.operations, 1)
         counted = ", ".join(f"{name} {count}" for name, count in sorted(tally.returns.items()))
+        each = ", ".join(f"{name} {count}" for name, count in sorted(tally.each.items()))
         lines = [
             f"QEMU {self.qemu_version} and {self.peer}, VFIO_MODEL_INTEROP_SEED={self.seed}",
             f"{tally.operations} operations, {share:.0f} % of them good: "
             + ", ".join(f"{name} {count}" for name, count in sorted(tally.kinds.items())),
             f"returned: {counted}",
+            f"by call: {each}",
             f"read back: {tally.entries} table entries, {tally.ram >> 20} MiB of RAM",
             f"differences: {len(self.differences)}",
         ]

@@ -12,11 +12,25 @@ from tests.interop.peers import Peer, signed
 from tests.interop.places import POOL
 from tests.interop.shadow import Expected, Shadow
 from tests.interop.variants import Variant
-from vfio_model.iommu.spapr.regs import HCall
+from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HCall
 from vfio_model.ranges import U64_MAX
 
 _SHRINK_RUNS = 400
 _CHUNK = 1 << 20
+
+
+_RTAS_NAMES = {int(token): name for name, token in RTAS_TOKENS.items()}
+
+
+def rtas_name(token: int) -> str:
+    """The call's name in the device tree."""
+    return _RTAS_NAMES.get(token, "unknown")
+
+
+def hcall_name(operation: Call | Indirect) -> str:
+    """The call's name in LoPAPR."""
+    nr = HCall.H_PUT_TCE_INDIRECT if isinstance(operation, Indirect) else operation.nr
+    return HCall(nr).name if nr in set(HCall) else "unknown"
 
 
 @dataclass
@@ -28,6 +42,8 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     returns: Counter[str] = field(default_factory=Counter)
     """Return codes of the hypercalls of the TCE family and of others, and RTAS statuses."""
+    each: Counter[str] = field(default_factory=Counter)
+    """The same by the call's name."""
     entries: int = 0
     """Table entries read back."""
     ram: int = 0
@@ -39,6 +55,7 @@ class Tally:
         self.good += other.good
         self.kinds.update(other.kinds)
         self.returns.update(other.returns)
+        self.each.update(other.each)
         self.entries += other.entries
         self.ram += other.ram
 
@@ -51,9 +68,12 @@ class Tally:
                 case Rtas() | QtestRtas():
                     self.returns[f"H_RTAS {signed(outcome.ret)}"] += 1
                     self.returns[f"RTAS {outcome.rtas_status}"] += 1
+                    name = operation.name if isinstance(operation, QtestRtas) else rtas_name(operation.token)
+                    self.each[f"{name} {outcome.rtas_status}"] += 1
                     self.good += outcome.ret == 0 and outcome.rtas_status == 0
                 case Call() | Indirect():
                     self.returns[f"hcall {outcome.ret}"] += 1
+                    self.each[f"{hcall_name(operation)} {outcome.ret}"] += 1
                     self.good += outcome.ret == 0
                 case Edu():
                     self.good += known.good

@@ -115,7 +115,7 @@ class Execution:
                     cells = (token, len(args), nret, *args, *[_UNTOUCHED] * _RETS)
                     self._peer.write(arena, struct.pack(f">{len(cells)}I", *cells))
                     spans.append((arena + 4 * (3 + len(args)), 4 * _RETS))
-                    wanted.append((HCall.H_RTAS, arena))
+                    wanted.append((HCall.H_RTAS, arena | operation.above << 60))
         answers = self._peer.calls(wanted)
         rets = iter(self._peer.read_many(spans))
         return [

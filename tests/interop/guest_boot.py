@@ -86,7 +86,7 @@ def initramfs(guest: Path, boot: Boot) -> bytes:
         made.file(f"lib/modules/{name}", data)
     names = " ".join(name for name, _ in found)
     made.file("init", _INIT.format(modules=names, script=boot.script, done=DONE).encode(), executable=True)
-    return made.bytes()
+    return made.archive()
 
 
 def record(folder: Path, boot: Boot) -> Path:

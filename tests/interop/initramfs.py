@@ -13,7 +13,7 @@ _CONSOLE = (5, 1)
 
 
 class Initramfs:
-    """Entries in the order in which they were added; :meth:`bytes` ends it."""
+    """Entries in the order in which they were added; :meth:`archive` ends it."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -26,7 +26,7 @@ class Initramfs:
         """A regular file."""
         self._add(name, stat.S_IFREG | (0o755 if executable else 0o644), data)
 
-    def bytes(self) -> bytes:
+    def archive(self) -> bytes:
         """The archive."""
         self._add("TRAILER!!!", 0)
         return b"".join(self._parts)

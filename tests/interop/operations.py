@@ -36,11 +36,12 @@ class Indirect:
 
 @dataclass(frozen=True)
 class Rtas:
-    """An RTAS call by H_RTAS."""
+    """An RTAS call by H_RTAS; ``above`` are the topmost four bits of the address that it is given."""
 
     token: int
     args: tuple[int, ...]
     nret: int
+    above: int = 0
 
     def __repr__(self) -> str:
         return f"RTAS({self.token:#x}, [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret})"

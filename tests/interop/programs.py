@@ -71,6 +71,7 @@ class Generator:
             (2, self._qtest_rtas),
             (1, self._switched),
             (2, self._messages),
+            (3 if variant.vio else 0, self._bypass),
         ]
 
     def program(self, length: int) -> Program:
@@ -166,6 +167,8 @@ class Generator:
             (
                 Call(self.rng.choice((0x1D, 0x21, 0x13A, 0x13F, 0xF0000, 0xE000)), (liobn, ioba, 3, 1)),
                 Call(self.rng.choice((0x22, 0x1E, 0x13D, 0x1FFE, 0xEFFF)), (liobn, ioba, 3, 1)),
+                Call(HCall.H_RTAS, (RAM_SIZE + ioba & 0xFFFF_FFFF_F000,)),
+                Call(HCall.H_PUT_TCE_INDIRECT, (liobn, ioba, RAM_SIZE + 0x7000, self.rng.randrange(1, 5))),
                 Call(get, (other, ioba)),
                 Call(get, (liobn, away)),
                 Call(put, (other, ioba, 3)),
@@ -197,7 +200,7 @@ class Generator:
         kind = self.rng.random()
         if kind < 0.3:
             return Rtas(RtasToken.IBM_QUERY_PE_DMA_WINDOW, pe, self.rng.choice((5, 6)))
-        if kind < 0.75 and (free or self.rng.random() < 0.15):
+        if kind < 0.75 and (free or self.rng.random() < 0.4):
             sizes = [shift for shift in PAGE_SHIFTS if bridge.options.pgsz >> shift & 1]
             shift = self.rng.choice(sizes)
             bits = self.rng.choice((0, 1, 4, 8, 10, 12, 14, 14, 18, 18, 20, 21))
@@ -296,6 +299,7 @@ class Generator:
             (
                 Rtas(RtasToken.SET_TCE_BYPASS, (unit, self.rng.randrange(2)), 1),
                 Rtas(RtasToken.SET_TCE_BYPASS, (unit,), 1),
+                Rtas(RtasToken.IBM_QUERY_PE_DMA_WINDOW, pe, 5, above=self.rng.randrange(16)),
                 Rtas(self.rng.choice(EEH_TOKENS), (*pe, *self._cells(self.rng.randrange(6))), self.rng.choice(COUNTS)),
                 Rtas(self.rng.choice(UNKNOWN_TOKENS), self._cells(self.rng.randrange(6)), self.rng.randrange(1, 5)),
                 Rtas(RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER, (*pe, self.rng.randrange(2)), 3),
@@ -311,6 +315,9 @@ class Generator:
             return Rtas(query, (*pe, self.rng.choice((0, 0, 0, 1))), 3)
         function, requested = self.rng.choice((1, 3, 3, 3, 2, 4)), self.rng.choice((0, 1, 1, 1, 2))
         return Rtas(change, (*pe, function, requested, self.rng.randrange(4)), self.rng.choice((3, 4)))
+
+    def _bypass(self) -> Operation:
+        return Rtas(RtasToken.SET_TCE_BYPASS, (self.rng.choice(self.variant.vio), self.rng.randrange(2)), 1)
 
     def _qtest_rtas(self) -> Operation:
         made = self._ddw() if self.rng.random() < 0.6 else self._bad_ddw()

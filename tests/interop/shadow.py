@@ -186,6 +186,8 @@ class Shadow:
                 return window.store(ioba, [tce])
             case HCall.H_STUFF_TCE, (_, ioba, tce, count):
                 return count <= window.entries and window.store(ioba, [tce] * count)
+            case HCall.H_PUT_TCE_INDIRECT, (_, ioba, _, count):  # from a list that is not in RAM: zeros
+                return window.store(ioba, [0] * count)
         return False
 
     def _indirect(self, call: Indirect) -> bool:

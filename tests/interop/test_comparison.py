@@ -49,7 +49,7 @@ class ReadOnlyIsWritable(Planted):
     def __init__(self, variant: Variant) -> None:
         super().__init__(variant)
         for table in self.machine.tables.values():
-            table.translate = self._permissive(table.translate)  # type: ignore[method-assign]
+            table.translate = self._permissive(table.translate)  # type: ignore[method-assign, assignment]
 
     @staticmethod
     def _permissive(translate: Callable[[int], IOMMUTLBEntry]) -> Callable[[int], IOMMUTLBEntry]:

@@ -22,6 +22,25 @@ RETURNS = (
 """What a machine without assigned devices and without acceleration can answer."""
 
 
+GOOD, BAD_STATUS = RtasStatus.SUCCESS, RtasStatus.PARAM_ERROR
+EACH = (
+    *(
+        f"{name} {int(code)}"
+        for name in ("H_GET_TCE", "H_PUT_TCE", "H_STUFF_TCE", "H_PUT_TCE_INDIRECT")
+        for code in (HReturn.H_SUCCESS, HReturn.H_PARAMETER)
+    ),
+    *(
+        f"ibm,{name}-pe-dma-window {int(code)}"
+        for name in ("query", "create", "remove", "reset")
+        for code in (GOOD, BAD_STATUS)
+    ),
+    f"ibm,create-pe-dma-window {int(RtasStatus.HW_ERROR)}",
+    *(f"ibm,{name}-pci-config {int(code)}" for name in ("read", "write") for code in (GOOD, RtasStatus.HW_ERROR)),
+    *(f"ibm,set-tce-bypass {int(code)}" for code in (GOOD, BAD_STATUS)),
+)
+"""The same for each call."""
+
+
 def test_no_return_value_table_entry_or_byte_differs(campaign: Campaign) -> None:
     assert not campaign.differences, "\n".join(map(str, campaign.differences))
 
@@ -35,6 +54,11 @@ def test_the_programs_are_long_and_mostly_good(campaign: Campaign) -> None:
 @pytest.mark.parametrize("code", RETURNS)
 def test_every_return_code_occurs_often(campaign: Campaign, code: str) -> None:
     assert campaign.tally.returns[code] >= ENOUGH
+
+
+@pytest.mark.parametrize("code", EACH)
+def test_every_call_returns_each_of_its_codes_often(campaign: Campaign, code: str) -> None:
+    assert campaign.tally.each[code] >= ENOUGH
 
 
 def test_the_version_is_one_that_the_quirks_are_known_for(campaign: Campaign) -> None:
