@@ -234,11 +234,31 @@ class VfioUserDevice:
         """Treat the device as gone."""
         self._lose(f"waiting: {reason}")
 
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def device_feature(self, flags: int, data: bytes = b"") -> bytes:
+        """DEVICE_FEATURE: the data of the answer."""
+        request = wire.DeviceFeature(wire.DeviceFeature.SIZE + len(data), flags, data)
+        return self._call(Command.DEVICE_FEATURE, request, wire.DeviceFeature).data
+
+    def mig_data_read(self, size: int) -> bytes:
+        """MIG_DATA_READ: at most ``size`` bytes; none at the end of the state."""
+        return self._call(Command.MIG_DATA_READ, wire.MigData(size=size), wire.MigData).data
+
+    def mig_data_write(self, data: bytes) -> None:
+        """MIG_DATA_WRITE."""
+        request = wire.MigData(wire.MigData.SIZE + len(data), len(data), data)
+        self._call(Command.MIG_DATA_WRITE, request, wire.MigData)
+
     # -- what only a device server of ours knows -----------------------------------------------------------------
 
     def dma_map(self, request: wire.DmaMap, fd: int) -> None:
         """DMA_MAP of guest RAM."""
         self._call(Command.DMA_MAP, request, wire.Empty, [fd])
+
+    def dma_unmap(self, request: wire.DmaUnmap) -> None:
+        """DMA_UNMAP: afterwards the device reaches that memory by message."""
+        self._call(Command.DMA_UNMAP, request, wire.DmaUnmap)
 
     def clock(self, now_ns: int, fds: Sequence[int]) -> None:
         """X_CLOCK with the clock area, the tick area, and the step and done eventfds."""

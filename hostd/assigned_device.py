@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hostd.assigned_memory import AssignedMemory, setup_fds
+from hostd.device_migration import DeviceMigration
 from hostd.device_regions import DeviceRegions
 from hostd.device_session import DeviceSession, NoMemory
 from hostd.device_surroundings import ProcessSurroundings
@@ -59,13 +60,14 @@ class AssignedDevice:
         self._memory: AssignedMemory | None = None
         self._device: PCIDevice | None = None
         self._session: DeviceSession | None = None
+        self._migration: DeviceMigration | None = None
         self._done = False
         self._loop.register(self._control, self._control_readable, served=True)
 
     def run(self) -> None:
         """Serve until it is over. An exception of the device class passes through."""
         while not self._done:
-            if self._around.idle_work:
+            if self._around.idle_work and (self._migration is None or self._migration.runs):
                 self._loop.run_once(0.0)
                 self._around.run_idle()
             else:
@@ -131,7 +133,8 @@ class AssignedDevice:
         self._loop.register(self._memory.host, lambda: self._stop("hostd is gone"), served=True)
         device = self._device
         device.realize()
-        device.attach_dma(self._memory.implementation(self._gate, self._control_readable))
+        self._migration = DeviceMigration(device, self._trace, logs=True)
+        self._migration.attach_dma(self._memory.implementation(self._gate, self._control_readable))
         endpoint = VfioUserEndpoint(
             connection,
             Role.SERVER,
@@ -139,7 +142,13 @@ class AssignedDevice:
         )
         regions = DeviceRegions(device, self._around)
         self._session = DeviceSession(
-            endpoint, regions, self._around, self._loop, NoMemory(), lambda reason: self._stop(f"client: {reason}")
+            endpoint,
+            regions,
+            self._around,
+            self._loop,
+            NoMemory(),
+            lambda reason: self._stop(f"client: {reason}"),
+            migration=self._migration,
         )
         self._trace("device_process_ready", name=setup.name, model=setup.model)
         self._control.send(port.Ready())

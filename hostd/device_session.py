@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from hostd.device_migration import DeviceMigration
 from hostd.device_regions import DeviceRegions
 from hostd.device_surroundings import ProcessSurroundings, SharedClock
 from protocols.transport.kernel import EventFd, is_eventfd
@@ -70,8 +71,12 @@ class DeviceSession:
         memory: Memory,
         on_end: Callable[[str], None],
         on_start: Callable[[], bool] = lambda: True,
+        migration: DeviceMigration | None = None,
     ) -> None:
-        """``on_start()`` is asked when the client has sent VERSION; False refuses it with EBUSY."""
+        """``on_start()`` is asked when the client has sent VERSION; False refuses it with EBUSY. Without ``migration``
+        the device has no features.
+        """
+        self._migration = migration
         self.endpoint = endpoint
         self._on_start = on_start
         self._regions, self._around, self._loop, self._memory = regions, around, loop, memory
@@ -177,7 +182,11 @@ class DeviceSession:
             return wire.Empty()
         if event.command == Command.DEVICE_RESET:
             regions.reset()
+            if self._migration is not None:
+                self._migration.reset()
             return wire.Empty()
+        if self._migration is not None and isinstance(request, wire.DeviceFeature | wire.MigData):
+            return _migrate(self._migration, event.command, request)
         raise OSError(errno.ENOTSUP, f"command {event.command}")
 
     def _access(self, command: int, request: wire.RegionAccess) -> wire.RegionAccess:
@@ -223,3 +232,16 @@ class DeviceSession:
             self._loop.unregister(self._clock.step)
             self._clock.close()
             self._clock = None
+
+
+def _migrate(
+    migration: DeviceMigration, command: int, request: wire.DeviceFeature | wire.MigData
+) -> wire.DeviceFeature | wire.MigData:
+    if isinstance(request, wire.DeviceFeature):
+        data = migration.feature(request.flags, request.data)
+        return wire.DeviceFeature(wire.DeviceFeature.SIZE + len(data), request.flags, data)
+    if command == Command.MIG_DATA_READ:
+        data = migration.read(request.size)
+        return wire.MigData(wire.MigData.SIZE + len(data), len(data), data)
+    migration.write(request.data)
+    return wire.MigData(wire.MigData.SIZE, request.size)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from hostd.device_migration import DeviceMigration
 from hostd.device_regions import DeviceRegions
 from hostd.device_session import DeviceSession
 from hostd.device_surroundings import ProcessSurroundings
@@ -63,7 +64,11 @@ class RemoteDevice:
             connection, Role.SERVER, Capabilities(max_msg_fds=MAX_MSG_FDS, extensions=extensions)
         )
         regions = DeviceRegions(self.device, self.around)
-        self.session = DeviceSession(endpoint, regions, self.around, loop, self, self._ended, self._start)
+        self.migration = DeviceMigration(self.device, trace, logs=False)
+        """Its writes go where the client sees them, or not: it asks for its memory back while it counts them."""
+        self.session = DeviceSession(
+            endpoint, regions, self.around, loop, self, self._ended, self._start, self.migration
+        )
 
     def _start(self) -> bool:
         if not self._admit(self):

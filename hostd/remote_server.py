@@ -90,7 +90,7 @@ class RemoteServer:
         """Serve until :meth:`stop`. An exception of the device class passes through."""
         while not self._done:
             owner = self._owner
-            if owner is not None and owner.around.idle_work:
+            if owner is not None and owner.around.idle_work and owner.migration.runs:
                 self.loop.run_once(0.0)
                 owner.around.run_idle()
             else:

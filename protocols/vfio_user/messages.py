@@ -46,6 +46,9 @@ class Command(IntEnum):
     DMA_READ = 11
     DMA_WRITE = 12
     DEVICE_RESET = 13
+    DEVICE_FEATURE = 16
+    MIG_DATA_READ = 17
+    MIG_DATA_WRITE = 18
     X_TRANSLATE = 0x8000
     X_CLOCK = 0x8001
     X_NOTIFIER = 0x8002
@@ -305,6 +308,24 @@ class DmaAccess(Payload, frozen=True):
     data: bytes = b""
 
 
+@layout("II", 8, tail=True)
+class DeviceFeature(Payload, frozen=True):
+    """DEVICE_FEATURE and its reply: the feature's number with GET, SET or PROBE, and its data."""
+
+    argsz: int = 8
+    flags: int = 0
+    data: bytes = b""
+
+
+@layout("II", 8, tail=True)
+class MigData(Payload, frozen=True):
+    """MIG_DATA_READ, MIG_DATA_WRITE and their replies: ``size`` bytes, which are ``data`` as the direction demands."""
+
+    argsz: int = 8
+    size: int = 0
+    data: bytes = b""
+
+
 @layout("QQII", 24)
 class TranslateRequest(Payload, frozen=True):
     """X_TRANSLATE: an ATS translation request for ``length`` bytes from ``iova``. ``flags``: 1 no-write; 2 PASID
@@ -389,6 +410,9 @@ COMMANDS: dict[int, CommandSpec] = {
     Command.DMA_READ: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
     Command.DMA_WRITE: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
     Command.DEVICE_RESET: CommandSpec(Role.CLIENT, Empty, Empty),
+    Command.DEVICE_FEATURE: CommandSpec(Role.CLIENT, DeviceFeature, DeviceFeature),
+    Command.MIG_DATA_READ: CommandSpec(Role.CLIENT, MigData, MigData),
+    Command.MIG_DATA_WRITE: CommandSpec(Role.CLIENT, MigData, MigData),
     Command.X_TRANSLATE: CommandSpec(Role.SERVER, TranslateRequest, TranslateReply, extension="ats"),
     Command.X_CLOCK: CommandSpec(Role.CLIENT, ClockSetup, Empty, fds=4, extension="clock"),
     Command.X_NOTIFIER: CommandSpec(Role.CLIENT, NotifierSetup, Empty, extension="notifier"),

@@ -28,11 +28,13 @@ from protocols.vfio_user.messages import (
     Capabilities,
     Command,
     CommandSpec,
+    DeviceFeature,
     DmaAccess,
     Empty,
     Extensions,
     Header,
     HeaderFlags,
+    MigData,
     NotifierSetup,
     Payload,
     RegionAccess,
@@ -360,6 +362,12 @@ def _check_request(command: int, payload: Payload, max_data: int, error: Wrong) 
         raise error(f"a socket path of {len(payload.path)} bytes")
     elif isinstance(payload, SetIrqs) and len(payload.data) > 4096:
         raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
+    elif isinstance(payload, MigData):
+        expected = payload.size if command == Command.MIG_DATA_WRITE else 0
+        if payload.size > max_data or len(payload.data) != expected:
+            raise error(f"{command_name(command)} of {payload.size} bytes with {len(payload.data)} bytes of data")
+    elif isinstance(payload, DeviceFeature) and len(payload.data) > max_data:
+        raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
     elif isinstance(payload, RegionInfo) and payload.caps:
         raise error(f"{command_name(command)} with capabilities in the request")
 
@@ -374,6 +382,12 @@ def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
         wanted = 0 if request.data else reply.count
         if reply.count > request.count or len(reply.data) != wanted:
             raise error(f"{len(reply.data)} bytes of data answer a DMA access of {request.count}")
+    elif isinstance(reply, MigData) and isinstance(request, MigData):
+        wanted = 0 if request.data else reply.size
+        if reply.size > request.size or len(reply.data) != wanted:
+            raise error(f"{len(reply.data)} bytes of data answer a request for {request.size}")
+    elif isinstance(reply, DeviceFeature) and isinstance(request, DeviceFeature) and reply.flags != request.flags:
+        raise error(f"feature {reply.flags:#x} answers {request.flags:#x}")
     elif isinstance(reply, TranslateReply) and (len(reply.data) != 32 * reply.count or reply.count > MAX_TRANSLATIONS):
         raise error(f"{reply.count} translations in {len(reply.data)} bytes")
     elif isinstance(reply, RegionInfo) and len(reply.caps) > MAX_CAPS:

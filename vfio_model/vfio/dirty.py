@@ -84,7 +84,7 @@ class DirtySync(MemoryListener):
         self._ram: list[MemoryRegionSection] = []
 
     def start(self) -> None:
-        """Every write from now on will be reported. :raise OSError: tracking cannot start. :raise PeerLost: likewise."""
+        """Every write from now on will be reported. :raise OSError, PeerLost: tracking cannot start."""
         self._source.start()
         self._space.register_listener(self)
         self._backend.queue.tracker = self

@@ -1,0 +1,240 @@
+"""``VFIO_DEVICE_FEATURE`` of a device process: its migration states, its state as data, and the log of its writes.
+
+::
+
+    RUNNING ◄──► RUNNING_P2P ◄──► STOP ◄──► STOP_COPY (the state is read)
+                                   ▲ │
+                                   │ └────► RESUMING  (a state is written) ──► STOP: it is taken
+
+A request names where to go, and the device takes every step on the way; a step that fails leaves it where it came to,
+or, when a state that was written cannot be taken, in ERROR, out of which only a reset leads. A device that is neither
+RUNNING nor RUNNING_P2P does nothing by itself: idle work rests, and no timer fires because the guest's clock stands.
+No device here does peer-to-peer DMA without being told.
+
+The data is one section: the name and version of the device's described state, and the state.
+
+Source: ``include/uapi/linux/vfio.h`` ("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE"); QEMU ``docs/interop/vfio-user.rst``.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final
+
+from vfio_model.errors import VMStateError
+from vfio_model.memory.dma import BLOCKED, DMAImpl
+from vfio_model.memory.dma_log import DmaLog, LoggedDma
+from vfio_model.pci.device import PCIDevice
+from vfio_model.ranges import U64_MAX, Range
+from vfio_model.trace import Trace
+from vfio_model.uapi.migration import (
+    DeviceState,
+    DmaLoggingControl,
+    DmaLoggingReport,
+    Feature,
+    FeatureFlags,
+    MigDataSize,
+    MigrationFlags,
+    MigrationInfo,
+    MigState,
+    path,
+    unpack_ranges,
+)
+from vfio_model.uapi.vfio import dirty_bitmap_bytes
+from vfio_model.vmstate.fields import decode, encode
+from vfio_model.vmstate.stream import Frame, FrameKind, Section
+
+MAX_STATE: Final = 64 << 20
+"""Bytes of a device's state that are taken."""
+MAX_REPORT: Final = 1 << 22
+"""Pages that one report is about."""
+_GET, _SET, _PROBE = (
+    FeatureFlags.VFIO_DEVICE_FEATURE_GET,
+    FeatureFlags.VFIO_DEVICE_FEATURE_SET,
+    FeatureFlags.VFIO_DEVICE_FEATURE_PROBE,
+)
+_LOGGING = frozenset(
+    (
+        Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
+        Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP,
+        Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
+    )
+)
+_RUNS = (DeviceState.RUNNING, DeviceState.RUNNING_P2P)
+
+
+class DeviceMigration:
+    """Of ``device``. ``logs``: whether it can log what it writes (its DMA ends in this process)."""
+
+    def __init__(self, device: PCIDevice, trace: Trace, *, logs: bool) -> None:
+        self._device, self._trace = device, trace
+        self.state = DeviceState.RUNNING
+        self._saved, self._read_to = b"", 0
+        self._written = bytearray()
+        self._impl: DMAImpl = BLOCKED
+        self._log: DmaLog | None = None
+        get_set = _GET | _SET
+        self._features: dict[Feature, tuple[FeatureFlags, Callable[[FeatureFlags, bytes], bytes]]] = {}
+        if device.VMSTATE is not None:
+            self._features |= {
+                Feature.VFIO_DEVICE_FEATURE_MIGRATION: (_GET, self._info),
+                Feature.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE: (get_set, self._device_state),
+                Feature.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: (_GET, self._data_size),
+            }
+        if logs:
+            self._features |= {
+                Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_START: (_SET, self._start_log),
+                Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP: (_SET, self._stop_log),
+                Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT: (_GET, self._report),
+            }
+
+    @property
+    def runs(self) -> bool:
+        """Whether the device may do something by itself."""
+        return self.state in _RUNS
+
+    def attach_dma(self, impl: DMAImpl) -> None:
+        """Give the device its address space, through the log while one runs."""
+        self._impl = impl
+        self._device.attach_dma(impl if self._log is None else LoggedDma(impl, self._log))
+
+    def reset(self) -> None:
+        """The device was reset: it runs, whatever its state was."""
+        self.state = DeviceState.RUNNING
+        self._forget()
+
+    def feature(self, flags: int, data: bytes) -> bytes:
+        """``VFIO_DEVICE_FEATURE``: the data of the answer.
+
+        :raise OSError: ENOTTY for a feature that is not there, EINVAL for flags or data that do not fit it.
+        """
+        try:
+            allowed, handler = self._features[Feature(flags & FeatureFlags.VFIO_DEVICE_FEATURE_MASK)]
+        except (ValueError, KeyError):
+            raise OSError(errno.ENOTTY, f"feature {flags & 0xFFFF}") from None
+        asked = FeatureFlags(flags & (_GET | _SET | _PROBE))
+        wanted = asked & ~_PROBE
+        if flags >> 19 or wanted & ~allowed or (not asked & _PROBE and wanted not in (_GET, _SET)):
+            raise OSError(errno.EINVAL, f"flags {flags:#x}")
+        return b"" if asked & _PROBE else handler(wanted, data)
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def _info(self, _flags: FeatureFlags, _data: bytes) -> bytes:
+        return MigrationInfo(MigrationFlags.VFIO_MIGRATION_STOP_COPY | MigrationFlags.VFIO_MIGRATION_P2P).pack()
+
+    def _data_size(self, _flags: FeatureFlags, _data: bytes) -> bytes:
+        return MigDataSize(len(self._encoded())).pack()
+
+    def _device_state(self, flags: FeatureFlags, data: bytes) -> bytes:
+        if flags is _SET:
+            if len(data) < MigState.SIZE:
+                raise OSError(errno.EINVAL, f"{len(data)} bytes of state")
+            self.set_state(MigState.unpack(data).device_state)
+        return MigState(self.state).pack()
+
+    def set_state(self, wanted: int) -> None:
+        """Go to state number ``wanted``, step by step.
+
+        :raise OSError: EINVAL when it is none, cannot be asked for, or what was written is no state of this device.
+        """
+        try:
+            way = path(self.state, DeviceState(wanted))
+        except ValueError:
+            way = None
+        if way is None or (wanted != self.state and wanted == DeviceState.ERROR):
+            raise OSError(errno.EINVAL, f"from {self.state.name} there is no way to state {wanted}")
+        for step in way:
+            self._step(step)
+
+    def _step(self, after: DeviceState) -> None:
+        before = self.state
+        if before is DeviceState.RESUMING and self._written:
+            try:
+                self._take(bytes(self._written))
+            except VMStateError as error:
+                self.state = DeviceState.ERROR
+                self._trace("migration_state_refused", reason=str(error))
+                raise OSError(errno.EINVAL, str(error)) from error
+        self._forget()
+        self.state = after
+        if after is DeviceState.STOP_COPY:
+            self._saved = self._encoded()
+        self._trace("migration_state", before=before.name, after=after.name)
+
+    def _forget(self) -> None:
+        self._saved, self._read_to = b"", 0
+        self._written.clear()
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _encoded(self) -> bytes:
+        description = self._device.VMSTATE
+        assert description is not None, "without it there are no such features"
+        return Section(
+            description.name, 0, description.version, encode(description, self._device.export_state())
+        ).pack()
+
+    def _take(self, data: bytes) -> None:
+        device, description = self._device, self._device.VMSTATE
+        assert description is not None, "without it there are no such features"
+        section = Section.unpack(Frame(FrameKind.SECTION, data, 0))
+        if section.name != description.name:
+            raise VMStateError(f"the state of a {section.name}; this is a {description.name}", where="device state")
+        state = decode(description, section.version, section.data, device.export_state(), where=section.where)
+        device.check_state(state, where=section.where)
+        device.import_state(state)
+
+    def read(self, size: int) -> bytes:
+        """MIG_DATA_READ: the next ``size`` bytes, fewer at the end. :raise OSError: EINVAL outside STOP_COPY."""
+        if self.state is not DeviceState.STOP_COPY:
+            raise OSError(errno.EINVAL, f"no state to read while {self.state.name}")
+        part = self._saved[self._read_to : self._read_to + size]
+        self._read_to += len(part)
+        return part
+
+    def write(self, data: bytes) -> None:
+        """MIG_DATA_WRITE: more of a state. :raise OSError: EINVAL outside RESUMING; ENOSPC when it becomes too long."""
+        if self.state is not DeviceState.RESUMING:
+            raise OSError(errno.EINVAL, f"no state is taken while {self.state.name}")
+        if len(self._written) + len(data) > MAX_STATE:
+            raise OSError(errno.ENOSPC, f"more than {MAX_STATE} bytes of state")
+        self._written += data
+
+    # -- the log -----------------------------------------------------------------------------------------------------
+
+    def _start_log(self, _flags: FeatureFlags, data: bytes) -> bytes:
+        control = DmaLoggingControl.unpack(data) if len(data) >= DmaLoggingControl.SIZE else DmaLoggingControl()
+        pairs = data[DmaLoggingControl.SIZE :]
+        page = control.page_size
+        if self._log is not None or page < 1 or page & (page - 1) or len(pairs) != 16 * control.num_ranges or not pairs:
+            raise OSError(errno.EINVAL, "logging runs, or not a page size and ranges")
+        ranges = []
+        for iova, length in unpack_ranges(pairs):
+            if not length or iova + length - 1 > U64_MAX:
+                raise OSError(errno.EINVAL, f"{length:#x} bytes from {iova:#x} cannot be logged")
+            ranges.append(Range.sized(iova, length))
+        self._log = DmaLog(page, ranges)
+        self.attach_dma(self._impl)
+        return b""
+
+    def _stop_log(self, _flags: FeatureFlags, _data: bytes) -> bytes:
+        if self._log is not None:
+            self._log = None
+            self.attach_dma(self._impl)
+        return b""
+
+    def _report(self, _flags: FeatureFlags, data: bytes) -> bytes:
+        if len(data) != DmaLoggingReport.SIZE or self._log is None:
+            raise OSError(errno.EINVAL, "logging is off, or not a range")
+        report, log = DmaLoggingReport.unpack(data), self._log
+        pages = report.length // log.page_size
+        if report.page_size != log.page_size or (report.iova | report.length) % log.page_size:
+            raise OSError(errno.EINVAL, f"pages of {log.page_size} bytes are logged")
+        if not 0 < pages <= MAX_REPORT:
+            raise OSError(errno.EINVAL, f"a report on {pages} pages")
+        bitmap = bytearray(dirty_bitmap_bytes(pages))
+        for number in log.take(report.iova, report.length):
+            bitmap[number >> 3] |= 1 << (number & 7)
+        return data + bytes(bitmap)
