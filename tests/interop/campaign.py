@@ -21,7 +21,7 @@ from tests.interop.programs import Generator
 from tests.interop.variants import VARIANTS, Variant
 from vfio_model.iommu.spapr.quirks import QUIRKS
 
-OPERATIONS = 40_000
+OPERATIONS = 30_000
 PROBES = 16
 """Entries of each window that are read back although no operation named them."""
 

@@ -76,8 +76,9 @@ class Execution:
             entry = (pci_liobn(index, 0), dma.dma_win_addr)
             self.calls([Call(HCall.H_PUT_TCE, (*entry, POOL.start | 3))])
             self._edu(Edu(index, to_ram=False, iova=dma.dma_win_addr, length=edu.BUFFER_SIZE, offset=0))
-            for offset in (edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT):
+            for offset in (edu.STATUS, edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT):
                 self._other(Register(index, "edu", offset, 4, 0), Expected())
+            self._other(Register(index, "edu", edu.IRQ_ACK, 4, U32_MAX), Expected())
 
     def run(self, program: Program, expected: Sequence[Expected]) -> list[Outcome]:
         """The outcome of each operation, from :meth:`prepare` on."""
@@ -194,11 +195,13 @@ class Execution:
         base = bar_gpa(operation.phb, EDU_BAR)
         inside = edu.BUFFER_ADDRESS + operation.offset
         src, dst = (inside, operation.iova) if operation.to_ram else (operation.iova, inside)
+        command = edu.DMA_RUN | (edu.DMA_TO_RAM if operation.to_ram else 0)
+        command |= edu.DMA_IRQ if operation.interrupt else 0
         for offset, value in (
             (edu.DMA_SRC, src),
             (edu.DMA_DST, dst),
             (edu.DMA_COUNT, operation.length),
-            (edu.DMA_COMMAND, edu.DMA_RUN | (edu.DMA_TO_RAM if operation.to_ram else 0)),
+            (edu.DMA_COMMAND, command),
         ):
             self._peer.store(base + offset, 8, value)
         self._peer.settle(base + edu.DMA_COMMAND, edu.DMA_RUN)
@@ -212,7 +215,8 @@ class Execution:
             (testdev.LENGTH, operation.length),
             (testdev.GPA_LO, operation.gpa & U32_MAX),
             (testdev.GPA_HI, operation.gpa >> 32),
-            (testdev.DOORBELL, testdev.DOORBELL_ARM),
+            (testdev.ATTRIBUTES, operation.attributes),
+            (testdev.DOORBELL, testdev.DOORBELL_ARM if operation.armed else 0),
         ):
             self._peer.store(base + offset, 4, _swapped(value))
         self._peer.load(base + testdev.TRIGGER, 4)

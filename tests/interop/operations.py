@@ -49,13 +49,16 @@ class Rtas:
 
 @dataclass(frozen=True)
 class Edu:
-    """A DMA of the edu of ``phb``: ``length`` bytes between its buffer at ``offset`` and ``iova``."""
+    """A DMA of the edu of ``phb``: ``length`` bytes between its buffer at ``offset`` and ``iova``; with ``interrupt``
+    when it is done.
+    """
 
     phb: int
     to_ram: bool
     iova: int
     length: int
     offset: int
+    interrupt: bool = False
 
     def __repr__(self) -> str:
         way = "->" if self.to_ram else "<-"
@@ -64,12 +67,14 @@ class Edu:
 
 @dataclass(frozen=True)
 class DeviceTest:
-    """A DMA of the iommu-testdev of ``phb``: it writes at ``iova`` and looks at ``gpa``."""
+    """A DMA of the iommu-testdev of ``phb``: it writes at ``iova`` and looks at ``gpa``. ``armed``: whether it is."""
 
     phb: int
     iova: int
     length: int
     gpa: int
+    attributes: int = 0
+    armed: bool = True
 
     def __repr__(self) -> str:
         return f"testdev{self.phb}: {self.iova:#x} +{self.length:#x}, seen at {self.gpa:#x}"

@@ -349,15 +349,20 @@ class Generator:
         bridge = self._bridge()
         length = self.rng.choice((1, 4, 8, 64, 100, 1514, 4095, 4096, self.rng.randrange(1, 4097)))
         offset = self.rng.randrange(edu.BUFFER_SIZE - length + 1)
-        return Edu(bridge.index, self.rng.random() < 0.6, self._iova(bridge, length), length, offset)
+        if self.rng.random() < 0.02:  # out of the buffer
+            offset = self.rng.choice((edu.BUFFER_SIZE - length + 1, edu.BUFFER_SIZE, edu.BUFFER_SIZE + 1, 1 << 40))
+        to_ram, interrupt = self.rng.random() < 0.6, self.rng.random() < 0.1
+        return Edu(bridge.index, to_ram, self._iova(bridge, length), length, offset, interrupt)
 
     def _testdev(self) -> Operation:
         bridge = self._bridge()
-        length = self.rng.choice((4, 4, 64, 4096, 0x1234, 7))
+        length = self.rng.choice((4, 4, 4, 64, 64, 4096, 0x1234, 7, 7, 0 if self.rng.random() < 0.2 else 4))
+        attributes = self.rng.randrange(16) if self.rng.random() < 0.1 else 0
+        armed = self.rng.random() < 0.97
         iova = self._iova(bridge, length)
         found = bridge.tce(iova)
         gpa = found[1] if found is not None and self.rng.random() < 0.9 else PAGES[12][0]
-        return DeviceTest(bridge.index, iova, length, gpa)
+        return DeviceTest(bridge.index, iova, length, gpa, attributes, armed)
 
     def _register(self) -> Operation:
         bridge = self._bridge()
@@ -370,7 +375,10 @@ class Generator:
             return Register(bridge.index, "edu", self.rng.randrange(0, 0xC0, size), size)
         offset = self.rng.choice((*edu.BY_OFFSET, 0x0C, 0x28, 0x7C, 0xA0, 0xFFFF8))
         size = 8 if offset >= edu.WIDE_FROM and self.rng.random() < 0.6 else 4
-        writable = (edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT, edu.IDENTIFICATION)
+        writable = (
+            *(edu.INVERSION, edu.FACTORIAL, edu.DMA_SRC, edu.DMA_DST, edu.DMA_COUNT, edu.IDENTIFICATION),
+            *(edu.IRQ_RAISE, edu.IRQ_ACK, edu.STATUS),
+        )
         if offset in writable and self.rng.random() < 0.5:
             value = self.rng.randrange(20) if offset == edu.FACTORIAL else self.rng.randrange(1 << size * 8)
             return Register(bridge.index, "edu", offset, size, value)
