@@ -18,6 +18,8 @@ from pathlib import Path
 from tests.interop.comparison import Comparison, Tally
 from tests.interop.peers import GuestdPeer, ModelPeer, Peer, QemuPeer, closing, qemu_binary
 from tests.interop.programs import Generator
+from tests.interop.qmp import QmpError
+from tests.interop.qtest import QTestError
 from tests.interop.variants import VARIANTS, Variant
 from vfio_model.iommu.spapr.quirks import QUIRKS
 
@@ -84,7 +86,11 @@ class Campaign:
             comparison = Comparison(variant, qemu, other, tally)
             while tally.operations < share:
                 program = generator.program(variant.length)
-                found = comparison.run(program, [rng.randrange(1 << 30) for _ in range(PROBES)])
+                try:
+                    found = comparison.run(program, [rng.randrange(1 << 30) for _ in range(PROBES)])
+                except (OSError, QTestError, QmpError) as error:
+                    lines = "\n".join(f"  {number:3} {operation}" for number, operation in enumerate(program))
+                    raise AssertionError(f"variant {variant.name}: {error!r} in the program\n{lines}") from error
                 if found is not None:
                     self.differences.append(f"variant {variant.name}: {comparison.shrink(found)}")
                     break

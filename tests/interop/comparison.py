@@ -163,6 +163,7 @@ class Comparison:
         size = max(found.at // 2, 1)
         budget = _SHRINK_RUNS
         while budget and size:
+            before = len(best.program[: best.at + 1])
             start = 1  # the reset stays
             while start <= best.at and budget:
                 kept = best.program[: best.at + 1]
@@ -173,7 +174,8 @@ class Comparison:
                     best = again
                 else:
                     start += size
-            size //= 2
+            if size > 1 or best.at + 1 == before:
+                size //= 2
         return best
 
     def _difference_of(self, program: Program) -> Difference | None:

@@ -15,6 +15,8 @@ from vfio_model.iommu.spapr.regs import (
     INDIRECT_LIST_ALIGN,
     INDIRECT_MAX_TCES,
     MAX_WINDOWS,
+    MSI_WINDOW,
+    MSI_WINDOW_SIZE,
     RTAS_TOKENS,
     TCE_PAGE_SHIFT,
     VIO_WINDOW_SIZE,
@@ -241,6 +243,8 @@ class Shadow:
 
     def _dma(self, phb: int, iova: int, length: int, access: int) -> Expected:
         """A DMA, page by page of 4 KiB. One that fails at first and could go on later is a hazard."""
+        if iova <= MSI_WINDOW + MSI_WINDOW_SIZE and iova + length >= MSI_WINDOW:
+            return Expected(False, hazard="message-of-no-interrupt")
         spans: list[tuple[int, int]] = []
         failed = hazard = False
         at = iova
