@@ -67,6 +67,14 @@ QUIRKS: tuple[Quirk, ...] = (
         "a guest must not be able to end the process",
     ),
     Quirk(
+        "message-of-no-interrupt",
+        "QEMU",
+        "11.1",
+        "a DMA write to the message page whose data are no interrupt of the machine does nothing",
+        "the process ends",
+        "a guest must not be able to end the process",
+    ),
+    Quirk(
         "dma-goes-on-after-a-fault",
         "QEMU",
         "11.1",
