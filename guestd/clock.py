@@ -69,6 +69,11 @@ class GuestClock:
             self.resume()
 
     @property
+    def frozen(self) -> bool:
+        """Whether nothing sees time pass."""
+        return self._frozen
+
+    @property
     def now_ns(self) -> int:
         """Virtual time, with the steps that a stopped machine has not taken yet."""
         return self.virtual.now_ns + self._owed_ns
@@ -140,6 +145,15 @@ class GuestClock:
 
         self._loop.call_later(0, turn, served=True)
         self._loop.serve_until(lambda: turned, STEP_SECONDS, "guestd", "a turn")
+
+    def advance_to(self, now_ns: int) -> None:
+        """Let it be ``now_ns`` at once, frozen or not: of a machine that came from elsewhere. Returns when every device
+        knows.
+        """
+        self._drop_lost()
+        self._announce(now_ns)
+        for taker in list(self._takers):
+            self._wait(taker, self.virtual.now_ns)
 
     # -- stopping, and real time ---------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ QEMU's:
 
 ``-runtime-dir DIR``
     where sockets, lock and event log live; with a host for assigned devices it is the host's (``hostd --dir``).
+``-host-dir DIR``
+    the host's directory, where it is another: a second guest of the same host has a runtime directory of its own.
 ``-machine ddw=, pgsz=, dma_win_addr=, dma_win_size=, dma64_win_addr=``
     properties of every PHB, as ``-global spapr-pci-host-bridge.ddw=off`` gives them in QEMU too.
 ``-machine multitce=, kvm-tce=, quirks=``
@@ -89,6 +91,7 @@ class _Seen:
     patterns: list[str] = field(default_factory=list)
     log: str = ""
     directory: str = ""
+    host: str = ""
     name: str = ""
     uuid: str = ""
     incoming: str = ""
@@ -159,7 +162,12 @@ class _Reader:
             "net": _no_network,
             "nic": _no_network,
         }
-        for option, name in (("qtest-log", "qtest_log"), ("D", "log"), ("runtime-dir", "directory")):
+        for option, name in (
+            ("qtest-log", "qtest_log"),
+            ("D", "log"),
+            ("runtime-dir", "directory"),
+            ("host-dir", "host"),
+        ):
             self._handlers[option] = lambda value, name=name: setattr(seen, name, value)  # type: ignore[misc]
 
     def take(self, name: str, value: str) -> None:
@@ -294,6 +302,7 @@ class _Reader:
             qtest=self._qtest_config(),
             paused=seen.paused,
             incoming=seen.incoming,
+            host_dir=seen.host,
         )
         if seen.uuid:
             config.uuid = seen.uuid

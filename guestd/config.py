@@ -142,6 +142,9 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     host: str = ""
     group: int | str | None = None
     socket: str = ""
+    dirty_tracking: bool = True
+    """Whether an assigned device is asked which pages it wrote while the machine migrates, if it knows; else its
+    container is asked, if that knows, and else everything that it may write counts as written."""
     dma: Literal["shared", "message"] = "shared"
     """Whether a remote device gets guest RAM mapped, or sends a message for every access."""
 
@@ -192,8 +195,10 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     container: ContainerChoice = "auto"
     """The kind of VFIO container for assigned devices; ``auto``: the first that the host has, in QEMU's order."""
     notifier: Literal["process", "inline"] = "process"
+    host_dir: str = ""
+    """The runtime directory of the host, when it is not this guest's own: a host may have several guests."""
     port: str = ""
-    """Where ioctls go; empty: ``hostd.zmq`` in the runtime directory."""
+    """Where ioctls go; empty: ``hostd.zmq`` in the host's runtime directory."""
     name: str = "guest"
     monitors: list[MonitorConfig] = []
     qtest: QtestConfig | None = None

@@ -49,7 +49,7 @@ class GuestControl:
         self._causes = itertools.count((os.getpid() << 32) + 1)
         self.commands = 0
         self.operations = Operations(guest, loop, trace)
-        self.monitor = MonitorCommands(self.operations, version())
+        self.monitor = MonitorCommands(self.operations, version(), trace)
         """QMP's commands, for this socket and for monitors."""
         server = RouterServer(directory / f"{ROLE}.ctl", lock=lock)
         self._channel: Channel = RouterChannel(server, control.REQUESTS, control.RESPONSES, control.Refused)
@@ -214,6 +214,7 @@ class GuestControl:
 
     def close(self) -> None:
         """Stop serving. Harmless twice."""
+        self.monitor.migration.close()
         self._loop.unregister(self._channel)
         self._channel.close()
 

@@ -141,7 +141,8 @@ def _value(name: str, kind: type, value: object, *, text: bool) -> object:
 _TYPE_NAMES: Final[dict[type, str]] = {int: "uint64", bool: "'on' or 'off'", str: "a string"}
 
 
-def _assigned(own: Mapping[str, object]) -> dict[str, object]:
+def _assigned(own: dict[str, object]) -> dict[str, object]:
+    tracking = own.pop("x-device-dirty-page-tracking", True)
     for name in own:
         if name not in ("host", "group"):
             raise ConfigError(f"Property '{ASSIGNED}.{name}' not found")
@@ -151,10 +152,11 @@ def _assigned(own: Mapping[str, object]) -> dict[str, object]:
     if isinstance(group, str) and group.isdecimal():
         group = int(group)
     host = PCIAddress.parse(str(own["host"]), where="host")
-    return {"attach": "assigned", "host": str(host), "group": group}
+    tracked = _value("x-device-dirty-page-tracking", bool, tracking, text=True)
+    return {"attach": "assigned", "host": str(host), "group": group, "dirty_tracking": tracked}
 
 
-def _remote(own: Mapping[str, object]) -> dict[str, object]:
+def _remote(own: dict[str, object]) -> dict[str, object]:
     for name in own:
         if name not in ("socket", "dma"):
             raise ConfigError(f"Property '{REMOTE}.{name}' not found")

@@ -28,7 +28,7 @@ from protocols.transport.shm import MappedMemory, create_memory
 from protocols.transport.vfio_user import connect
 from protocols.vfio_user import messages as wire
 from vfio_model.devices import DEVICES
-from vfio_model.errors import ConfigError, PeerLost
+from vfio_model.errors import ConfigError, PeerLost, VMStateError
 from vfio_model.machine.phb import EehPort, SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.machine.vio import KINDS
@@ -38,12 +38,16 @@ from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.trace import Trace
+from vfio_model.uapi.migration import DeviceState
 from vfio_model.vfio.eeh import eeh_port
+from vfio_model.vfio.migration import migrating, set_state, set_states
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vfio.region import DeviceConnection
 
 RAM_HVA: Final = Hva(0x7F00_0000_0000)
 """Where this client declares its RAM: a property of the model, not of this process."""
+IDLE_LOOK_NS: Final = 1_000_000
+"""How often a machine that stands is asked whether it runs."""
 _DMA_RW: Final = 3
 
 
@@ -70,9 +74,10 @@ class Guest:
             self.machine.add_phb(phb.index)
         for unit in machine.vio:
             self.machine.vio.add(KINDS[unit.kind], unit.reg)
-        port_path = Path(config.port) if config.port else directory / "hostd.zmq"
+        host = Path(config.host_dir) if config.host_dir else directory
+        port_path = Path(config.port) if config.port else host / "hostd.zmq"
         self.host = HostLink(
-            HostOptions(directory, port_path, config.name, config.memlock_bytes, config.host_page, config.container),
+            HostOptions(host, port_path, config.name, config.memlock_bytes, config.host_page, config.container),
             GuestSide((self.ram,), self.machine.system, lambda device: self.phb_of(device).address_space, self.clock),
             loop,
             trace,
@@ -83,6 +88,9 @@ class Guest:
         self.publisher: Publisher | None = None
         self.hub: NotifierServer | None = None
         self._followers: dict[int, SpaceFollower] = {}
+        self._sharing: list[VfioUserDevice] = []
+        """Remote devices that have guest RAM mapped."""
+        self._devices_stopped = False
 
     @property
     def directory(self) -> Path:
@@ -215,8 +223,7 @@ class Guest:
         try:
             self.clock.attach(connection)
             if publisher is not None and connection.extensions.ats:
-                ram = wire.DmaMap(flags=_DMA_RW, offset=self.ram.fd_offset, address=0, size=self.ram.size)
-                connection.dma_map(ram, self.ram.fd)
+                connection.dma_map(self._ram_map, self.ram.fd)
                 if connection.extensions.notifier:
                     connection.notifier(phb.buid, os.fspath(publisher.path))
         except (OSError, PeerLost):
@@ -224,6 +231,9 @@ class Guest:
             raise
         device = self._plug(config, devfn, connection)
         watch_losses(device)
+        self._sharing = [each for each in self._sharing if each.lost is None]
+        if publisher is not None and connection.extensions.ats:
+            self._sharing.append(connection)
         return device
 
     def _publishing(self, phb: SpaprPhb) -> Publisher:
@@ -246,13 +256,71 @@ class Guest:
         return self.publisher
 
     def _when_idle(self, callback: object) -> None:
+        """It rests while time stands."""
         assert callable(callback), "idle work is a function"
 
         def run() -> None:
-            if callback():
+            if self.clock.frozen:
+                self._loop.call_later(IDLE_LOOK_NS, run)
+            elif callback():
                 self._loop.call_soon(run)
 
         self._loop.call_soon(run)
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> MappedMemory:
+        """The RAM's memory."""
+        return self._memory
+
+    def share_ram(self, *, share: bool) -> None:
+        """Give every remote device its map of guest RAM, or take it away: what it writes comes by message then.
+
+        :raise OSError: it refuses.
+        """
+        for connection in self._sharing:
+            if connection.lost is not None:
+                continue
+            with contextlib.suppress(PeerLost):
+                if share:
+                    connection.dma_map(self._ram_map, self.ram.fd)
+                else:
+                    connection.dma_unmap(wire.DmaUnmap(address=0, size=self.ram.size))
+
+    @property
+    def _ram_map(self) -> wire.DmaMap:
+        return wire.DmaMap(flags=_DMA_RW, offset=self.ram.fd_offset, address=0, size=self.ram.size)
+
+    @property
+    def foreign(self) -> list[VFIOPCIDevice]:
+        """The devices that live in other processes."""
+        return [device for _, device in self.devices.values() if isinstance(device, VFIOPCIDevice)]
+
+    def stop_devices(self) -> None:
+        """No device of another process does anything by itself from the return on.
+
+        :raise OSError: one refuses. :raise PeerLost: one is gone. :raise VMStateError: one has no such states.
+        """
+        self._devices_stopped = True
+        connections = [migrating(device) for device in self.foreign]
+        set_states(connections, DeviceState.RUNNING_P2P, DeviceState.STOP)
+
+    def hold_devices(self) -> None:
+        """They are stopped by loading their states: :meth:`run_devices` has something to do."""
+        self._devices_stopped = True
+
+    def run_devices(self) -> None:
+        """Undo :meth:`stop_devices`; one that is gone stays so. Harmless when they run."""
+        if not self._devices_stopped:
+            return
+        self._devices_stopped = False
+        for state in (DeviceState.RUNNING_P2P, DeviceState.RUNNING):
+            for device in self.foreign:
+                try:
+                    set_state(migrating(device), state)
+                except (OSError, PeerLost, VMStateError) as error:
+                    self._trace("vfio_device_refused", name=device.name, what=state.name, reason=str(error))
 
     # -- the whole machine ---------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from guestd.config import DeviceConfig
 from guestd.guest import Guest
 from protocols.transport.loop import Loop
-from vfio_model.errors import ConfigError, InternalGuestError
+from vfio_model.errors import ConfigError, InternalGuestError, VfioModelError
 from vfio_model.trace import Trace
 
 ANONYMOUS: Final = "device["
@@ -55,6 +55,12 @@ class Operations:
         self.error: InternalGuestError | None = None
         """Why the guest cannot go on; from then on it only answers questions."""
         self.subscribers: list[Subscriber] = []
+        self.autostart = True
+        """Whether a machine that comes from elsewhere runs when it is here."""
+        self.migrating: Callable[[], bool] = lambda: False
+        """Whether the machine is on its way elsewhere: its devices stay as they are then."""
+        self.fatal: VfioModelError | None = None
+        """Why the process ends with an error, once its loop has ended."""
 
     def emit(self, name: str, data: dict[str, object] | None = None) -> None:
         """Tell every subscriber, in the order in which they came."""
@@ -72,18 +78,23 @@ class Operations:
 
     def stop(self, state: RunState = RunState.PAUSED) -> None:
         """Freeze virtual time. Harmless when it is frozen."""
+        if self.state is RunState.INMIGRATE:
+            self.autostart = False
         if self.running:
             self.guest.clock.freeze()
             self.state = state
             self.emit("STOP")
 
     def cont(self) -> None:
-        """Let virtual time pass. Harmless when it does.
+        """Let virtual time pass. Harmless when it does; a machine that is still to come runs when it is here.
 
         :raise InternalGuestError: the guest cannot go on.
         """
         self.check()
-        if not self.running:
+        if self.state is RunState.INMIGRATE:
+            self.autostart = True
+        elif not self.running:
+            self.guest.run_devices()
             self.state = RunState.RUNNING
             self.emit("RESUME")
             self.guest.clock.thaw()
@@ -130,14 +141,18 @@ class Operations:
     def add_device(self, config: DeviceConfig) -> None:
         """:raise ConfigError: see :meth:`~guestd.guest.Guest.add_device`. :raise InternalGuestError: as above."""
         self.check()
+        if self.migrating():
+            raise ConfigError("device_add not allowed while migrating")
         self.guest.add_device(config)
 
     def remove_device(self, name: str) -> None:
         """Unplug ``name``; DEVICE_DELETED follows.
 
-        :raise ConfigError: when there is no such device. :raise InternalGuestError: as above.
+        :raise ConfigError: when there is no such device, or it may not go. :raise InternalGuestError: as above.
         """
         self.check()
+        if self.migrating():
+            raise ConfigError("device_del not allowed while migrating")
         self.guest.remove_device(name)
         named: dict[str, object] = {} if name.startswith(ANONYMOUS) else {"device": name}
         self.loop.call_soon(lambda: self.emit("DEVICE_DELETED", {**named, "path": device_path(name)}))

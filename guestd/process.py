@@ -12,7 +12,7 @@ from pathlib import Path
 from guestd.config import GuestConfig
 from guestd.control import ROLE, GuestControl
 from guestd.guest import Guest
-from guestd.operations import Operations, RunState
+from guestd.operations import RunState
 from guestd.qmp import Monitors
 from guestd.qtest import QtestServer
 from guestd.text_trace import TextTrace, open_log
@@ -40,7 +40,7 @@ class Surroundings:
 def serve(directory: Path, config: GuestConfig, around: Surroundings | None = None) -> None:
     """Run the guest until it is told to end. Signals SIGTERM and SIGINT tell it.
 
-    :raise ConfigError: when it cannot be built.
+    :raise ConfigError: when it cannot be built. :raise VMStateError: it was to come from elsewhere, and did not.
     """
     around = around or Surroundings()
     with ExitStack() as stack:
@@ -58,7 +58,7 @@ def serve(directory: Path, config: GuestConfig, around: Surroundings | None = No
         stack.callback(control.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, lambda: control.operations.quit("host-signal"))
-        _begin(config, control.operations)
+        _begin(config, control)
         if config.qtest is not None:
             stack.callback(QtestServer(config.qtest, control.operations, loop).close)
         monitors = Monitors(control.monitor, loop)
@@ -67,6 +67,8 @@ def serve(directory: Path, config: GuestConfig, around: Surroundings | None = No
             monitors.start(endpoint)
         settle()
         loop.run()
+        if control.operations.fatal is not None:
+            raise control.operations.fatal
 
 
 def _trace(directory: Path, around: Surroundings, loop: Loop, stack: ExitStack) -> Trace:
@@ -90,9 +92,15 @@ def _trace(directory: Path, around: Surroundings, loop: Loop, stack: ExitStack) 
     return trace
 
 
-def _begin(config: GuestConfig, operations: Operations) -> None:
-    """A machine that does not run from the start."""
+def _begin(config: GuestConfig, control: GuestControl) -> None:
+    """A machine that does not run from the start.
+
+    :raise ConfigError, VMStateError: it cannot come from where it is said to.
+    """
+    operations = control.operations
     if config.incoming:
+        operations.autostart = not config.paused
         operations.stop(RunState.INMIGRATE)
+        control.monitor.migration.expect(config.incoming)
     elif config.paused:
         operations.stop(RunState.PRELAUNCH)

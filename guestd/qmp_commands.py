@@ -16,6 +16,7 @@ from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed, version_document
 from protocols.monitor.schema import check
 from vfio_model.errors import ConfigError, InternalGuestError, VfioModelError
+from vfio_model.trace import NULL_TRACE, Trace
 
 Arguments = dict[str, object]
 Handler = Callable[[Arguments], object]
@@ -28,9 +29,9 @@ with the answer takes it for a crash.
 class MonitorCommands:
     """One handler for each command; ``version`` is this program's."""
 
-    def __init__(self, operations: Operations, version: str) -> None:
+    def __init__(self, operations: Operations, version: str, trace: Trace = NULL_TRACE) -> None:
         self.operations, self.version = operations, version
-        self.migration = MigrationCommands()
+        self.migration = MigrationCommands(operations, trace)
         self._guest = operations.guest
         self._human = HumanMonitor(operations, self.run, self._device_add_text, version)
         self._anonymous = itertools.count(sum(name.startswith(ANONYMOUS) for name in self._guest.devices))

@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 
 from vfio_model.errors import RemoteProtocolError
 
@@ -38,6 +39,21 @@ class MappedMemory:
         self.fd, self.size, self.writable, self.name = fd, size, writable, name
         self.view = memoryview(self._map)
         self.words = self.view[: size & ~7].cast("Q")
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, size) of each stretch that may hold anything but zeros, ascending (lseek(2), SEEK_DATA)."""
+        at = 0
+        while at < self.size:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing behind it
+                return
+            at = min(os.lseek(self.fd, start, os.SEEK_HOLE), self.size)
+            yield start, at - start
+
+    def discard(self) -> None:
+        """Make all of it zero, and give the memory back (madvise(2), MADV_REMOVE)."""
+        self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Unmap and close. Harmless twice.

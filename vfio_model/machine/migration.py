@@ -28,13 +28,13 @@ How a process migrates with this (one of them writes, the other reads, both from
    machine (and so its assigned devices) first, and lets the machine run. After any error the reader's machine is
    thrown away and the source goes on.
 
-The registers of an assigned or remote device live in its process and are not in here: the stream has its configuration
-space. Its own state goes to its process after ``load()``, before the machine runs.
+The registers of an assigned or remote device live in its process: of the machine's entries only its configuration space
+is. Its own state is an *extra* entry, loaded when everything else is, before the machine runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,12 +210,12 @@ def ram_views(machine: PseriesMachine) -> list[RamView]:
     return [RamView(block.name, block.view, block.page_size) for block in machine.ram]
 
 
-def device_frames(machine: PseriesMachine, writer: FrameWriter) -> Iterator[bytes]:
-    """A section for each object, and the end. The machine stands still meanwhile.
+def device_frames(machine: PseriesMachine, writer: FrameWriter, extra: Iterable[Entry] = ()) -> Iterator[bytes]:
+    """A section for each object, then those of ``extra``, and the end. The machine stands still meanwhile.
 
     :raise VMStateError: a device cannot be migrated, or a table is too large to be sent.
     """
-    for entry in entries(machine):
+    for entry in (*entries(machine), *extra):
         description = entry.description
         data = encode(description, entry.export())
         if len(data) > MAX_PAYLOAD - MAX_SECTION_HEAD:
@@ -239,11 +239,12 @@ class MachineLoader:
     :meth:`load`.
     """
 
-    def __init__(self, machine: PseriesMachine, *, with_ram: bool = True) -> None:
+    def __init__(self, machine: PseriesMachine, *, with_ram: bool = True, extra: Iterable[Entry] = ()) -> None:
+        """``extra``: what is loaded when all of the machine is."""
         self._machine = machine
         self._reader = FrameReader(machine.TYPE)
         self.ram = RamReceiver(ram_views(machine)) if with_ram else None
-        self._entries = {entry.key: entry for entry in entries(machine)}
+        self._entries = {entry.key: entry for entry in (*entries(machine), *extra)}
         self._states: dict[tuple[str, int], State] = {}
 
     @property
