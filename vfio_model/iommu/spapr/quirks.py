@@ -70,7 +70,7 @@ QUIRKS: tuple[Quirk, ...] = (
         "message-of-no-interrupt",
         "QEMU",
         "11.1",
-        "a DMA write to the message page whose data are no interrupt of the machine does nothing",
+        "a DMA write to the message page whose data are no interrupt of the machine is heard by nobody",
         "the process ends",
         "a guest must not be able to end the process",
     ),
