@@ -1,0 +1,246 @@
+"""Two guests of one host, of which one is to become the other: processes, what they know of each other, and a proxy
+between them that cuts or alters what goes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deploy.dma_drivers import SwappedCpu
+from deploy.link import Link
+from deploy.live import ControlCpu
+from protocols.control import messages as control
+from tests.processes.conftest import HostProcess
+from tests.processes.rig import GuestRam, until
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.edu import EduDriver
+from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, probe, set_command
+from vfio_model.iommu.spapr import regs
+
+RAM = 64 << 20
+NIC, EDU, OWN = "nic", "edu", "own"
+"""An assigned dma-burst, an assigned edu, and an edu of guestd's own."""
+ADDRESSES = {NIC: 0x10, EDU: 0x18, OWN: 0x20}
+SOURCE, TARGET = "source", "target"
+PAGE_SIZES = 0x11_1000 | 1 << 24
+
+
+def topology(kind: str) -> dict[str, object]:
+    """A host with one group for each assigned device of either guest."""
+    window = {"pgsizes": 1 << 12 | 1 << 16 | 1 << 24, "max_windows": 2}
+    groups = [
+        {"id": 26 + n, "devices": [{"name": f"0000:01:{n:02x}.0", "model": model}], **window}
+        for n, model in enumerate(["dma-burst", "edu", "dma-burst", "edu"])
+    ]
+    return {"groups": groups, "host_page_size": 1 << 12, "containers": [kind]}
+
+
+class GuestProcess:
+    """``guestd`` in a directory of its own under ``host``'s. ``number`` 0 or 1 says which groups are its."""
+
+    def __init__(self, host: HostProcess, name: str, number: int, **options: Any) -> None:
+        self.directory = host.directory / name
+        self.directory.mkdir(mode=0o700)
+        assigned = [
+            {"id": name, "model": model, "attach": "assigned", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
+            | {"group": 26 + 2 * number + n, "host": f"0000:01:{2 * number + n:02x}.0"}
+            for n, (name, model) in enumerate(((NIC, "dma-burst"), (EDU, "edu")))
+        ]
+        tracking = options.pop("dirty_tracking", True)
+        own = {"id": OWN, "model": "edu", "attach": "emulated", "addr": f"{ADDRESSES[OWN] >> 3:02x}.0"}
+        devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *options.pop("devices", [])]
+        kvm = bool(options.pop("kvm", False))
+        config = {
+            "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm},
+            "devices": devices,
+            "host_dir": str(host.directory),
+            "host_page_size": 1 << 12,
+            "notifier": "inline",
+            "name": name,
+            **options,
+        }
+        path = self.directory / "guestd.json"
+        path.write_text(json.dumps(config))
+        self.log = self.directory / "guestd.log"
+        argv = [sys.executable, "-m", "guestd", "--dir", str(self.directory), "--config", str(path)]
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [*argv, "--die-with-parent"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self.pid = self.popen.pid
+        self.link = Link(self.directory, "guestd", seconds=30.0, watch=self._watch)
+        self.link.ask(control.Hello())
+        self.cpu = ControlCpu(self.link)
+        self.ram = GuestRam(self.pid)
+        self.bars: dict[str, int] = {}
+
+    def _watch(self) -> None:
+        if self.popen.poll() is not None:
+            raise AssertionError(f"guestd has ended: {self.log.read_text()}")
+
+    # -- what is asked -------------------------------------------------------------------------------------------
+
+    def ask(self, name: str, **arguments: object) -> Any:
+        """A QMP command."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        answer = self.link.ask(control.Qmp(name, msgspec.json.encode(given)))
+        assert isinstance(answer, control.Document)
+        return msgspec.json.decode(answer.json)
+
+    @property
+    def state(self) -> str:
+        """Its run state."""
+        return str(self.ask("query-status")["status"])
+
+    def migrated(self, *ends: str) -> Any:
+        """``query-migrate`` once its status is one of ``ends``."""
+        return until(f"{ends}", lambda: (info := self.ask("query-migrate"))["status"] in ends and info)
+
+    # -- devices -------------------------------------------------------------------------------------------------
+
+    def bring_up(self, *names: str) -> None:
+        """What firmware does."""
+        window, config = MmioWindow.pseries(), RtasConfig(self.cpu, regs.phb_buid(0))
+        for name in names:
+            function = probe(config, ADDRESSES[name])
+            assert function is not None, f"{name} answers"
+            assign_bars(config, function, window)
+            set_command(config, ADDRESSES[name])
+            self.bars[name] = window.to_cpu(function.bars[0].address)
+
+    def burst(self) -> DmaBurstDriver:
+        """A driver of the assigned dma-burst."""
+        return DmaBurstDriver(self.cpu, self.bars[NIC])
+
+    def edu(self, name: str = EDU) -> EduDriver:
+        """A driver of an edu; an assigned one is little-endian."""
+        cpu = self.cpu if name == OWN else SwappedCpu(self.cpu)
+        return EduDriver(cpu, self.bars[name])
+
+    def step(self, ns: int) -> None:
+        """Let virtual time pass."""
+        self.cpu.clock_step(ns)
+        self.cpu.flush()
+
+    def put(self, ioba: int, tce: int, liobn: int = regs.pci_liobn(0, 0)) -> None:
+        """H_PUT_TCE, which succeeds."""
+        assert self.cpu.hcall(regs.HCall.H_PUT_TCE, liobn, ioba, tce)[0] == 0
+
+    def windows(self) -> Any:
+        """Its DMA windows."""
+        return self.link.status()["windows"]
+
+    def tces(self, first: int, count: int, shift: int, liobn: int = regs.pci_liobn(0, 0)) -> list[int]:
+        """What the guest reads back."""
+        return [self.cpu.hcall(regs.HCall.H_GET_TCE, liobn, first + (n << shift))[1][0] for n in range(count)]
+
+    def close(self) -> None:
+        """Kill and reap."""
+        self.link.close()
+        with contextlib.suppress(BufferError):
+            self.ram.close()
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+class Proxy:
+    """Between source and destination: ``filter(sent, data)`` is given how many bytes went before and returns what goes
+    on, or None to cut here.
+    """
+
+    def __init__(self, path: Path, to: Path, change: Callable[[int, bytes], bytes | None]) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._to, self._change = to, change
+        self.sent = 0
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        left, _ = self._listener.accept()
+        right = socket.socket(socket.AF_UNIX)
+        right.connect(str(self._to))
+        back = threading.Thread(target=_copy, args=(right, left), daemon=True)
+        back.start()
+        while data := left.recv(1 << 16):
+            changed = self._change(self.sent, data)
+            self.sent += len(data)
+            if changed is None:
+                break
+            with contextlib.suppress(OSError):
+                right.sendall(changed)
+        with contextlib.suppress(OSError):
+            right.shutdown(socket.SHUT_WR)
+        back.join(20)
+        left.close()
+        right.close()
+
+    def close(self) -> None:
+        """Stop."""
+        self._listener.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+class Pair:
+    """The guests, one of which waits for the other at :attr:`path`."""
+
+    def __init__(self, host: HostProcess, **options: Any) -> None:
+        self.host = host
+        self.path = host.directory / "migration.sock"
+        self._options = options
+        self.source = GuestProcess(host, SOURCE, 0, **options)
+        self.targets: list[GuestProcess] = []
+
+    @property
+    def target(self) -> GuestProcess:
+        """The guest that waits, or waited."""
+        return self.targets[-1]
+
+    def make_target(self, uri: str = "", **options: Any) -> GuestProcess:
+        """A guest that waits; each is one of its own."""
+        where, name = uri or f"unix:{self.path}", f"{TARGET}{len(self.targets)}"
+        self.targets.append(GuestProcess(self.host, name, 1, incoming=where, **{**self._options, **options}))
+        return self.target
+
+    def make_paused(self) -> GuestProcess:
+        """One that does not run by itself when the machine is there."""
+        return self.make_target(paused=True)
+
+    def close(self) -> None:
+        """End all."""
+        for guest in (self.source, *self.targets):
+            guest.close()
+
+
+@contextlib.contextmanager
+def pair(host: HostProcess, **options: Any) -> Iterator[Pair]:
+    """A :class:`Pair` that is closed; what the processes said goes with an error."""
+    made = Pair(host, **options)
+    try:
+        yield made
+    except BaseException as error:
+        for log in (host.log, made.source.log, *(target.log for target in made.targets)):
+            error.add_note(f"{log}: {log.read_text()[-2000:]}")
+        raise
+    finally:
+        made.close()
