@@ -20,7 +20,7 @@ import msgspec
 from guestd.config import DeviceConfig
 from guestd.explain import explain
 from guestd.guest import Guest
-from guestd.operations import Operations
+from guestd.operations import ELSEWHERE, Operations
 from guestd.qmp_commands import MonitorCommands
 from protocols.control import messages as control
 from protocols.monitor.messages import CommandFailed
@@ -116,6 +116,8 @@ class GuestControl:
         broken = self.operations.error
         if broken is not None and type(command) not in _QUESTIONS:
             return _failed(broken)
+        if type(command) in _OF_A_CPU and self.operations.state in ELSEWHERE:
+            return control.Failed("ConfigError", f"the machine is not here: {self.operations.state}")
         try:
             return handler(command)
         except InternalGuestError as error:
@@ -232,6 +234,18 @@ _QUESTIONS = frozenset(
     )
 )
 """What is still answered when the guest cannot go on."""
+_OF_A_CPU = frozenset(
+    (
+        control.Hcall,
+        control.Rtas,
+        control.WriteMemory,
+        control.MmioRead,
+        control.MmioWrite,
+        control.ConfigWrite,
+        control.ClockStep,
+    )
+)
+"""What only the machine's CPUs do, which run where the machine is."""
 
 
 def version() -> str:

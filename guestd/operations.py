@@ -34,6 +34,10 @@ class RunState(StrEnum):
     SHUTDOWN = "shutdown"
 
 
+ELSEWHERE: Final = frozenset((RunState.INMIGRATE, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE))
+"""The machine is still to come, or has left."""
+
+
 class Subscriber(Protocol):
     """Hears of events."""
 

@@ -28,9 +28,9 @@ from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, pr
 from vfio_model.iommu.spapr import regs
 
 RAM = 64 << 20
-NIC, EDU, OWN = "nic", "edu", "own"
-"""An assigned dma-burst, an assigned edu, and an edu of guestd's own."""
-ADDRESSES = {NIC: 0x10, EDU: 0x18, OWN: 0x20}
+NIC, EDU, OWN, REMOTE = "nic", "edu", "own", "remote"
+"""An assigned dma-burst, an assigned edu, an edu of guestd's own, and one that is remote."""
+ADDRESSES = {NIC: 0x10, EDU: 0x18, OWN: 0x20, REMOTE: 0x28}
 SOURCE, TARGET = "source", "target"
 PAGE_SIZES = 0x11_1000 | 1 << 24
 
@@ -57,8 +57,15 @@ class GuestProcess:
             for n, (name, model) in enumerate(((NIC, "dma-burst"), (EDU, "edu")))
         ]
         tracking = options.pop("dirty_tracking", True)
+        self.remote = [REMOTE] if options.pop("remote", False) else []
+        self._servers = [self._serve(name) for name in self.remote]
+        far = [
+            {"id": name, "model": "edu", "attach": "remote", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
+            | {"socket": str(self.directory / f"{name}.sock")}
+            for name in self.remote
+        ]
         own = {"id": OWN, "model": "edu", "attach": "emulated", "addr": f"{ADDRESSES[OWN] >> 3:02x}.0"}
-        devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *options.pop("devices", [])]
+        devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *far]
         kvm = bool(options.pop("kvm", False))
         config = {
             "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm},
@@ -83,6 +90,14 @@ class GuestProcess:
         self.cpu = ControlCpu(self.link)
         self.ram = GuestRam(self.pid)
         self.bars: dict[str, int] = {}
+
+    def _serve(self, name: str) -> subprocess.Popen[bytes]:
+        """A remote device's process."""
+        argv = [sys.executable, "-m", "hostd", "device", "--dir", str(self.directory), "--model", "edu"]
+        socket_path = self.directory / f"{name}.sock"
+        server = subprocess.Popen([*argv, "--socket", str(socket_path)], stdin=subprocess.DEVNULL)
+        until("it listens", socket_path.exists)
+        return server
 
     def _watch(self) -> None:
         if self.popen.poll() is not None:
@@ -140,18 +155,19 @@ class GuestProcess:
         """Its DMA windows."""
         return self.link.status()["windows"]
 
-    def tces(self, first: int, count: int, shift: int, liobn: int = regs.pci_liobn(0, 0)) -> list[int]:
-        """What the guest reads back."""
-        return [self.cpu.hcall(regs.HCall.H_GET_TCE, liobn, first + (n << shift))[1][0] for n in range(count)]
+    def tces(self, first: int, count: int, shift: int, liobn: int = regs.pci_liobn(0, 0)) -> list[tuple[int, int, int]]:
+        """Where its table leads."""
+        return [self.cpu.translate(liobn, first + (n << shift)) for n in range(count)]
 
     def close(self) -> None:
         """Kill and reap."""
         self.link.close()
         with contextlib.suppress(BufferError):
             self.ram.close()
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
+        for process in (self.popen, *self._servers):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 class Proxy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from collections.abc import Callable
@@ -10,14 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from deploy.link import CommandFailed
 from protocols.control import messages as control
 from tests.processes.conftest import HostProcess, control_call
-from tests.processes.migration_rig import ADDRESSES, EDU, NIC, OWN, GuestProcess, Pair, Proxy, pair, topology
+from tests.processes.migration_rig import ADDRESSES, EDU, NIC, OWN, RAM, GuestProcess, Pair, pair, topology
 from tests.processes.rig import until
 from vfio_model.devices.dma_burst import regs as burst
 from vfio_model.devices.edu import regs as edu
-from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
-from vfio_model.guest_drivers.pci import RtasConfig
 from vfio_model.iommu.spapr import regs
 
 PAGE, MIB = 4096, 1 << 20
@@ -125,3 +125,65 @@ def test_a_machine_moves_while_its_devices_write(
         target.ask("quit")
         assert target.popen.wait(20) == 0
         assert both.host.until(lambda status: not status["mms"])["locked_vm"] == 0 <= before  # type: ignore[operator]
+
+
+def churn(both: Pair, seed: int) -> int:
+    """Until the source has left: mappings come, go and are overwritten under a device that writes all the time, CPUs
+    write, its own device and a remote one do. The number of operations.
+    """
+    source, rng, done = both.source, random.Random(seed), 0
+    with contextlib.suppress(CommandFailed):
+        while True:
+            index, page = rng.randrange(PAGES), rng.randrange(4 * PAGES)
+            choice = rng.randrange(6)
+            if choice < 2:
+                source.put(IOVA + index * PAGE, GPA + page * PAGE | 3)
+            elif choice == 2:
+                source.put(IOVA + index * PAGE, 0)
+            elif choice == 3:
+                source.cpu.hcall(regs.HCall.H_STUFF_TCE, regs.pci_liobn(0, 0), IOVA + index * PAGE, 0, 4)
+            elif choice == 4:
+                source.cpu.write_memory(GPA + 8 * MIB + rng.randrange(2 * MIB), rng.randbytes(100))
+            else:
+                name = rng.choice([EDU, OWN, *source.remote])
+                source.put(OWN_IOVA + PAGE, GPA + 12 * MIB + page * PAGE | 3)
+                source.edu(name).start_dma(edu.BUFFER_ADDRESS, OWN_IOVA + PAGE, 512, to_ram=True)
+                source.step(100_000_000)
+            done += 1
+            source.cpu.flush()
+    return done
+
+
+@pytest.mark.parametrize(("kind", "devices", "kvm"), [*((k, d, False) for k, d in TRACKINGS), ("spapr-v2", True, True)])
+def test_no_page_is_lost_while_mappings_come_and_go(
+    start_host: Callable[..., HostProcess], kind: str, devices: bool, kvm: bool
+) -> None:
+    host = start_host(topology=topology(kind))
+    with pair(host, dirty_tracking=devices, container=kind, kvm=kvm, remote=True) as both:
+        source, target = both.source, both.make_paused()
+        source.bring_up(NIC, EDU, OWN, *source.remote)
+        source.put(IOVA + 70 * PAGE, GPA + 16 * MIB | 3)
+        for number, name in enumerate((EDU, OWN, *source.remote)):
+            source.cpu.write_memory(GPA + 16 * MIB, bytes([number + 1]) * 512)
+            source.edu(name).load(IOVA + 70 * PAGE, 512)
+        source.burst().start(IOVA, 64, 1 << 40, stride=PAGE, span=PAGES, pattern=PATTERN, command=FOREVER)
+        source.cpu.flush()
+        source.ram.write(GPA + 20 * MIB, random.Random(1).randbytes(4 * MIB))
+        source.ask("migrate-set-parameters", max_bandwidth=20 << 20, downtime_limit=0)
+        source.ask("migrate", uri=f"unix:{both.path}")
+        done = churn(both, len(kind))
+        info = source.migrated("completed", "failed")
+        assert info["status"] == "completed", info
+        assert target.migrated("completed", "failed")["status"] == "completed"
+        assert done > 50 and info["ram"]["dirty-sync-count"] > 5
+        different = [
+            hex(at) for at in range(0, RAM, PAGE) if target.ram.map[at : at + PAGE] != source.ram.map[at : at + PAGE]
+        ]
+        assert not different
+        assert target.tces(IOVA, PAGES, 12) == source.tces(IOVA, PAGES, 12)
+        target.ask("cont")
+        target.bars = source.bars
+        for number, name in enumerate((EDU, OWN, *target.remote)):
+            target.put(OWN_IOVA + PAGE, GPA + 17 * MIB + number * PAGE | 3)
+            target.edu(name).store(OWN_IOVA + PAGE, 512)
+            assert target.ram.read(GPA + 17 * MIB + number * PAGE, 512) == bytes([number + 1]) * 512
