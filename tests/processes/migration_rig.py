@@ -171,11 +171,12 @@ class GuestProcess:
 
 
 class Proxy:
-    """Between source and destination: ``filter(sent, data)`` is given how many bytes went before and returns what goes
-    on, or None to cut here.
+    """Between source and destination: ``change(sent, data)`` is given how many bytes went before and returns what goes
+    on. After byte ``end``, if there is one, the connection ends.
     """
 
-    def __init__(self, path: Path, to: Path, change: Callable[[int, bytes], bytes | None]) -> None:
+    def __init__(self, path: Path, to: Path, change: Callable[[int, bytes], bytes], end: int | None = None) -> None:
+        self._end = end
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -190,13 +191,11 @@ class Proxy:
         right.connect(str(self._to))
         back = threading.Thread(target=_copy, args=(right, left), daemon=True)
         back.start()
-        while data := left.recv(1 << 16):
-            changed = self._change(self.sent, data)
-            self.sent += len(data)
-            if changed is None:
-                break
+        while self.sent != self._end and (data := left.recv(1 << 16)):
+            data = data[: None if self._end is None else self._end - self.sent]
             with contextlib.suppress(OSError):
-                right.sendall(changed)
+                right.sendall(self._change(self.sent, data))
+            self.sent += len(data)
         with contextlib.suppress(OSError):
             right.shutdown(socket.SHUT_WR)
         back.join(20)
