@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from deploy.inline.host import UNLIMITED, InlineHost, InlinePort
 from deploy.inline.log import InlineLog
 from tests.conformance.live_host import LiveHosts
-from vfio_model.host.host import Host
+from vfio_model.host.mm import Mm
 from vfio_model.host.topology import HostTopology
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import Hva
@@ -37,6 +38,9 @@ class Client(Protocol):
     def locked_vm(self) -> int:
         """Pages that the host counts as locked for this client."""
 
+    def settle(self) -> None:
+        """Hear every interrupt of which the device was done before it last answered."""
+
 
 class Running(Protocol):
     """A host that runs."""
@@ -55,12 +59,15 @@ class NearClient:
         self.port = port
 
     def memory(self, name: str, size: int, hva: int, page_size: int = 0x1_0000) -> RAMBlock:
-        block = RAMBlock(name, bytearray(size), page_size=page_size, hva=Hva(hva))
+        block = RAMBlock(name, np.zeros(size, "u1").data, page_size=page_size, hva=Hva(hva))
         self.port.declare_memory(block)
         return block
 
     def locked_vm(self) -> int:
         return self.port.mm.locked_vm
+
+    def settle(self) -> None:
+        """A handler is called by the register write that leads to it."""
 
 
 class NearHost:
@@ -81,24 +88,33 @@ class NearHost:
             assert client.locked_vm() == 0, "a client that is gone has nothing locked"
 
 
+def _near(topology: HostTopology, connect: Callable[[InlineHost, InlineLog, Mm], DirectPort]) -> Iterator[Running]:
+    log = InlineLog()
+    owner = InlineHost(msgspec.to_builtins(topology), UNLIMITED, "nobody", log, lambda later: later())
+
+    def client(memlock: int | None) -> DirectPort:
+        port = connect(owner, log, owner.host.create_mm(memlock, "guest"))
+        port.segments = owner.port.segments
+        return port
+
+    running = NearHost(client)
+    yield running
+    running.close()
+    owner.close()
+
+
 @contextmanager
 def direct(topology: HostTopology) -> Iterator[Running]:
     """Everything in this process."""
-    host = Host(topology)
-    running = NearHost(lambda memlock: DirectPort(host, host.create_mm(memlock)))
-    yield running
-    running.close()
+    yield from _near(
+        topology, lambda owner, _, mm: DirectPort(owner.host, mm, lanes=owner.lanes, devices=owner.take_device)
+    )
 
 
 @contextmanager
 def inline(topology: HostTopology) -> Iterator[Running]:
     """In this process, by the messages that there would be between processes."""
-    log = InlineLog()
-    owner = InlineHost(msgspec.to_builtins(topology), UNLIMITED, "nobody", log, lambda later: later())
-    running = NearHost(lambda memlock: InlinePort(owner, owner.host.create_mm(memlock, "guest"), log))
-    yield running
-    running.close()
-    owner.close()
+    yield from _near(topology, lambda owner, log, mm: InlinePort(owner, mm, log))
 
 
 def adapters(hosts: LiveHosts) -> dict[str, Adapter]:

@@ -12,8 +12,8 @@ from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user.messages import Role
 
 
-def client_of(stream: int, loop: Loop, name: str, process: Pidfd) -> VfioUserDevice:
+def client_of(stream: int, loop: Loop, name: str, process: Pidfd, *, lives_for_us: bool = False) -> VfioUserDevice:
     """The user of the device at the other end of ``stream``, which is taken over with ``process``."""
     connection = StreamConnection(socket.socket(fileno=stream), name)
     endpoint = VfioUserEndpoint(connection, Role.CLIENT, capabilities(ats=False))
-    return VfioUserDevice(name, endpoint, loop, process=process)
+    return VfioUserDevice(name, endpoint, loop, process=process, lives_for_us=lives_for_us)

@@ -103,7 +103,7 @@ class WireClient:
         self.port = WirePort(host.directory, host.loop, self._device, name=name, memlock=limit)
 
     def _device(self, message: files.DeviceFd, stream: int, process: Pidfd) -> VfioUserDevice:
-        return client_of(stream, self._host.loop, message.name, process)
+        return client_of(stream, self._host.loop, message.name, process, lives_for_us=True)
 
     def memory(self, name: str, size: int, hva: int, page_size: int = 0x1_0000) -> RAMBlock:
         memory = create_memory(name, size)
@@ -117,6 +117,11 @@ class WireClient:
         mms = self._host.until(lambda _: True)["mms"]
         assert isinstance(mms, list)
         return int(next(mm["locked_vm"] for mm in mms if mm["name"] == self._name))
+
+    def settle(self) -> None:
+        """What a device rang before it answered can be read by now."""
+        for _ in range(3):
+            self._host.loop.run_once(0.0)
 
     def close(self) -> None:
         """As at the end of a process: everything at once."""

@@ -1,4 +1,4 @@
-"""What an sPAPR v1 container is: the 32-bit window counted whole, pages pinned one by one, one group."""
+"""What an sPAPR v1 container is beside what every kind is: a window counted whole, pages pinned singly, one group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conformance.adapters import Adapter, Client, Running
-from tests.conformance.test_container import (
+from tests.conformance.test_spapr_v2 import (
     CREATE,
     GIB,
     HVA,
@@ -184,16 +184,6 @@ def test_a_stranger_may_do_nothing_once_it_is_enabled(world: World) -> None:
     stranger = world.running.client().port
     for cmd in (ENABLE, DISABLE, MAP, UNMAP, REGISTER):
         assert errno_of(lambda cmd=cmd: stranger.ioctl(world.container.handle, cmd, b"")) in ("EPERM", "EBADF")  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("group_first", [True, False])
-def test_closing_in_any_order_gives_everything_back(world: World, group_first: bool) -> None:
-    world.container.enable()
-    world.container.map_dma(0, HVA, MIB)
-    handles = [world.group.handle, world.container.handle]
-    for handle in handles if group_first else reversed(handles):
-        world.client.port.close(handle)
-    assert world.client.locked_vm() == 0
 
 
 def test_the_short_info(world: World) -> None:
