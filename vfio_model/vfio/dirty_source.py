@@ -192,7 +192,7 @@ def choose_source(backend: VFIOIOMMU, devices: Sequence[FeatureDevice | None]) -
     able = [device for device in devices if device is not None and has_feature(device, *logging)]
     if able and len(able) == len(devices):
         return DeviceDirty(backend, able)
-    if isinstance(backend, Type1) and backend.dirty_pages_supported:
+    if isinstance(backend, Type1) and backend.kind == "type1v2" and backend.dirty_pages_supported:
         return ContainerDirty(backend)
     return EverythingDirty(backend)
 

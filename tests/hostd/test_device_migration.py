@@ -1,0 +1,228 @@
+"""A device process's features: migration states, the state as data, the log of its writes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import random
+
+import pytest
+
+from hostd.device_migration import DeviceMigration
+from hostd.device_surroundings import ProcessSurroundings
+from tests.memory.fakes import system_memory
+from vfio_model.devices.dma_burst import regs as burst
+from vfio_model.devices.dma_burst.device import DMABurstDevice
+from vfio_model.devices.edu import regs
+from vfio_model.devices.edu.device import EduDevice
+from vfio_model.memory.types import DMADirection
+from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER
+from vfio_model.pci.device import PCIDevice
+from vfio_model.ranges import U64_MAX
+from vfio_model.trace import NULL_TRACE
+from vfio_model.uapi.migration import (
+    ARCS,
+    DeviceState,
+    DmaLoggingControl,
+    DmaLoggingReport,
+    Feature,
+    FeatureFlags,
+    MigDataSize,
+    MigrationInfo,
+    MigState,
+    pack_ranges,
+    path,
+)
+
+GET, SET, PROBE = (
+    int(FeatureFlags.VFIO_DEVICE_FEATURE_GET),
+    int(FeatureFlags.VFIO_DEVICE_FEATURE_SET),
+    int(FeatureFlags.VFIO_DEVICE_FEATURE_PROBE),
+)
+INFO = int(Feature.VFIO_DEVICE_FEATURE_MIGRATION)
+STATE = int(Feature.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE)
+DATA_SIZE = int(Feature.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE)
+LOG_START, LOG_STOP, LOG_REPORT = (
+    int(Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_START),
+    int(Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP),
+    int(Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT),
+)
+PAGE, RAM = 4096, 1 << 20
+MS = 1_000_000
+REACHABLE = [state for state in DeviceState if state is not DeviceState.ERROR]
+
+
+class Process:
+    """A device as its process has it, over RAM of its own."""
+
+    def __init__(self, kind: type[PCIDevice] = EduDevice, *, logs: bool = True) -> None:
+        self.around = ProcessSurroundings(NULL_TRACE)
+        self.device = kind(self.around)
+        self.device.realize()
+        self.migration = DeviceMigration(self.device, NULL_TRACE, logs=logs)
+        space, self.ram = system_memory(RAM)
+        self.migration.attach_dma(space)
+        self.device.config_write(COMMAND, 2, COMMAND_MASTER | 2)
+
+    def to(self, state: DeviceState) -> None:
+        answer = self.migration.feature(SET | STATE, MigState(state).pack())
+        assert MigState.unpack(answer).device_state == state is self.migration.state
+
+    def read_all(self, size: int = 100) -> bytes:
+        return b"".join(iter(lambda: self.migration.read(size), b""))
+
+    def log(self, page: int = PAGE, ranges: tuple[tuple[int, int], ...] = ((0, 1 << 63),)) -> None:
+        self.migration.feature(SET | LOG_START, DmaLoggingControl(page, len(ranges)).pack() + pack_ranges(list(ranges)))
+
+    def written(self, iova: int = 0, size: int = RAM, page: int = PAGE) -> set[int]:
+        answer = self.migration.feature(GET | LOG_REPORT, DmaLoggingReport(iova, size, page).pack())
+        number = int.from_bytes(answer[DmaLoggingReport.SIZE :], "little")
+        return {at for at in range(number.bit_length()) if number >> at & 1}
+
+
+def refusal(act: object) -> int:
+    assert callable(act)
+    with pytest.raises(OSError) as caught:
+        act()
+    assert caught.value.errno is not None
+    return caught.value.errno
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(REACHABLE, REACHABLE)))
+def test_every_state_is_reached_by_legal_steps(before: DeviceState, after: DeviceState) -> None:
+    way = path(before, after)
+    assert way is not None
+    assert all(step in ARCS[last] for last, step in itertools.pairwise([before, *way]))
+    process = Process()
+    process.to(before)
+    process.to(after)
+    assert process.migration.runs == (after in (DeviceState.RUNNING, DeviceState.RUNNING_P2P))
+
+
+def test_what_is_no_state_or_no_feature_is_refused_and_changes_nothing() -> None:
+    process = Process()
+    feature = process.migration.feature
+    for number in (0, 6, 99):
+        assert refusal(lambda number=number: feature(SET | STATE, MigState(number).pack())) == errno.EINVAL
+    assert refusal(lambda: feature(SET | STATE, b"\1")) == errno.EINVAL
+    assert refusal(lambda: feature(GET | SET | STATE, MigState(1).pack())) == errno.EINVAL
+    assert refusal(lambda: feature(STATE, b"")) == errno.EINVAL
+    assert refusal(lambda: feature(1 << 19 | GET | STATE, b"")) == errno.EINVAL
+    assert refusal(lambda: feature(SET | INFO, b"")) == errno.EINVAL
+    assert refusal(lambda: feature(GET | 77, b"")) == errno.ENOTTY
+    assert refusal(lambda: process.migration.read(10)) == refusal(lambda: process.migration.write(b"x")) == errno.EINVAL
+    assert MigState.unpack(feature(GET | STATE, b"")).device_state == DeviceState.RUNNING
+    assert feature(PROBE | GET | SET | STATE, b"") == feature(PROBE | SET | LOG_START, b"") == b""
+    assert MigrationInfo.unpack(feature(GET | INFO, b"")).flags == 3
+
+
+def test_a_device_that_does_not_describe_itself_cannot_be_migrated() -> None:
+    class Plain(PCIDevice):
+        VENDOR_ID, DEVICE_ID = 0x1234, 0x1111
+
+    process = Process(Plain, logs=False)
+    for feature in (INFO, STATE, LOG_START):
+        assert refusal(lambda feature=feature: process.migration.feature(PROBE | SET | feature, b"")) == errno.ENOTTY
+
+
+def test_a_transfer_that_was_under_way_ends_in_the_other_process() -> None:
+    source, target = Process(), Process()
+    source.ram.view[0:5] = b"hello"
+    _edu(source, 0, regs.BUFFER_ADDRESS, 5, regs.DMA_RUN)
+    source.around.clock.advance(101 * MS)
+    _edu(source, regs.BUFFER_ADDRESS, 0x3000, 5, regs.DMA_RUN | regs.DMA_TO_RAM)
+    source.around.clock.advance(60 * MS)
+    source.to(DeviceState.STOP_COPY)
+    assert MigDataSize.unpack(source.migration.feature(GET | DATA_SIZE, b"")).stop_copy_length > 4096
+    data = source.read_all()
+    target.around.clock.advance_to(999 * MS)
+    target.to(DeviceState.RESUMING)
+    for at in range(0, len(data), 1000):
+        target.migration.write(data[at : at + 1000])
+    target.to(DeviceState.RUNNING)
+    target.around.clock.advance(38 * MS)
+    assert bytes(target.ram.view[0x3000:0x3005]) == bytes(5)
+    target.around.clock.advance(2 * MS)
+    assert bytes(target.ram.view[0x3000:0x3005]) == b"hello"
+    assert bytes(source.ram.view[0x3000:0x3005]) == bytes(5)
+
+
+def _edu(process: Process, source: int, target: int, count: int, command: int) -> None:
+    registers = {regs.DMA_SRC: source, regs.DMA_DST: target, regs.DMA_COUNT: count, regs.DMA_COMMAND: command}
+    for register, value in registers.items():
+        process.device.bar_write(0, register, 4 if register == regs.DMA_COMMAND else 8, value)
+
+
+def test_a_state_that_cannot_be_taken_leaves_an_error_that_a_reset_ends() -> None:
+    source, target, other = Process(), Process(), Process(DMABurstDevice)
+    source.to(DeviceState.STOP_COPY)
+    data = source.read_all()
+    rng = random.Random(3)
+    broken = [data[:-1], data + b"x", b"\0" + data[1:], data[: len(data) // 2], rng.randbytes(40)]
+    for device, wrong in [*((target, each) for each in broken), (other, data)]:
+        device.to(DeviceState.RESUMING)
+        device.migration.write(wrong)
+        assert refusal(lambda device=device: device.to(DeviceState.STOP)) == errno.EINVAL
+        assert device.migration.state is DeviceState.ERROR and not device.migration.runs
+        assert refusal(lambda device=device: device.to(DeviceState.RUNNING)) == errno.EINVAL
+        device.migration.reset()
+        assert device.migration.state is DeviceState.RUNNING
+    target.to(DeviceState.RESUMING)
+    target.migration.write(data)
+    target.to(DeviceState.RUNNING)
+
+
+def test_a_log_has_the_pages_that_were_written_since_it_was_asked() -> None:
+    process = Process(DMABurstDevice)
+    dma = process.device.dma
+    dma.write(0x1000, b"before")
+    process.log()
+    assert process.written() == set()
+    dma.write(0x1FFF, b"ab")
+    dma.read(0x9000, bytearray(8))
+    dma.write_many([0x1_0000 + n * 0x2000 for n in range(4)], 8, bytes(32))
+    assert process.written(0x1000, 0x2000) == {0, 1}
+    assert process.written() == {16, 18, 20, 22} and process.written() == set()
+    mapping = dma.map(0x4_0000, 2 * PAGE, DMADirection.FROM_DEVICE)
+    assert mapping is not None
+    dma.unmap(mapping, PAGE + 1)
+    assert process.written() == {64, 65}
+    for register, value in {burst.IOVA: 0x5_0000, burst.LENGTH: 8, burst.COUNT: 3, burst.STRIDE: PAGE}.items():
+        process.device.bar_write(0, register, 8, value)
+    process.device.bar_write(0, burst.COMMAND, 8, burst.COMMAND_START | burst.COMMAND_WRITE)
+    assert process.written() == {80, 81, 82}
+    process.migration.feature(SET | LOG_STOP, b"")
+    dma.write(0, b"x")
+    process.log()
+    assert process.written() == set(), "an old log is gone"
+    dma.write(0x2_0000, b"x")
+    assert process.written() == {32}
+
+
+def test_only_what_lies_in_a_logged_range_is_reported() -> None:
+    process = Process()
+    process.log(1 << 13, ((0x4000, 0x4000), (0x2_0000, 0x1000)))
+    process.device.dma.write(0, bytes(0x3_0000))
+    assert process.written(0, 1 << 20, 1 << 13) == {2, 3, 16}
+
+
+@pytest.mark.parametrize(
+    ("control", "ranges"),
+    [
+        ((0, 1), [(0, PAGE)]),
+        ((3000, 1), [(0, PAGE)]),
+        ((PAGE, 0), []),
+        ((PAGE, 2), [(0, PAGE)]),
+        ((PAGE, 1), [(0, 0)]),
+        ((PAGE, 1), [(PAGE, U64_MAX)]),
+    ],
+)
+def test_logs_that_cannot_be(control: tuple[int, int], ranges: list[tuple[int, int]]) -> None:
+    process = Process()
+    data = DmaLoggingControl(*control).pack() + pack_ranges(ranges)
+    assert refusal(lambda: process.migration.feature(SET | LOG_START, data)) == errno.EINVAL
+    assert refusal(lambda: process.written()) == errno.EINVAL, "it is off"
+    process.log()
+    assert refusal(process.log) == errno.EINVAL, "it is on"
+    for report in ((0, 0, PAGE), (1, PAGE, PAGE), (0, PAGE + 1, PAGE), (0, PAGE, 2 * PAGE), (0, 1 << 40, PAGE)):
+        assert refusal(lambda report=report: process.written(*report)) == errno.EINVAL
