@@ -1,0 +1,237 @@
+"""Any sequence of what a guest does and of what happens to it, over every kind of container: the host's tables are the
+guest's view, devices reach what it says, and what is locked is what is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.vfio.bridges import BACKING, BRIDGE_OF, PAGES, RAM, Bridges
+from vfio_model.host.spapr_container import SpaprTables
+from vfio_model.iommu.spapr.regs import RtasStatus, pci_liobn, rtas_status
+from vfio_model.machine.migration import load_device_state, save_device_state
+from vfio_model.ranges import Range
+from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
+
+DMA64 = 1 << 59
+V1_WINDOW = 2 << 30
+bridges = st.sampled_from((0, 0, 0, 1))
+groups = st.sampled_from(sorted(BRIDGE_OF))
+liobns = st.builds(pci_liobn, bridges, st.integers(0, 1))
+bases = st.sampled_from((0, 0, DMA64))
+tces = st.builds(lambda page, perm: page << 16 | perm, st.integers(0, 40), st.sampled_from((0, 1, 2, 3, 3)))
+iobas = st.builds(lambda base, page: base + (page << 12), bases, st.integers(0, PAGES))
+addresses = st.builds(
+    lambda base, page, low: base + (page << 12) + low, bases, st.integers(0, 20), st.sampled_from((0, 4088))
+)
+values = st.one_of(st.none(), st.integers(1, 0xFFFF))
+counts = st.integers(0, PAGES + 2)
+lists = st.lists(tces, max_size=PAGES + 2)
+shifts = st.tuples(st.sampled_from((12, 16)), st.sampled_from((16, 18)))
+
+
+class Guest(RuleBasedStateMachine):
+    """A guest that may move to another machine, over containers of ``KIND``."""
+
+    KIND: ClassVar[ContainerKind]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = Bridges(self.KIND)
+        self.dying = False
+
+    @initialize()
+    def begin(self) -> None:
+        for number in (26, 28):
+            assert self.at.plug(number)
+
+    # -- what a guest does
+
+    @rule(liobn=liobns, ioba=iobas, tce=tces)
+    def put(self, liobn: int, ioba: int, tce: int) -> None:
+        self.at.put(liobn, ioba, tce)
+
+    @rule(liobn=liobns, ioba=iobas, value=st.sampled_from((0, 0, 0x30003)), count=counts)
+    def stuff(self, liobn: int, ioba: int, value: int, count: int) -> None:
+        self.at.stuff(liobn, ioba, value, count)
+
+    @rule(liobn=liobns, ioba=iobas, entries=lists)
+    def indirect(self, liobn: int, ioba: int, entries: list[int]) -> None:
+        self.at.indirect(liobn, ioba, entries)
+
+    @rule(bridge=bridges, shift=shifts)
+    def create(self, bridge: int, shift: tuple[int, int]) -> None:
+        before = self.at.windows(bridge)
+        if rtas_status(self.at.create(bridge, *shift)):
+            assert self.at.windows(bridge) == before
+
+    @rule(liobn=liobns)
+    def remove(self, liobn: int) -> None:
+        self.at.remove(liobn)
+
+    @rule(bridge=bridges, of=st.sampled_from(("windows", "bridge", "machine")))
+    def reset(self, bridge: int, of: str) -> None:
+        if of == "windows":
+            self.at.reset_windows(bridge)
+        else:
+            (self.at.machine if of == "machine" else self.at.machine.phb(bridge)).reset()
+        assert [start for start, _ in self.at.windows(bridge)] == [0]
+
+    @precondition(lambda self: not self.dying)
+    @rule(number=groups, iova=addresses, value=values)
+    def dma(self, number: int, iova: int, value: int | None) -> None:
+        if number not in self.at.plugged:
+            return
+        page = self.at.guest_view(BRIDGE_OF[number]).get(iova & ~0xFFF)
+        expected = bytearray(self.at.ram.view)
+        allowed = page is not None and (value is None or page[1] == 3)
+        at = page[0] + (iova & 0xFFF) if page is not None else 0
+        if allowed and value is not None:
+            expected[at : at + 8] = value.to_bytes(8, "little")
+        done, data = self.at.dma(number, iova, value)
+        assert done is allowed and self.at.ram.view == expected
+        if value is None:
+            assert data == (expected[at : at + 8] if allowed else bytes(8))
+
+    # -- what happens to it
+
+    @precondition(lambda self: not self.dying)
+    @rule(number=groups)
+    def unplug(self, number: int) -> None:
+        if number in self.at.plugged:
+            self.at.unplug(number)
+
+    @precondition(lambda self: not self.dying)
+    @rule(number=groups)
+    def plug(self, number: int) -> None:
+        if number not in self.at.plugged:
+            self.may_be_left_out([] if self.at.plug(number) else [number])
+
+    def may_be_left_out(self, numbers: list[int]) -> None:
+        """A host without dynamic windows cannot follow one that the guest made while nothing was plugged, and one with
+        them cannot put it where the guest has it without the default window.
+        """
+        for number in numbers:
+            assert self.KIND.startswith("spapr")
+            assert DMA64 in [start for start, _ in self.at.windows(BRIDGE_OF[number])]
+
+    @precondition(lambda self: not self.dying)
+    @rule(after=st.integers(1, 4))
+    def the_host_dies(self, after: int) -> None:
+        self.at.port.left, self.dying = after, True
+
+    @precondition(lambda self: self.dying)
+    @rule()
+    def a_host_comes_back(self) -> None:
+        self.dying = False
+        self.may_be_left_out(self.at.restart_host())
+
+    @precondition(lambda self: not self.dying)
+    @rule()
+    def migrate(self) -> None:
+        here, there = self.at, Bridges(self.KIND)
+        for number in here.plugged:
+            assert there.plug(number)
+        there.ram.view[:] = here.ram.view
+        load_device_state(there.machine, save_device_state(here.machine))
+        for bridge in range(2):
+            assert there.guest_view(bridge) == here.guest_view(bridge)
+        self.leave()
+        self.at = there
+
+    def leave(self) -> None:
+        for number in list(self.at.plugged):
+            self.at.unplug(number)
+        assert self.at.locked == 0, "nothing stays locked"
+
+    def teardown(self) -> None:
+        if not self.dying:
+            self.leave()
+
+    # -- what always holds
+
+    @invariant()
+    def windows_are_apart(self) -> None:
+        for bridge in range(2):
+            windows = self.at.windows(bridge)
+            assert len(windows) <= 2
+            assert len(windows) < 2 or not Range(*windows[0]).overlaps(Range(*windows[1]))
+
+    @invariant()
+    def the_host_has_what_the_guest_has(self) -> None:
+        if not self.dying:
+            for number in self.at.plugged:
+                assert self.at.host_view(number) == self.at.guest_view(BRIDGE_OF[number])
+
+    @invariant()
+    def what_is_locked_is_what_is_needed(self) -> None:
+        if self.dying:
+            return
+        drivers = self.at.drivers()
+        if self.KIND.startswith("type1"):
+            firsts = {id(self.at.driver(number)): number for number in self.at.plugged}
+            assert self.at.locked == sum(len(self.at.host_view(number)) for number in firsts.values())
+            return
+        tables = [table for driver in drivers if isinstance(driver, SpaprTables) for table in driver.tables if table]
+        needed = sum(128 if table.last + 1 - table.start == V1_WINDOW else 2 for table in tables)
+        if self.KIND == "spapr-v1":
+            needed += len(drivers) * (V1_WINDOW // BACKING)
+        elif drivers:
+            needed += RAM // BACKING
+        assert self.at.locked == needed
+        behind = [BRIDGE_OF[number] for number in self.at.plugged]
+        assert len(drivers) == (len(behind) if self.KIND == "spapr-v1" else len(set(behind)))
+
+
+@pytest.mark.parametrize("kind", CONTAINER_KINDS)
+def test_the_host_follows_the_guest(kind: ContainerKind) -> None:
+    machine = type(f"Guest_{kind}", (Guest,), {"KIND": kind})
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
+
+
+steps = st.one_of(
+    st.tuples(st.just("put"), liobns, iobas, tces),
+    st.tuples(st.just("stuff"), liobns, iobas, st.sampled_from((0, 0x30003)), counts),
+    st.tuples(st.just("indirect"), liobns, iobas, lists),
+    st.tuples(st.just("get"), liobns, iobas),
+    st.tuples(st.just("query"), bridges),
+    st.tuples(st.just("remove"), liobns),
+    st.tuples(st.just("reset_windows"), bridges),
+    st.tuples(st.just("dma"), groups, addresses, values),
+    st.tuples(st.just("create"), bridges, st.sampled_from((12, 16)), st.sampled_from((16, 18))),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(steps, max_size=40))
+def test_a_guest_cannot_tell_the_kinds_apart(program: list[tuple[Any, ...]]) -> None:
+    """But for dynamic windows: a container of version 1 has none. Where one kind refuses what another makes, the others
+    give it back, and the guests go on alike.
+    """
+    guests = [Bridges(kind) for kind in CONTAINER_KINDS]
+    assert all(guest.plug(number) for guest in guests for number in BRIDGE_OF)
+    for name, *args in program:
+        results = [getattr(guest, name)(*args) for guest in guests]
+        if name == "create" and any(result != results[0] for result in results):
+            for guest, result in zip(guests, results, strict=True):
+                if rtas_status(result):
+                    assert guest.kind.startswith("spapr") and rtas_status(result) == RtasStatus.HW_ERROR
+                else:
+                    assert rtas_status(guest.remove(result[1])) == 0
+        else:
+            assert all(result == results[0] for result in results), (name, args, results)
+        for guest in guests[1:]:
+            assert guest.ram.view == guests[0].ram.view
+            assert all(guest.guest_view(bridge) == guests[0].guest_view(bridge) for bridge in (0, 1))
