@@ -12,7 +12,7 @@ counts as written. So does memory beyond the end of the maps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from vfio_model.host.layout import DIRTY_BYTES, DIRTY_SHIFT, FIRST_HPA, TCE_WRITE
@@ -37,35 +37,49 @@ class Writer(Protocol):
 
 
 class Extent(NamedTuple):
-    """The entries that ``block`` has, or had before it was unmapped, one for each 4 KiB from ``iova`` on."""
+    """What ``block`` has, or had before it was unmapped, for ``pages`` of 4 KiB from ``iova`` on: the ``entry`` of
+    leaves that lie one behind the other in memory, or one of the last level for each page, ``tces``.
+    """
 
     block: Block
     iova: int
+    pages: int
+    entry: int
     tces: Any
 
 
-def extents(table: IoPageTable, blocks: Sequence[Block]) -> list[Extent]:
-    """The entries of ``blocks``, which are mapped, as they are now."""
+def extents(table: IoPageTable, blocks: Iterable[Block]) -> Iterator[Extent]:
+    """The entries of ``blocks``, which are mapped, as they are when they are asked for."""
     np = _numpy()
-    words, window, found = np.frombuffer(table.memory.words, dtype="u8"), table.window, []
+    words, window = np.frombuffer(table.memory.words, dtype="u8"), table.window
     for block in blocks:
-        for first in range(block.iova >> PAGE_SHIFT, block.end >> PAGE_SHIFT, _CHUNK):
-            indices = np.arange(first, min(first + _CHUNK, block.end >> PAGE_SHIFT), dtype="i8")
-            found.append(Extent(block, first << PAGE_SHIFT, load_tces(words, window, indices)))
-    return found
+        for first, pages, entry in table.stretches(block.iova, block.bytes):
+            for done in range(0, pages, _CHUNK):
+                at, count = first + done, min(_CHUNK, pages - done)
+                if entry:
+                    yield Extent(block, at << PAGE_SHIFT, count, entry + (done << PAGE_SHIFT), None)
+                else:
+                    tces = load_tces(words, window, np.arange(at, at + count, dtype="i8"))
+                    yield Extent(block, at << PAGE_SHIFT, count, 0, tces)
 
 
-def collect(found: Sequence[Extent], writers: Iterable[Writer], page: int, first: int, bitmap: bytearray) -> None:
+def collect(found: Iterable[Extent], writers: Iterable[Writer], page: int, first: int, bitmap: bytearray) -> None:
     """Set a bit of ``bitmap`` for every page of ``page`` bytes in ``found`` that was written; bit 0 stands for the page
     at bus address ``first``, which is not above any of them. What was seen is clear from now on.
     """
     maps = [writer.dirty for writer in writers if writer.open_count]
     known = [m for m in maps if m is not None]
+    blocks: dict[int, Block] = {}
     for extent in found:
-        written = _written(extent.tces, known, extent.block.dirty or len(known) < len(maps))
-        _or_bits(bitmap, (extent.iova - first) // page, written.reshape(-1, page >> PAGE_SHIFT).any(1))
-    for extent in found:
-        extent.block.dirty = False
+        everything = extent.block.dirty or len(known) < len(maps)
+        written = (
+            _written_leaves(extent, known, everything) if extent.entry else _written(extent.tces, known, everything)
+        )
+        if written is not None:
+            _or_bits(bitmap, (extent.iova - first) // page, written.reshape(-1, page >> PAGE_SHIFT).any(1))
+        blocks[id(extent.block)] = extent.block
+    for block in blocks.values():
+        block.dirty = False
 
 
 def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:
@@ -81,6 +95,29 @@ def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:
         hits = np.flatnonzero(noted[at])
         noted[at[hits]] = 0
         written[within[hits]] = True
+    return written
+
+
+def _written_leaves(extent: Extent, maps: list[memoryview], everything: bool) -> Any:
+    """As :func:`_written` of the pages of leaves; None when it is none of them."""
+    np = _numpy()
+    if not extent.entry & TCE_WRITE:
+        return None
+    at = (extent.entry - FIRST_HPA) >> DIRTY_SHIFT
+    within = max(0, min(extent.pages, DIRTY_BYTES - at))
+    written = None
+    if everything or (maps and within < extent.pages):
+        written = np.full(extent.pages, everything)
+        written[within:] = True
+    for view in maps if within else ():
+        noted = np.frombuffer(view, dtype="u1", count=within, offset=at)
+        if not noted.any():
+            continue
+        if written is None:
+            written = np.zeros(extent.pages, dtype=bool)
+        hits = np.flatnonzero(noted)
+        noted[hits] = 0
+        written[hits] = True
     return written
 
 

@@ -143,7 +143,7 @@ class DirtyTracking:
         into the bitmap of ``answer``; its bit 0 is the page at ``first``.
         """
         self._look_for_closed()
-        before, closes = extents(self.table, blocks), _closes(self.groups)
+        before, closes = list(extents(self.table, blocks)), _closes(self.groups)
 
         def finish() -> bytes:
             if _closes(self.groups) != closes:

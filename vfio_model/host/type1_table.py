@@ -137,19 +137,26 @@ class IoPageTable:
 
     def clear(self, iova: int, size: int) -> None:
         """Zero the entries of whole mappings that fill ``size`` bytes from ``iova``; empty tables are retired."""
-        index, end = iova >> PAGE_SHIFT, (iova + size) >> PAGE_SHIFT
-        while index < end:
-            level = next(level for level in range(self.levels) if self._key(level, index) in self._tables)
-            key, bits = self._key(level, index), LEVEL_SHIFT * level
-            assert level in _LEAF_LEVELS, "what is cleared is mapped"
-            word = self._word(key, index)
-            most = min(_ENTRIES - (index >> bits & _LOW), (end - index) >> bits)
-            count = most if level == 0 else _leaves(self.memory.words[word : word + most])
-            assert count > 0, "a leaf lies in one mapping"
+        for index, key, word, count in self._runs(iova, size):
             self.memory.words[word : word + count] = memoryview(bytes(8 * count)).cast("Q")
             self._used[key] -= count
             if not self._used[key]:
                 self._retire(key, index)
+
+    def _runs(self, iova: int, size: int) -> Iterator[tuple[int, _Key, int, int]]:
+        """Page number, table, word and number of the entries of one table that map a part of ``size`` bytes from
+        ``iova``, which whole mappings fill; what was given may be cleared before the next is asked for.
+        """
+        index, end = iova >> PAGE_SHIFT, (iova + size) >> PAGE_SHIFT
+        while index < end:
+            level = next(level for level in range(self.levels) if self._key(level, index) in self._tables)
+            key, bits = self._key(level, index), LEVEL_SHIFT * level
+            assert level in _LEAF_LEVELS, "what is asked for is mapped"
+            word = self._word(key, index)
+            most = min(_ENTRIES - (index >> bits & _LOW), (end - index) >> bits)
+            count = most if level == 0 else _leaves(self.memory.words[word : word + most])
+            assert count > 0, "a leaf lies in one mapping"
+            yield index, key, word, count
             index += count << bits
 
     def _key(self, level: int, index: int) -> _Key:
@@ -179,6 +186,32 @@ class IoPageTable:
             self.memory.free(offset, _TABLE_BYTES)
 
     # Inspection
+
+    def stretches(self, iova: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Page number, pages of 4 KiB and entry of what maps ``size`` bytes from ``iova``, which whole mappings fill.
+
+        Leaves that follow one another in memory too are one stretch, with the entry of the first; pages of the last
+        level are another, with entry 0: each has one of its own.
+        """
+        first, pages, entry = iova >> PAGE_SHIFT, 0, 0
+        for index, count, found in self._leaves_in(iova, size):
+            if pages and found != (entry + (pages << PAGE_SHIFT) if entry else 0):
+                yield first, pages, entry
+                first, pages = index, 0
+            if not pages:
+                entry = found
+            pages += count
+        if pages:
+            yield first, pages, entry
+
+    def _leaves_in(self, iova: int, size: int) -> Iterator[tuple[int, int, int]]:
+        for index, (level, _), word, count in self._runs(iova, size):
+            if not level:
+                yield index, count, 0
+                continue
+            leaf = 1 << LEVEL_SHIFT * level
+            for at, entry in enumerate(self.memory.words[word : word + count]):
+                yield index + at * leaf, leaf, entry
 
     def mapped(self) -> Iterator[tuple[int, int, int]]:
         """(bus address, size, entry) of every leaf, in no particular order; for tests and inspection."""
