@@ -22,6 +22,7 @@ class Party(Enum):
     NOTIFIER = "notifier"
     DEVICE = "device process"
     GUESTD = "guestd"
+    DESTINATION = "the guestd that a machine migrates to"
 
 
 class Kind(Enum):
@@ -61,6 +62,8 @@ WAITS: tuple[Wait, ...] = (
     Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "ATC lanes"),
     Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "clock step"),
     Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "death"),
+    Wait(Party.GUESTD, Party.DEVICE, Kind.PLAIN, "migration state, dirty pages"),
+    Wait(Party.GUESTD, Party.DESTINATION, Kind.PLAIN, "loading the machine"),  # which never waits for its source
 )
 
 

@@ -26,7 +26,7 @@ from protocols.monitor.commands import COMMANDS
 from protocols.notifier import messages as notifier
 from protocols.port import device, files, messages
 from protocols.vfio_user.messages import COMMANDS as VFIO_USER
-from protocols.vfio_user.messages import Capabilities, Header, Payload, Role, Version
+from protocols.vfio_user.messages import Capabilities, DeviceFeature, Header, MigData, Payload, Role, Version
 
 _EDGES = [(1 << bits) + step for bits in (12, 16, 31, 32, 63, 64) for step in (-4096, -1, 0)]
 WILD = (0, 1, 2, 7, *(edge for edge in _EDGES if 0 <= edge < 1 << 64))
@@ -135,8 +135,11 @@ class Fuzzer:
         tail = b""
         if kind.TAIL:
             tail = self.random.randbytes(self.random.choice([0, 1, 4, 8, 64]))
-            if "count" in names and self.random.random() < 0.8:
-                values[names.index("count")] = len(tail) or self.random.choice([1, 4, 8])
+            length = "size" if kind is MigData else "count"
+            if length in names and self.random.random() < 0.8:
+                values[names.index(length)] = len(tail) or self.random.choice([1, 4, 8])
+            if kind is DeviceFeature and self.random.random() < 0.8:
+                values[names.index("flags")] = self.random.randrange(11) | self.random.randrange(8) << 16
         return kind.FORMAT.pack(*values) + tail
 
     def _code(self, code: str) -> int:
