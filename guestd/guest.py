@@ -59,7 +59,7 @@ class Guest:
     ) -> None:
         self.config, self._directory, self._loop, self._trace = config, directory, loop, trace
         machine = config.machine
-        self._memory: MappedMemory = create_memory("ram", machine.ram)
+        self._memory = _ram(machine.ram)
         self.ram = RAMBlock("ram", self._memory.view, page_size=machine.page_size, hva=RAM_HVA, fd=self._memory.fd)
         self.clock = GuestClock(loop, realtime=realtime)
         per_phb = {phb.index: machine.dma_options(phb) for phb in machine.phbs}
@@ -382,3 +382,12 @@ class Guest:
         self.clock.close()
         with contextlib.suppress(BufferError):  # the machine still shows it; the descriptor is closed
             self._memory.close()
+
+
+def _ram(size: int) -> MappedMemory:
+    """:raise ConfigError: when the machine that this runs on does not give ``size`` bytes."""
+    try:
+        return create_memory("ram", size)
+    except (OSError, OverflowError) as error:
+        why = os.strerror(errno.ENOMEM) if isinstance(error, OverflowError) else error.strerror
+        raise ConfigError(f"cannot set up guest memory 'ppc_spapr.ram': {why}") from error

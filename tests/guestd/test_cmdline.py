@@ -248,6 +248,13 @@ def test_a_bad_command_line_ends_with_status_1_and_says_why(capsys: pytest.Captu
     assert said.err == "guestd-system-ppc64: -device foo: 'foo' is not a valid device model name\n" and not said.out
 
 
+@pytest.mark.parametrize("size", ["1000P", "15E"])
+def test_more_memory_than_there_can_be_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("guestd-system-ppc64", ["-display", "none", "-m", size]) == 1
+    why = "cannot set up guest memory 'ppc_spapr.ram': Cannot allocate memory"
+    assert capsys.readouterr().err == f"guestd-system-ppc64: {why}\n"
+
+
 HELP = {
     "--help": "usage: guestd-system-ppc64",
     "-version": "QEMU emulator version 11.1",
