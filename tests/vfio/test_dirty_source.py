@@ -254,3 +254,15 @@ def test_of_ram_with_absent_parts_the_populated_ones_are_asked_for() -> None:
     sync.unmap(0x10_0000 + 8 * PAGE, 4 * PAGE)
     assert marked == set(range(8, 12)) and backend.container.unmaps[-1] == (0x10_0000 + 8 * PAGE, 4 * PAGE)
     sync.stop()
+
+
+def test_pages_of_64k_lead_where_they_lead_in_one_piece_or_in_parts() -> None:
+    tracked = Tracked(Chain())
+    chain, device = tracked.chain, tracked.device
+    assert chain.create_window(16, 23)[0] == 0
+    for index, page in enumerate((9, 3, 4)):
+        assert chain.put(DMA64 + (index << 16), page << 16 | 3, 0x8000_0001) == 0
+    tracked.written()
+    device.device.dma.write(DMA64 + 0xF000, bytes(0x2000))
+    device.device.dma.write(DMA64 + 0x1_F000, bytes(0x1_2000))
+    assert tracked.written() == {0x9F, 0x30, 0x3F, *range(0x40, 0x50)}

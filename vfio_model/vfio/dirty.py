@@ -153,19 +153,23 @@ class DirtySync(MemoryListener):
 
     def _report(self, followed: _Followed, first: int, bitmap: bytes) -> None:
         page = self._source.page
-        for number in _set_bits(bitmap):
-            gpa = followed.gpa(first + number * page)
-            span = ram_span(self._system, Gpa(gpa)) if gpa is not None else None
-            if span is not None:
-                self._mark(span.block, span.offset, min(page, span.size))
+        for number, count in _runs(bitmap):
+            iova, end = first + number * page, first + (number + count) * page
+            while iova < end:
+                size = min(end, (iova | followed.page - 1) + 1) - iova
+                gpa = followed.gpa(iova)
+                span = ram_span(self._system, Gpa(gpa)) if gpa is not None else None
+                if span is not None:
+                    self._mark(span.block, span.offset, min(size, span.size))
+                iova += size
 
     def _report_ram(self, section: MemoryRegionSection, part: Range, bitmap: bytes) -> None:
         """Bit 0 is the first page of ``part``, which lies in the region of ``section``."""
         region, page = section.mr, self._source.page
         assert isinstance(region, RAMRegion), "only RAM is kept here"
-        for number in _set_bits(bitmap):
+        for number, count in _runs(bitmap):
             at = part.start + number * page
-            self._mark(region.block, at, min(page, part.last - at + 1))
+            self._mark(region.block, at, min(count * page, part.last - at + 1))
 
 
 def _populated(section: MemoryRegionSection) -> list[Range]:
@@ -199,9 +203,12 @@ def _stretches(pages: list[int], page: int) -> Iterator[tuple[int, int]]:
         yield first, end - first
 
 
-def _set_bits(bitmap: bytes) -> Iterator[int]:
-    for at, byte in enumerate(bitmap):
-        while byte:
-            low = byte & -byte
-            yield at * 8 + low.bit_length() - 1
-            byte ^= low
+def _runs(bitmap: bytes) -> Iterator[tuple[int, int]]:
+    """(first, count) of set bits that follow one another."""
+    bits = f"{int.from_bytes(bitmap, 'little'):b}"[::-1]
+    at = bits.find("1")
+    while at >= 0:
+        end = bits.find("0", at)
+        end = len(bits) if end < 0 else end
+        yield at, end - at
+        at = bits.find("1", end)
