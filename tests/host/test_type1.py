@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from tests.host.type1_rig import GIB, HVA, MIB, PAGE, Type1Rig
 from vfio_model.host import type1
 from vfio_model.host.explain import explain
+from vfio_model.host.mm import Vma
+from vfio_model.host.pending import Revocation
 from vfio_model.host.walk import load_tce, load_tces, page_shift_at
 from vfio_model.memory.types import MemTxResult
 from vfio_model.uapi.vfio import (
@@ -534,3 +536,14 @@ def test_part_of_a_batch_can_be_asked_for() -> None:
     assert rig.written(4 * PAGE, 4 * PAGE) == {1}
     assert rig.written(0, 32 * PAGE) == {1, 30}
     assert rig.unmap(0, 32 * PAGE) == 32 * PAGE
+
+
+@pytest.mark.parametrize(("backing", "iova"), [(PAGE, 0), (2 * MIB, PAGE)])
+def test_a_mapping_whose_tables_can_not_fit_is_refused_before_any_is_made(backing: int, iova: int) -> None:
+    rig = Type1Rig(domain_bytes=MIB)
+    segment = rig.host.place_segment("far", 1 << 40, backing)
+    rig.mm.declare(Vma(HVA + (1 << 44), 1 << 40, segment))
+    made = DmaMap(0, 3, HVA + (1 << 44), iova, 1 << 40).pack()
+    assert refused(rig.container.ioctl, rig.mm, Ioctl.VFIO_IOMMU_MAP_DMA, made, Revocation()) == ENOMEM
+    assert rig.memory.free_bytes == rig.free_with_root and not rig.container.table.take_retired()
+    assert rig.mm.locked_vm == 0 and len(rig.container.table) == 1

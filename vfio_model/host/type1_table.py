@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from errno import ENOMEM
 from typing import Any, NamedTuple
 
 from vfio_model.host.hpa import HpaMap
@@ -79,6 +80,7 @@ class IoPageTable:
 
         :raise OSError: ENOMEM without memory for tables; then nothing is mapped, and tables may be retired.
         """
+        self._check_room(iova, size, hpa, offset)
         pieces = list(_pieces(iova, size, hpa, offset, self.levels))
         self._prepare(pieces)
         for piece in pieces:
@@ -97,6 +99,16 @@ class IoPageTable:
         self._prepare(pieces)
         for piece in pieces:
             self._put(piece, tces[piece.offset : piece.offset + piece.leaves])
+
+    def _check_room(self, iova: int, size: int, hpa: HpaMap, offset: int) -> None:
+        """Refuse at once what needs more tables of the last level than there can be: pages too small for larger leaves
+        fill one for every 2 MiB.
+        """
+        shift = PAGE_SHIFT + LEVEL_SHIFT
+        least = (size >> shift) - 1
+        plain = hpa.page_shift < shift or (iova - offset) & (1 << shift) - 1
+        if plain and least > 0 and least * _TABLE_BYTES > self.memory.free_bytes:
+            raise OSError(ENOMEM, f"the tables of {size:#x} bytes do not fit the table memory left in this domain")
 
     def _put(self, piece: _Piece, entries: memoryview) -> None:
         key = (piece.level, piece.page >> LEVEL_SHIFT * (piece.level + 1))
