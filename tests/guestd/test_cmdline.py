@@ -165,6 +165,12 @@ def test_qtest() -> None:
     assert not parsed("-accel qtest").realtime and not parsed("-machine accel=qtest:tcg").realtime
 
 
+def test_an_assigned_device_may_be_left_out_of_the_choice_who_tracks_writes() -> None:
+    device = "-device vfio-pci,host=0001:01:00.0,group=26"
+    assert config(device).devices[0].dirty_tracking
+    assert not config(f"{device},x-device-dirty-page-tracking=off").devices[0].dirty_tracking
+
+
 def test_the_rest(tmp_path: Path) -> None:
     events = tmp_path / "events"
     events.write_text("vfio_*  # all\n\nspapr_*\n")
@@ -174,6 +180,7 @@ def test_the_rest(tmp_path: Path) -> None:
     )
     assert (found.config.name, found.config.uuid) == ("g", "12345678-1234-1234-1234-123456789abc")
     assert found.config.paused and found.config.incoming == "defer" and found.log == "log"
+    assert config("-host-dir /h").host_dir == "/h" and not config("").host_dir
     assert found.patterns == ("a*", "vfio_*", "spapr_*") and found.directory == Path("/tmp/r")
 
 

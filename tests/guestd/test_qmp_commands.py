@@ -170,6 +170,39 @@ def test_what_migration_is_told_is_kept(machine: Machine) -> None:
     assert machine.ask("query-migrate-parameters")["max-bandwidth"] == 5
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "reason"),
+    [
+        ("migrate", {}, "need either 'uri' or 'channels' argument"),
+        ("migrate", {"channels": [{"channel-type": "main"}]}, "need either 'uri' or 'channels' argument"),
+        ("migrate", {"uri": "exec:cat"}, "'exec:cat' is not a valid migration URI"),
+        ("migrate", {"uri": "tcp:here:port"}, "'tcp:here:port' is not a valid migration URI"),
+        ("migrate-incoming", {"uri": "unix:/x"}, "'-incoming' was not specified on the command line"),
+    ],
+)
+def test_migrations_that_cannot_begin(machine: Machine, command: str, options: dict[str, object], reason: str) -> None:
+    assert machine.refusal(command, **options) == ("GenericError", reason)
+    assert machine.ask("query-migrate") == {} and machine.ask("query-status")["running"]
+    assert machine.ask("migrate_cancel") == {}
+
+
+def test_a_device_that_says_nothing_of_its_state_blocks_a_migration(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(machine.guest.devices["e0"][1]), "VMSTATE", None)
+    assert "EduDevice does not say what of it migrates" in machine.refusal("migrate", uri="unix:/nowhere")[1]
+
+
+def test_a_destination_that_is_not_there_fails_the_migration_later(machine: Machine) -> None:
+    machine.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    assert machine.ask("migrate", uri="unix:/nowhere/at/all") == {}
+    assert machine.ask("query-migrate") == {"status": "setup"}
+    assert machine.told() == ["MIGRATION", "MIGRATION"]
+    info = machine.ask("query-migrate")
+    assert info["status"] == "failed" and info["error-desc"].startswith("Failed to connect to 'unix:/nowhere/at/all'")
+    assert machine.ask("query-status")["running"]
+
+
 def test_a_guest_that_cannot_go_on_says_so_and_answers_questions(machine: Machine) -> None:
     machine.operations.fail(InternalGuestError("out of luck"))
     assert machine.ask("query-status") == {"status": "internal-error", "running": False}

@@ -62,6 +62,16 @@ def test_memory_that_is_too_small_or_lacks_a_seal_is_refused() -> None:
         shm.create_memory("odd", 12)
 
 
+def test_memory_says_where_it_holds_something_and_can_forget_it() -> None:
+    page = mmap.PAGESIZE
+    with shm.create_memory("sparse", 64 * page) as memory:
+        assert list(memory.extents()) == []
+        memory.view[3 * page] = memory.view[4 * page] = memory.view[63 * page + 1] = 7
+        assert list(memory.extents()) == [(3 * page, 2 * page), (63 * page, page)]
+        memory.discard()
+        assert list(memory.extents()) == [] and not any(memory.view[3 * page : 5 * page])
+
+
 def test_closing_while_somebody_looks_is_an_error() -> None:
     memory = shm.create_memory("ram", mmap.PAGESIZE)
     view = memory.view[:16]
