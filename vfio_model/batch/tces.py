@@ -68,6 +68,15 @@ def nonzero_perm_runs(tces: Any, first: int, stop: int) -> Iterator[tuple[int, i
             yield base + int(start), base + int(end)
 
 
+def as_tces(translated: Any, perms: Any) -> memoryview:
+    """TCEs (u64) of page addresses with their permissions, one for all or one each; 0 where there is no permission."""
+    np = _numpy()
+    words = np.array(translated, dtype=np.uint64)
+    bits = np.asarray(perms, dtype=np.uint64) & np.uint64(_PERM_MASK)
+    words = np.where(bits != 0, words | bits, np.uint64(0))
+    return memoryview(words).cast("B").cast("Q")
+
+
 def translate_tces(tces: Any, page_shift: int, addrs: Any) -> tuple[Any, Any]:
     """Translated addresses and permissions of ``addrs`` (numpy uint64, relative to the window).
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from vfio_model.batch.tces import as_tces, nonzero_perm_runs, zeroed_words
 from vfio_model.memory.address_space import AddressSpace
-from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry
+from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import RAMRegion
@@ -31,40 +32,80 @@ _LONGEST = 1 << 34
 
 
 class _Followed:
-    """One IOMMU section: bus address of each page → guest-physical address, and the same of pages that are going."""
+    """One IOMMU section. ``words`` holds for each of its pages what a TCE would: the guest-physical address with the
+    permissions, or 0; ``going`` the same of pages that the host has still mapped there, or had: bus address of the page
+    → guest-physical address.
+    """
 
     def __init__(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> None:
         self.section, self.region = section, region
         self.page = region.get_min_page_size()
-        self.known: dict[int, int] = {}
+        self._shift = self.page.bit_length() - 1
+        self._first = section.offset_within_address_space
+        self._start = section.offset_within_region
+        self.words = zeroed_words(section.size >> self._shift)
         self.going: dict[int, int] = {}
-        self._offset = section.offset_within_address_space - section.offset_within_region
-        start = section.offset_within_region
-        last = start + section.size - 1
-        self.notifier = IOMMUNotifier(self._notify, IOMMUNotifierFlag.IOTLB_EVENTS, start, last)
+        last = self._start + section.size - 1
+        kinds = IOMMUNotifierFlag.IOTLB_EVENTS
+        self.notifier = IOMMUNotifier(self._notify, kinds, self._start, last, fn_run=self._notify_run)
+
+    def _index(self, iova: int) -> int:
+        return (iova - self._first) >> self._shift
+
+    def _bus(self, index: int) -> int:
+        return (self._first + (index << self._shift)) & U64_MAX
+
+    def _leave(self, index: int, end: int) -> None:
+        """The entries are about to be overwritten: where they lead is kept."""
+        for low, high in nonzero_perm_runs(self.words, index, end):
+            for at in range(low, high):
+                self.going.setdefault(self._bus(at), self.words[at] & -self.page)
 
     def _notify(self, _notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
-        first, size = (entry.iova + self._offset) & U64_MAX, entry.addr_mask + 1
-        if size > self.page and not int(entry.perm) & _RW:
-            pages = [iova for iova in self.known if first <= iova < first + size]
+        index, perm = (entry.iova - self._start) >> self._shift, int(entry.perm) & _RW
+        end = min(index + (entry.addr_mask + 1 >> self._shift), len(self.words))
+        self._leave(index, end)
+        if perm:
+            for at in range(index, end):
+                self.words[at] = entry.translated_addr + ((at - index) << self._shift) | perm
         else:
-            pages = list(range(first, first + size, self.page))
-        for iova in pages:
-            before = self.known.pop(iova, None)
-            if before is not None:
-                self.going.setdefault(iova, before)
-            if int(entry.perm) & _RW:
-                self.known[iova] = entry.translated_addr + iova - first
+            self._clear(index, end)
 
-    def pages(self, first: int, last: int) -> list[int]:
-        """Bus addresses of the pages in the range that the host may have mapped, in order."""
-        both = self.known.keys() | self.going.keys()
-        return sorted(iova for iova in both if first <= iova <= last)
+    def _clear(self, index: int, end: int) -> None:
+        self.words[index:end] = zeroed_words(end - index)
+
+    def _notify_run(self, notifier: IOMMUNotifier, run: IOMMUTLBRun) -> None:
+        if run.page_shift != self._shift:
+            for event in run.events():
+                self._notify(notifier, event.entry)
+            return
+        index = (run.iova - self._start) >> self._shift
+        self._leave(index, index + run.count)
+        if run.type is IOMMUNotifierFlag.UNMAP:
+            self._clear(index, index + run.count)
+        else:
+            self.words[index : index + run.count] = as_tces(run.translated, run.perms)
+
+    def known(self, first: int, last: int) -> list[tuple[int, int]]:
+        """(bus address, size) of the stretches in the range that lead somewhere, at most :data:`_LONGEST` each."""
+        index, end = max(self._index(first), 0), min(self._index(last) + 1, len(self.words))
+        found = []
+        for low, high in nonzero_perm_runs(self.words, index, end) if index < end else ():
+            for at in range(self._bus(low), self._bus(low) + (high - low << self._shift), _LONGEST):
+                found.append((at, min(_LONGEST, self._bus(low) + (high - low << self._shift) - at)))
+        return found
+
+    def leads(self, page: int) -> bool:
+        """Whether the page at a bus address leads somewhere now."""
+        return bool(self.words[self._index(page)] & _RW)
 
     def gpa(self, iova: int) -> int | None:
         """Where the host's mapping of ``iova`` leads."""
         page, within = iova & -self.page, iova & self.page - 1
-        found = self.going.get(page, self.known.get(page))
+        found = self.going.get(page)
+        if found is None:
+            word = self.words[self._index(page)]
+            found = word & -self.page if word & _RW else None
         return None if found is None else found + within
 
 
@@ -117,7 +158,7 @@ class DirtySync(MemoryListener):
     def sync(self) -> None:
         """Report what was written since the last time. :raise OSError: as the host does."""
         for followed in self._followed:
-            for first, size in _stretches(list(followed.known), followed.page):
+            for first, size in followed.known(followed.section.range.start, followed.section.range.last):
                 self._report(followed, first, self._source.query(first, size))
         for section in self._ram:
             for part in _populated(section):
@@ -126,11 +167,12 @@ class DirtySync(MemoryListener):
     def unmap(self, iova: int, size: int) -> None:
         """In the queue's place: unmap with the bitmaps of what is mapped there, then whatever else there may be."""
         for followed in self._followed:
-            pages = followed.pages(iova, iova + size - 1)
-            for first, length in _stretches(pages, followed.page):
+            going = [page for page in followed.going if iova <= page < iova + size]
+            gone = [page for page in going if not followed.leads(page)]
+            for first, length in (*followed.known(iova, iova + size - 1), *_stretches(gone, followed.page)):
                 self._report(followed, first, self._source.unmap(first, length))
-            for page in pages:
-                followed.going.pop(page, None)
+            for page in going:
+                del followed.going[page]
         for section in self._ram:
             met = section.range.intersect(Range.sized(iova, size))
             if met is not None:
@@ -143,7 +185,7 @@ class DirtySync(MemoryListener):
         now on cannot be told from what was written before: both pages count.
         """
         for followed in self._followed:
-            overwritten = [page for page in followed.going if page in followed.known]
+            overwritten = [page for page in followed.going if followed.leads(page)]
             for first, length in _stretches(overwritten, followed.page):
                 bitmap = self._source.query(first, length)
                 self._report(followed, first, bitmap)
