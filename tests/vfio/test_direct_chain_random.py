@@ -1,4 +1,6 @@
-"""After any sequence of guest calls, resets, plugging and migration the host's tables are what the guest's say."""
+"""After any sequence of guest calls, resets, plugging and migration the host's tables are what the guest's say: with
+in-kernel acceleration, and over a host with room for one window. The kinds of container: ``test_bridges_random``.
+"""
 
 from __future__ import annotations
 
@@ -139,8 +141,6 @@ class AcceleratedGuest(Guest):
     KVM = True
 
 
-TestTheHostFollowsTheGuest = Guest.TestCase
-TestTheHostFollowsTheGuest.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestAHostWithOneWindow = GuestOfOneWindow.TestCase
 TestAHostWithOneWindow.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 TestAnAcceleratedGuest = AcceleratedGuest.TestCase
