@@ -102,6 +102,8 @@ class Job:
     waited: Wait | None = None
     late: set[str] = field(default_factory=set)
     """Lanes that were reported late."""
+    over: bool = False
+    """Whether it has been carried out to its end."""
 
     def advance(self) -> bool:
         """Go on as far as possible; True when the operation is over."""
@@ -109,6 +111,7 @@ class Job:
             try:
                 self.wait = next(self.steps)
             except StopIteration:
+                self.over = True
                 return True
         return False
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Hashable, Sequence
 from errno import EBADF, EIO
 
 from hostd.events import SendReturn
-from hostd.jobs import DmaWait, Job, Steps
+from hostd.jobs import DmaWait, Job, Steps, Until
 from hostd.state import ServiceState
 from protocols.port.messages import Hcall, Return
 from vfio_model.host.pending import Pending
@@ -46,11 +47,19 @@ class HcallService:
         if isinstance(result, Pending):
             wait = state.begin_revoke(result.lane_devices)
             if wait is not None:
-                job = Job(f"hypercall {message.nr:#x}", self._steps(peer, message, wait, result), client.pid)
-                state.jobs.submit(containers[0], job)
+                self._finish_later(containers, client.pid, message, self._steps(peer, message, wait, result))
                 return
             result = result.finish()
         self._answer(peer, message, result)
+
+    def _finish_later(self, containers: Sequence[Hashable], pid: int, message: Hcall, steps: Steps) -> None:
+        """Operations of every container that it changed wait behind it."""
+        jobs, label = self._state.jobs, f"hypercall {message.nr:#x}"
+        first, *others = containers
+        job = Job(label, steps, pid)
+        jobs.submit(first, job)
+        for container in others:
+            jobs.submit(container, Job(label, _until_over(job), pid))
 
     def _steps(self, peer: bytes, message: Hcall, wait: DmaWait, pending: Pending[int]) -> Steps:
         yield wait
@@ -58,3 +67,8 @@ class HcallService:
 
     def _answer(self, peer: bytes, message: Hcall, ret: int) -> None:
         self._state.emit(SendReturn(peer, Return(message.seq, 0, 1, _RET.pack(ret))))
+
+
+def _until_over(job: Job) -> Steps:
+    """What a job does that keeps another queue until ``job`` is over."""
+    yield Until("a hypercall", lambda: job.over)

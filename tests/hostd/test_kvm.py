@@ -19,7 +19,7 @@ from vfio_model.uapi.kvm import (
     UserspaceMemoryRegion,
     VfioSpaprTce,
 )
-from vfio_model.uapi.vfio import Ioctl
+from vfio_model.uapi.vfio import DmaMap, Ioctl, SpaprRegisterMemory
 
 LIOBN = 0x8000_0000
 TOO_HARD = int(HReturn.H_TOO_HARD)
@@ -96,6 +96,33 @@ def test_while_an_operation_of_the_container_is_pending_a_hypercall_is_too_hard(
     world.do(Tick(1.0))
     assert guest.answer(unmap) is not None
     assert machine.ret(machine.put(0x1000, 3)) == 0
+
+
+def test_operations_of_every_container_that_it_changed_wait_behind_a_hypercall() -> None:
+    world = World()
+    guest = Guest(world)
+    machine = Machine(guest)
+    _, second = guest.open("/dev/vfio/vfio")
+    _, group = guest.open("/dev/vfio/27")
+    for handle, cmd, arg in (
+        (group, Ioctl.VFIO_GROUP_SET_CONTAINER, struct.pack("=Q", second)),
+        (second, Ioctl.VFIO_SET_IOMMU, struct.pack("=I", 7)),
+        (second, Ioctl.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, SpaprRegisterMemory(vaddr=HVA, size=SIZE).pack()),
+        (second, Ioctl.VFIO_IOMMU_MAP_DMA, DmaMap(0, 3, HVA, 0, 4096).pack()),
+    ):
+        assert not guest.ioctl(handle, cmd, arg).errno
+    machine.attr(KVM_DEV_VFIO_GROUP_ADD, struct.pack("=Q", group))
+    machine.attr(KVM_DEV_VFIO_GROUP_SET_SPAPR_TCE, VfioSpaprTce(group, machine.table).pack())
+    lanes = world.lanes[guest.open_device()]
+    assert machine.ret(machine.send(HCall.H_PUT_TCE, LIOBN, 0x1000, 3, links=2)) == 0
+    lanes.count = 7
+    unmap = machine.send(HCall.H_PUT_TCE, LIOBN, 0x1000, 0, links=2)
+    behind = [guest.send(handle, Ioctl.VFIO_GET_API_VERSION, b"") for handle in (guest.container, second)]
+    assert [guest.answer(seq) for seq in (unmap, *behind)] == [None, None, None]
+    lanes.count = 8
+    world.do(Tick(1.0))
+    assert machine.ret(unmap) == 0 and all(guest.answer(seq) is not None for seq in behind)
+    assert not world.service.revoking and world.service.state.jobs.empty
 
 
 def test_the_end_of_a_tables_connection_frees_it() -> None:
