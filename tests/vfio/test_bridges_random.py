@@ -13,7 +13,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -26,6 +25,9 @@ from vfio_model.ranges import Range
 from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
 
 DMA64 = 1 << 59
+WINDOW_CALLS = ("create",) * 4 + ("remove",) * 2 + ("reset windows", "reset bridge", "reset machine")
+UPHEAVALS = ("plug", "plug", "die", "migrate")
+"""What happens besides what the guest does; a host that has died comes back."""
 V1_WINDOW = 2 << 30
 bridges = st.sampled_from((0, 0, 0, 1))
 groups = st.sampled_from(sorted(BRIDGE_OF))
@@ -55,6 +57,13 @@ lists = st.one_of(st.lists(tces, max_size=5), st.lists(tces, max_size=PAGES + 2)
 shifts = st.tuples(st.sampled_from((12, 16)), st.sampled_from((16, 18)))
 
 
+table_calls = st.one_of(
+    st.tuples(st.just("put"), tables_entries, tces),
+    st.tuples(st.just("stuff"), tables_entries, st.sampled_from((0, 0x30003)), counts),
+    st.tuples(st.just("indirect"), tables_entries, lists),
+)
+
+
 class Guest(RuleBasedStateMachine):
     """A guest that may move to another machine, over containers of ``KIND``."""
 
@@ -73,48 +82,40 @@ class Guest(RuleBasedStateMachine):
 
     # -- what a guest does
 
-    @rule(entry=tables_entries, tce=tces)
-    def put(self, entry: tuple[int, int], tce: int) -> None:
-        self.at.put(*entry, tce)
+    @rule(calls=st.lists(table_calls, min_size=1, max_size=6))
+    def hypercalls(self, calls: list[tuple[Any, ...]]) -> None:
+        for name, entry, *args in calls:
+            getattr(self.at, name)(*entry, *args)
 
-    @rule(entry=tables_entries, value=st.sampled_from((0, 0x30003)), count=counts)
-    def stuff(self, entry: tuple[int, int], value: int, count: int) -> None:
-        self.at.stuff(*entry, value, count)
-
-    @rule(entry=tables_entries, entries=lists)
-    def indirect(self, entry: tuple[int, int], entries: list[int]) -> None:
-        self.at.indirect(*entry, entries)
-
-    @rule(bridge=bridges, shift=shifts)
-    def create(self, bridge: int, shift: tuple[int, int]) -> None:
-        before = self.at.windows(bridge)
-        if rtas_status(self.at.create(bridge, *shift)):
-            assert self.at.windows(bridge) == before
-
-    @rule(liobn=liobns)
-    def remove(self, liobn: int) -> None:
-        self.at.remove(liobn)
-
-    @rule(bridge=bridges, of=st.sampled_from(("windows", "bridge", "machine")))
-    def reset(self, bridge: int, of: str) -> None:
-        if of == "windows":
-            self.at.reset_windows(bridge)
+    @rule(what=st.sampled_from(WINDOW_CALLS), bridge=bridges, window=st.sampled_from((0, 1, 1, 1)), shift=shifts)
+    def change_windows(self, what: str, bridge: int, window: int, shift: tuple[int, int]) -> None:
+        at, before = self.at, self.at.windows(bridge)
+        if what == "create":
+            if rtas_status(at.create(bridge, *shift)):
+                assert at.windows(bridge) == before
+        elif what == "remove":
+            at.remove(pci_liobn(bridge, window))
         else:
-            (self.at.machine if of == "machine" else self.at.machine.phb(bridge)).reset()
-        assert [start for start, _ in self.at.windows(bridge)] == [0]
+            if what == "reset windows":
+                at.reset_windows(bridge)
+            else:
+                (at.machine if what == "reset machine" else at.machine.phb(bridge)).reset()
+            assert [start for start, _ in at.windows(bridge)] == [0]
 
     # -- what happens to it
 
-    @precondition(lambda self: not self.dying)
-    @rule(number=groups)
-    def unplug(self, number: int) -> None:
-        if number in self.at.plugged:
+    @rule(what=st.sampled_from(UPHEAVALS), number=groups, after=st.integers(1, 4))
+    def upheaval(self, what: str, number: int, after: int) -> None:
+        if self.dying:
+            self.dying = False
+            self.may_be_left_out(self.at.restart_host())
+        elif what == "die":
+            self.at.port.left, self.dying = after, True
+        elif what == "migrate":
+            self.migrate()
+        elif number in self.at.plugged:
             self.at.unplug(number)
-
-    @precondition(lambda self: not self.dying)
-    @rule(number=groups)
-    def plug(self, number: int) -> None:
-        if number not in self.at.plugged:
+        else:
             self.may_be_left_out([] if self.at.plug(number) else [number])
 
     def may_be_left_out(self, numbers: list[int]) -> None:
@@ -125,19 +126,6 @@ class Guest(RuleBasedStateMachine):
             assert self.KIND.startswith("spapr")
             assert DMA64 in [start for start, _ in self.at.windows(BRIDGE_OF[number])]
 
-    @precondition(lambda self: not self.dying)
-    @rule(after=st.integers(1, 4))
-    def the_host_dies(self, after: int) -> None:
-        self.at.port.left, self.dying = after, True
-
-    @precondition(lambda self: self.dying)
-    @rule()
-    def a_host_comes_back(self) -> None:
-        self.dying = False
-        self.may_be_left_out(self.at.restart_host())
-
-    @precondition(lambda self: not self.dying)
-    @rule()
     def migrate(self) -> None:
         here, there = self.at, Bridges(self.KIND)
         for number in here.plugged:
@@ -219,13 +207,12 @@ class Guest(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", CONTAINER_KINDS)
 def test_the_host_follows_the_guest(kind: ContainerKind) -> None:
     machine = type(f"Guest_{kind}", (Guest,), {"KIND": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
 
 
 steps = st.one_of(
-    st.tuples(st.just("put"), tables_entries, tces),
-    st.tuples(st.just("stuff"), tables_entries, st.sampled_from((0, 0x30003)), counts),
-    st.tuples(st.just("indirect"), tables_entries, lists),
+    table_calls,
+    table_calls,
     st.tuples(st.just("get"), tables_entries),
     st.tuples(st.just("query"), bridges),
     st.tuples(st.just("remove"), liobns),
