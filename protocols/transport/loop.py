@@ -215,10 +215,10 @@ class Loop:
         self._signals.add(number, callback)
 
     def run(self) -> None:
-        """Serve until :meth:`stop`."""
-        self._stopping = False
+        """Serve until :meth:`stop`; not at all when that was called since the last time."""
         while not self._stopping:
             self.run_once(None)
+        self._stopping = False
 
     def stop(self) -> None:
         """End :meth:`run` after the present callback."""

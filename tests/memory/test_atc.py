@@ -46,9 +46,7 @@ class Guest:
         self.memory = GuestRam()
         self.memory.add(0, self.ram)
         self.fallback = RecordingFallback()
-        self.impl = CachedImpl(
-            self.ask, RingReader(words), self.lane, self.memory, as_id=AS_ID, fallback=self.fallback
-        )
+        self.impl = CachedImpl(self.ask, RingReader(words), self.lane, self.memory, as_id=AS_ID, fallback=self.fallback)
 
     def map(self, iova: int, gpa: int, perm: IOMMUAccessFlags = RW, mask: int = PAGE - 1) -> None:
         self.table[iova] = (gpa, mask, perm)

@@ -188,3 +188,10 @@ def test_a_source_is_registered_once(loop: Loop, bells: tuple[EventFd, EventFd])
         loop.register(bells[0], lambda: None)
     loop.unregister(bells[0])
     loop.unregister(bells[0])
+
+
+def test_a_stop_before_the_run_ends_it(loop: Loop) -> None:
+    loop.stop()
+    loop.run()
+    loop.call_soon(loop.stop)
+    loop.run()
