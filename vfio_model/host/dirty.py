@@ -115,7 +115,7 @@ def _written_leaves(extent: Extent, maps: list[memoryview], everything: bool) ->
             continue
         if written is None:
             written = np.zeros(extent.pages, dtype=bool)
-        hits = np.flatnonzero(noted)
+        hits = np.flatnonzero(noted.copy())  # of the map itself it raises when a writer sets a byte meanwhile
         noted[hits] = 0
         written[hits] = True
     return written
