@@ -103,14 +103,14 @@ class DaemonSpec:
 
 @dataclass
 class Launcher:
-    """The processes of one run; a context manager. ``directory`` exists from the first moment to the last."""
+    """The processes of one run; a context manager. ``directory`` exists inside it."""
 
     scenario: str
     connect: Connect
     restart: bool = False
     """Whether a daemon that ends unexpectedly is started afresh."""
     env: Mapping[str, str] | None = None
-    directory: Path = field(default_factory=runtime_dir.create)
+    directory: Path = field(init=False)
     daemons: dict[str, Daemon] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
@@ -123,25 +123,26 @@ class Launcher:
     _watcher: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        with _signals_held():
-            return self._enter()
-
-    def _enter(self) -> Self:
-        self._run = runtime_dir.new_run_file(self.scenario)
         try:
-            self._watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", watcher.__file__, str(self.directory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-            )
-            runtime_dir.write_run_file(self.directory, self._run)
-        except BaseException:
+            with _signals_held():
+                self.directory = runtime_dir.create()
+                self._begin()
+        except BaseException:  # one of the held signals, too
             self.stop()
             raise
         return self
+
+    def _begin(self) -> None:
+        self._run = runtime_dir.new_run_file(self.scenario)
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", watcher.__file__, str(self.directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        runtime_dir.write_run_file(self.directory, self._run)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -228,7 +229,8 @@ class Launcher:
         """:meth:`end` everything and remove the directory. Harmless when repeated."""
         with _signals_held():
             self.end()
-            shutil.rmtree(self.directory, ignore_errors=True)
+            if hasattr(self, "directory"):
+                shutil.rmtree(self.directory, ignore_errors=True)
             self._dismiss_watcher()
 
     def _end(self, daemon: Daemon) -> None:

@@ -81,17 +81,17 @@ class Live:
         )
         env = {**os.environ, DEADLINE_SCALE_VARIABLE: str(scale)}
         self.launcher = Launcher(self.scenario.name, live.connect, restart=True, env=env)
-        self.directory = self.launcher.directory
         self._links: dict[str, Link] = {}
         self._configs: dict[str, Any] = {}
         self._window = MmioWindow.pseries()
         self.bars: dict[str, int] = {}
         self.drivers: dict[str, Any] = {}
-        self.cpu = ControlCpu(self.link("guestd"))
 
     def __enter__(self) -> Live:
         self.launcher.__enter__()
+        self.directory = self.launcher.directory
         try:
+            self.cpu = ControlCpu(self.link("guestd"))
             specs = assemble.daemons(self.scenario, self.directory)
             config = msgspec.json.decode((self.directory / "guestd.json").read_bytes())
             self._configs = {device["id"]: device for device in config["devices"]}
