@@ -6,21 +6,14 @@ meaning of each function is in its docstring; results equal it entry by entry.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 from vfio_model.batch import variant
+from vfio_model.batch.lazy import lazy_numpy
 
 _PERM_MASK = 3
 _CHUNK = 1 << 20
-
-
-@functools.cache
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a process without batches never pays
-
-    return numpy
 
 
 def zeroed_words(count: int) -> memoryview:
@@ -28,7 +21,7 @@ def zeroed_words(count: int) -> memoryview:
 
     :raise MemoryError: the machine has not got that much.
     """
-    return memoryview(_numpy().zeros(count, dtype=_numpy().uint64)).cast("B").cast("Q")
+    return memoryview(lazy_numpy().zeros(count, dtype=lazy_numpy().uint64)).cast("B").cast("Q")
 
 
 def split_tces(tces: memoryview, page_shift: int) -> tuple[Any, Any]:
@@ -42,7 +35,7 @@ def split_tces(tces: memoryview, page_shift: int) -> tuple[Any, Any]:
         some, every = kernel.split_tces(tces, page_shift, out)
         if some == every:
             return out, some
-    np = _numpy()
+    np = lazy_numpy()
     words = np.frombuffer(tces, dtype=np.uint64)
     pages = words & np.uint64(-(1 << page_shift) & (1 << 64) - 1)
     some, every = int(np.bitwise_or.reduce(words)) & _PERM_MASK, int(np.bitwise_and.reduce(words)) & _PERM_MASK
@@ -57,7 +50,7 @@ def nonzero_perm_runs(tces: Any, first: int, stop: int) -> Iterator[tuple[int, i
 
     A run ends where an entry without permission comes, or every 2**20 entries.
     """
-    np = _numpy()
+    np = lazy_numpy()
     words = np.frombuffer(tces, dtype=np.uint64)
     for base in range(first, stop, _CHUNK):
         valid = (words[base : min(base + _CHUNK, stop)] & np.uint64(_PERM_MASK)) != 0
@@ -70,7 +63,7 @@ def nonzero_perm_runs(tces: Any, first: int, stop: int) -> Iterator[tuple[int, i
 
 def as_tces(translated: Any, perms: Any) -> memoryview:
     """TCEs (u64) of page addresses with their permissions, one for all or one each; 0 where there is no permission."""
-    np = _numpy()
+    np = lazy_numpy()
     words = np.array(translated, dtype=np.uint64)
     bits = np.asarray(perms, dtype=np.uint64) & np.uint64(_PERM_MASK)
     words = np.where(bits != 0, words | bits, np.uint64(0))
@@ -82,7 +75,7 @@ def translate_tces(tces: Any, page_shift: int, addrs: Any) -> tuple[Any, Any]:
 
     Beyond the table, and where the TCE has no permission, the permission is 0 and the address means nothing.
     """
-    np = _numpy()
+    np = lazy_numpy()
     table = np.frombuffer(tces, dtype=np.uint64)
     index = addrs >> np.uint64(page_shift)
     inside = index < np.uint64(len(table))

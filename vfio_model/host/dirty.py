@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.layout import DIRTY_BYTES, DIRTY_SHIFT, FIRST_HPA, TCE_WRITE
 from vfio_model.host.type1_mappings import Block
 from vfio_model.host.type1_table import PAGE_SHIFT, IoPageTable
@@ -50,7 +51,7 @@ class Extent(NamedTuple):
 
 def extents(table: IoPageTable, blocks: Iterable[Block]) -> Iterator[Extent]:
     """The entries of ``blocks``, which are mapped, as they are when they are asked for."""
-    np = _numpy()
+    np = lazy_numpy()
     words, window = np.frombuffer(table.memory.words, dtype="u8"), table.window
     for block in blocks:
         for first, pages, entry in table.stretches(block.iova, block.bytes):
@@ -84,7 +85,7 @@ def collect(found: Iterable[Extent], writers: Iterable[Writer], page: int, first
 
 def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:
     """For each of ``tces`` whether its 4 KiB were written."""
-    np = _numpy()
+    np = lazy_numpy()
     may = (tces & TCE_WRITE) != 0
     at = ((tces - FIRST_HPA) >> DIRTY_SHIFT).view("i8")
     written = may & (everything or (at >= DIRTY_BYTES) & bool(maps))
@@ -100,7 +101,7 @@ def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:
 
 def _written_leaves(extent: Extent, maps: list[memoryview], everything: bool) -> Any:
     """As :func:`_written` of the pages of leaves; None when it is none of them."""
-    np = _numpy()
+    np = lazy_numpy()
     if not extent.entry & TCE_WRITE:
         return None
     at = (extent.entry - FIRST_HPA) >> DIRTY_SHIFT
@@ -123,15 +124,9 @@ def _written_leaves(extent: Extent, maps: list[memoryview], everything: bool) ->
 
 def _or_bits(bitmap: bytearray, first: int, bits: Any) -> None:
     """Or ``bits`` into ``bitmap`` from bit number ``first`` on, least significant bit first."""
-    np = _numpy()
+    np = lazy_numpy()
     low = first & 7
     padded = np.concatenate([np.zeros(low, dtype=bool), bits])
     packed = np.packbits(padded, bitorder="little")
     view = np.frombuffer(bitmap, dtype="u1")[first >> 3 : (first >> 3) + len(packed)]
     view |= packed
-
-
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without dirty tracking never pays
-
-    return numpy

@@ -11,12 +11,12 @@ So do pieces of a table with several levels, and pieces that are noted in a dirt
 
 from __future__ import annotations
 
-import functools
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vfio_model.batch import variant
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import PE_BUS_MASTER, PE_DIRTY, PE_STATE, TCE_PERM, TCE_READ, TCE_WRITE
 from vfio_model.host.walk import Window, load_tces
@@ -49,13 +49,6 @@ class NearView(Protocol):
     ram: memoryview
     entries: int
     window: Window | None
-
-
-@functools.cache
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a device without batches never pays
-
-    return numpy
 
 
 def make_many(
@@ -139,7 +132,7 @@ class _Batch:
             return 0
         if size & (size - 1) or near.base & near.low:
             return 0
-        np = _numpy()
+        np = lazy_numpy()
         try:
             addresses = np.asarray(iovas, dtype="u8")[1:]
         except OverflowError:  # no bus address; found when its turn comes
@@ -165,7 +158,7 @@ class _Batch:
 
     def _ram(self, ram: memoryview, size: int) -> Any:
         if self._rows[0] is not ram or self._rows[1] != size:
-            whole = _numpy().frombuffer(ram, dtype="u1")[: len(ram) // size * size]
+            whole = lazy_numpy().frombuffer(ram, dtype="u1")[: len(ram) // size * size]
             self._rows = (ram, size, whole.reshape(-1, size))
         return self._rows[2]
 
@@ -195,7 +188,7 @@ class _Batch:
 
     def _translate(self, near: NearView, rows: int, size: int, where: Any, within: Any, need: int) -> Any:
         """Row numbers of the pieces, or None when one of them may not or cannot be moved here; inside a section."""
-        pe, np, window = self.pe, _numpy(), near.window
+        pe, np, window = self.pe, lazy_numpy(), near.window
         if pe[near.root_word] != near.record or pe[PE_STATE] or not pe[PE_BUS_MASTER] or window is None:
             return None
         if need == TCE_WRITE and pe[PE_DIRTY]:

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from errno import EBADF, EBADFD, EBUSY, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM
 
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.container import IommuDriver, VfioContainer, copy_in
 from vfio_model.host.explain import Step, explain
 from vfio_model.host.group import Group, HostDevice
@@ -82,9 +83,8 @@ STRUCT_SIZES: dict[int, int] = {
 
 def private_buffers(name: str, size: int) -> memoryview:
     """Memory of this process alone, untouched pages costing nothing."""
-    import numpy  # noqa: PLC0415 - the one allocator at hand that leaves zero pages to the kernel; only without hostd
-
-    return numpy.zeros(size, dtype="u1").data.cast("B").cast("Q")
+    zeroed = lazy_numpy().zeros(size, dtype="u1")  # the one allocator at hand that leaves zero pages to the kernel
+    return zeroed.data.cast("B").cast("Q")  # type: ignore[no-any-return]
 
 
 class Host:

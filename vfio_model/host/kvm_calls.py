@@ -13,12 +13,12 @@ Source: Linux ``Documentation/virt/kvm/api.rst`` and LoPAPR ("TCE hcall()s").
 
 from __future__ import annotations
 
-import functools
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.kvm_table import KvmTable, Link, MemorySlot
 from vfio_model.host.mm import Region
 from vfio_model.host.pending import Revocation
@@ -165,16 +165,9 @@ def _put_each(vm: Memory, table: KvmTable, index: int, tces: array[int], revocat
     return _SUCCESS
 
 
-@functools.cache
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without lists never pays
-
-    return numpy
-
-
 def _put_many(vm: Memory, table: KvmTable, index: int, tces: array[int], revocation: Revocation) -> bool:
     """Store a list of one permission whose pages lie in one slot and one region; False: nothing was done."""
-    np, count = _numpy(), len(tces)
+    np, count = lazy_numpy(), len(tces)
     words = np.frombuffer(tces, dtype=np.uint64)
     perm = int(np.bitwise_and.reduce(words)) & _PERM
     every = int(np.bitwise_or.reduce(words))

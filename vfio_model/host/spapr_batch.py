@@ -10,43 +10,18 @@ Layout of the structs: ``include/uapi/linux/vfio.h``, as 8-byte columns (argsz a
 
 from __future__ import annotations
 
-import functools
-import struct
-import sys
 from collections.abc import Callable, Sequence
 from errno import ENOMEM
-from typing import Any
 
 from vfio_model.batch import variant
-from vfio_model.batch.dma_map import look_at_dma_maps, map_head
+from vfio_model.batch.dma_map import LEAST, MAP_HEADS, UNMAP_HEAD, look_at_dma_maps, unmap_steps
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.mm import Mm, Region, Run
 from vfio_model.host.tce_table import Dropped, TceTable, take
-from vfio_model.uapi.vfio import DmaUnmap
 
 Lookup = Callable[[Mm, int, int], Region | None]
 
-_LEAST = 8
-"""Fewer structs are faster one by one."""
 _U64_MASK = (1 << 64) - 1
-_MAP_HEADS = {map_head(flags): flags for flags in (1, 2, 3)}
-_UNMAP_HEAD = int.from_bytes(struct.pack("=II", DmaUnmap.SIZE, 0), sys.byteorder)
-
-
-@functools.cache
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without batches never pays
-
-    return numpy
-
-
-@functools.lru_cache(maxsize=16)
-def _steps(count: int, page: int) -> Any:
-    """By how much ``count`` UNMAP_DMA structs of one page each, at consecutive IOVAs, differ from the first. Only to
-    be read.
-    """
-    steps = _numpy().zeros((count, 3), dtype="u8")
-    steps[:, 1] = _numpy().arange(0, count * page, page, dtype="u8")
-    return steps
 
 
 def map_pages(
@@ -56,10 +31,10 @@ def map_pages(
 
     ``lookup(mm, ua, size)``: what holds all of these bytes in place, if it is one region.
     """
-    if count < _LEAST:
+    if count < LEAST:
         return False
     seen = look_at_dma_maps(args, count)
-    flags = _MAP_HEADS.get(seen.head) if seen else None
+    flags = MAP_HEADS.get(seen.head) if seen else None
     if seen is None or flags is None:
         return False
     table = _table_of(tables, seen.iova, count * seen.size)
@@ -84,7 +59,7 @@ def _tces(args: memoryview, count: int, run: Run, flags: int) -> memoryview:
         place = hpa.base, hpa.page_shift, hpa.bits, hpa.multiplier, hpa.addend
         kernel.maps_to_tces(args, 0, count, to_offset, flags, *place, tces)
         return tces
-    vaddrs = _numpy().frombuffer(args, dtype="u8", count=4 * count)[1::4]
+    vaddrs = lazy_numpy().frombuffer(args, dtype="u8", count=4 * count)[1::4]
     found: memoryview = (hpa.to_hpa_many(vaddrs + to_offset) | flags).data
     return found.cast("B").cast("Q")
 
@@ -99,14 +74,14 @@ def _store(table: TceTable, index: int, tces: memoryview, region: int) -> None:
 
 def unmap_pages(tables: Sequence[TceTable | None], args: memoryview, count: int) -> Dropped | None:
     """Clear all ``count`` pages; None when something about the structs is unusual: then nothing was done."""
-    if count < _LEAST:
+    if count < LEAST:
         return None
-    columns = _numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
+    columns = lazy_numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
     head, first, page = (int(number) for number in columns[0])
-    table = _table_of(tables, first, count * page) if head == _UNMAP_HEAD else None
+    table = _table_of(tables, first, count * page) if head == UNMAP_HEAD else None
     if table is None or page != table.page or first & (page - 1):
         return None
-    rows = columns - _steps(count, page)
+    rows = columns - unmap_steps(count, page)
     if rows.tobytes() != rows[0].tobytes() * count:
         return None
     return table.clear((first - table.start) >> table.page_shift, count)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vfio_model.batch import variant
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import TCE_PERM
 from vfio_model.host.mm import Mm, Region
@@ -256,15 +257,9 @@ def _tces(pages: PageRun, count: int, page_shift: int) -> memoryview:
     hpa, offset, perm = pages
     if count <= _PLAIN:
         return memoryview(array("Q", [hpa.to_hpa(offset + (n << page_shift)) | perm for n in range(count)]))
-    np = _numpy()
+    np = lazy_numpy()
     offsets = np.arange(offset, offset + (count << page_shift), 1 << page_shift, dtype=np.uint64)
     return (hpa.to_hpa_many(offsets) | perm).data.cast("B").cast("Q")
-
-
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without large mappings never pays
-
-    return numpy
 
 
 def _count(regions: array[int]) -> Dropped:

@@ -6,49 +6,26 @@ anything else is left as a whole to the struct-by-struct way. That both ways end
 
 from __future__ import annotations
 
-import functools
-import struct
-import sys
 from errno import ENOMEM
-from typing import Any
 
 from vfio_model.batch import variant
-from vfio_model.batch.dma_map import look_at_dma_maps, map_head
+from vfio_model.batch.dma_map import LEAST, MAP_HEADS, UNMAP_HEAD, look_at_dma_maps, unmap_steps
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.mm import Mm, Run
 from vfio_model.host.type1_mappings import Block, Mappings
 from vfio_model.host.type1_table import PAGE_SHIFT, IoPageTable
 from vfio_model.ranges import U64_MAX
-from vfio_model.uapi.vfio import DmaUnmap
 
-_LEAST = 8
-"""Fewer structs are faster one by one."""
 _LARGEST = 1 << 20
 """Pages of this size and below are never leaves above the last level."""
-_MAP_HEADS = {map_head(flags): flags for flags in (1, 2, 3)}
-_UNMAP_HEAD = int.from_bytes(struct.pack("=II", DmaUnmap.SIZE, 0), sys.byteorder)
-
-
-@functools.cache
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without batches never pays
-
-    return numpy
-
-
-@functools.lru_cache(maxsize=16)
-def _steps(count: int, page: int) -> Any:
-    """By how much UNMAP_DMA structs of one page each, at consecutive IOVAs, differ from the first. Only to be read."""
-    steps = _numpy().zeros((count, 3), dtype="u8")
-    steps[:, 1] = _numpy().arange(0, count * page, page, dtype="u8")
-    return steps
 
 
 def batch_block(mm: Mm, args: memoryview, count: int) -> tuple[Block, memoryview] | None:
     """The mappings that ``count`` structs ask for as one block, and the entries of their 4 KiB pages; None when
     something about the structs, or the memory behind them, is unusual. Nothing is counted or stored.
     """
-    seen = look_at_dma_maps(args, count) if count >= _LEAST else None
-    flags = _MAP_HEADS.get(seen.head) if seen else None
+    seen = look_at_dma_maps(args, count) if count >= LEAST else None
+    flags = MAP_HEADS.get(seen.head) if seen else None
     if seen is None or flags is None or not 0 < seen.size <= _LARGEST or seen.size & (seen.size - 1):
         return None
     size = seen.size
@@ -68,7 +45,7 @@ def _tces(args: memoryview, count: int, run: Run, flags: int) -> memoryview:
         place = hpa.base, hpa.page_shift, hpa.bits, hpa.multiplier, hpa.addend
         kernel.maps_to_tces(args, 0, count, to_offset, flags, *place, tces)
         return tces
-    vaddrs = _numpy().frombuffer(args, dtype="u8", count=4 * count)[1::4]
+    vaddrs = lazy_numpy().frombuffer(args, dtype="u8", count=4 * count)[1::4]
     found: memoryview = (hpa.to_hpa_many(vaddrs + to_offset) | flags).data
     return found.cast("B").cast("Q")
 
@@ -77,7 +54,7 @@ def _spread(tces: memoryview, size: int) -> memoryview:
     """From an entry for every ``size`` bytes to one for every 4 KiB."""
     if size == 1 << PAGE_SHIFT:
         return tces
-    np = _numpy()
+    np = lazy_numpy()
     within = np.arange(0, size, 1 << PAGE_SHIFT, dtype="u8")
     spread: memoryview = (np.frombuffer(tces, dtype="u8")[:, None] + within).data
     return spread.cast("B").cast("Q")
@@ -102,16 +79,16 @@ def store_block(table: IoPageTable, mappings: Mappings, block: Block, tces: memo
 
 def batch_range(mappings: Mappings, args: memoryview, count: int, granule: int) -> tuple[int, int] | None:
     """First and last byte that ``count`` UNMAP_DMA structs cover, page by page; None when that is not plainly so."""
-    if count < _LEAST:
+    if count < LEAST:
         return None
-    columns = _numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
+    columns = lazy_numpy().frombuffer(args, dtype="u8", count=3 * count).reshape(count, 3)
     head, first, page = (int(number) for number in columns[0])
-    if head != _UNMAP_HEAD or page < granule or page & (page - 1) or first & (page - 1):
+    if head != UNMAP_HEAD or page < granule or page & (page - 1) or first & (page - 1):
         return None
     last = first + count * page - 1
     if last > U64_MAX:
         return None
-    rows = columns - _steps(count, page)
+    rows = columns - unmap_steps(count, page)
     if rows.tobytes() != rows[0].tobytes() * count:
         return None
     if any(block.size != page or block.iova & (page - 1) for block in mappings.overlapping(first, last)):

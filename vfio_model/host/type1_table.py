@@ -16,8 +16,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from errno import ENOMEM
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import TCE_LEAF, TCE_PERM
 from vfio_model.host.table_memory import TableMemory
@@ -254,7 +255,7 @@ def _entries(hpa: HpaMap, piece: _Piece, bits: int) -> memoryview:
     if piece.leaves <= _PLAIN:
         found = [hpa.to_hpa(piece.offset + (n << shift)) | bits for n in range(piece.leaves)]
         return memoryview(array("Q", found))
-    np = _numpy()
+    np = lazy_numpy()
     offsets = np.arange(piece.offset, piece.offset + (piece.leaves << shift), 1 << shift, dtype=np.uint64)
     return (hpa.to_hpa_many(offsets) | bits).data.cast("B").cast("Q")
 
@@ -265,9 +266,3 @@ def _leaves(words: memoryview) -> int:
         if not entry & TCE_LEAF:
             return count
     return len(words)
-
-
-def _numpy() -> Any:
-    import numpy  # noqa: PLC0415 - 200 ms of import that a host without large mappings never pays
-
-    return numpy
