@@ -116,6 +116,7 @@ class DeviceRegions:
     def reset(self) -> None:
         """DEVICE_RESET: the device as after power-on; where its interrupts go is the client's and stays."""
         self.device.reset()
+        self.device.config.forget()
 
     # -- interrupts --------------------------------------------------------------------------------------------------
 

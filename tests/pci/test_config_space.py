@@ -23,10 +23,23 @@ def test_identity_is_read_only() -> None:
     assert config.read(0, 2) == 0x1234 and config.read(2, 2) == 0x11E8 and config.read(1, 1) == 0x12
 
 
-def test_what_is_not_implemented_reads_zero_and_ignores_writes() -> None:
+@pytest.mark.parametrize("offset", [0x08, 0x0C, 0x28, 0x34, 0x3C])
+def test_header_registers_that_are_not_implemented_ignore_writes(offset: int) -> None:
     config = header()
-    config.write(0x40, 4, 0xFFFFFFFF)
-    assert config.read(0x40, 4) == 0
+    before = config.read(offset + 1, 1)
+    config.write(offset + 1, 1, 0xFF)
+    assert config.read(offset + 1, 1) == before
+
+
+def test_behind_the_header_all_but_capabilities_is_scratch_until_it_is_forgotten() -> None:
+    config = header()
+    MsiCapability(config, 1)
+    for offset in range(0x40, 0x100, 4):
+        config.write(offset, 4, 0xFFFFFFFF)
+    config.reset()
+    assert config.read(0x4C, 2) == 0 and config.read(0x50, 4) == 0xFFFFFFFF and config.read(0xFC, 4) == 0xFFFFFFFF
+    config.forget()
+    assert bytes(config)[0x4E:] == bytes(0x100 - 0x4E) and config.read(0x40, 1) == 5
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0x100, 4), (0xFE, 4), (-4, 4), (0x3, 2), (0x2, 4), (0, 8), (0, 3)])
@@ -62,8 +75,8 @@ def test_reset_gives_back_what_a_guest_can_change_and_keeps_the_wiring() -> None
     config = header()
     MsiCapability(config, 1)
     before = bytes(config)
-    for offset in range(0, 256, 4):
-        config.write(offset, 4, 0xFFFFFFFF)
+    for offset in range(0, 0x4E, 2):
+        config.write(offset, 2, 0xFFFF)
     config.reset()
     assert bytes(config) == before
 

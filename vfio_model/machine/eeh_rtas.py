@@ -90,7 +90,7 @@ class EehRtas:
             state = int(found[1](EehOp.VFIO_EEH_PE_GET_STATE))
         except OSError:
             return PARAM_ERROR
-        return [_SUCCESS, state, EEH_SUPPORTED, UNAVAILABLE_MS, RECOVERY_MS]
+        return [_SUCCESS, state, EEH_SUPPORTED, UNAVAILABLE_MS, RECOVERY_MS][:nret]
 
     def set_slot_reset(self, args: Sequence[int], nret: int) -> list[int]:
         """config_addr, buid_hi, buid_lo, option. There is no MSI-X that would have to go off before a reset."""

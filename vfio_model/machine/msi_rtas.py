@@ -3,6 +3,9 @@
 
 The platform writes the bridge's message page and the first number into the function's capability; enabling it is the
 guest's own configuration write. No function here has MSI-X.
+
+As on QEMU, neither call looks at how many cells it is given: arguments that are missing are what lies behind in memory,
+and the results are written even where they were not asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ CHANGE_FN, CHANGE_MSI_FN = 1, 3
 TYPE_MSI = 1
 """The kind of interrupt that was given, in the last cell of ``ibm,change-msi``."""
 TRIGGER_EDGE = 1
+UNCOUNTED: Mapping[int, int] = {
+    int(RtasToken.IBM_CHANGE_MSI): 6,
+    int(RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER): 4,
+}
+"""How many argument cells the calls read, however many they are given."""
 
 
 class MsiRtas:
@@ -38,9 +46,9 @@ class MsiRtas:
         """config_addr, buid_hi, buid_lo, function, requested, sequence -> given, next sequence, kind.
 
         Nothing requested takes back what was given; a request for more than the function can use is answered with how
-        many it can, and gives nothing.
+        many it can, and gives nothing. The kind is told to who offers more than three cells.
         """
-        if len(args) < 6:
+        if len(args) < UNCOUNTED[RtasToken.IBM_CHANGE_MSI]:
             return PARAM_ERROR
         config_addr, buid, function, requested, sequence = args[0], args[1] << 32 | args[2], *args[3:6]
         phb, msi = self._find(buid, config_addr)
@@ -56,7 +64,7 @@ class MsiRtas:
             first = block.first
             msi.set_message(regs.MSI_WINDOW, first)
         self._trace("spapr_pci_rtas_ibm_change_msi", cfg=config_addr, func=function, req=count, first=first)
-        return [_SUCCESS, count, sequence + 1, TYPE_MSI]
+        return [_SUCCESS, count, sequence + 1, TYPE_MSI][: max(nret, 3)]
 
     @staticmethod
     def _take_back(phb: SpaprPhb, msi: MsiCapability, config_addr: int) -> list[int]:
@@ -67,7 +75,7 @@ class MsiRtas:
 
     def query_source(self, args: Sequence[int], nret: int) -> list[int]:
         """config_addr, buid_hi, buid_lo, which of the function's -> number, trigger."""
-        if len(args) < 4:
+        if len(args) < UNCOUNTED[RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER]:
             return PARAM_ERROR
         config_addr, which = args[0], args[3]
         phb = self._phbs.get(args[1] << 32 | args[2])

@@ -27,7 +27,7 @@ from vfio_model.machine.device_tree import DeviceTree, phb_properties, vio_prope
 from vfio_model.machine.eeh_rtas import EehRtas
 from vfio_model.machine.irqs import IrqLines
 from vfio_model.machine.msi import MsiNumbers
-from vfio_model.machine.msi_rtas import MsiRtas
+from vfio_model.machine.msi_rtas import UNCOUNTED, MsiRtas
 from vfio_model.machine.pci_rtas import ConfigRtas
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.machine.vio import VioBus, VioKind
@@ -196,33 +196,45 @@ class PseriesMachine:
         """RTAS call ``token``: the return cells that are written (unsigned 32 bits), the status first.
 
         On an error that is the status alone, which is written even where no return cell is offered; a token nobody
-        answers is a PARAM_ERROR.
+        answers is a PARAM_ERROR. Calls that do not look at ``nret`` write all that they have.
         """
         handler = self._rtas.get(token)
         rets = PARAM_ERROR if handler is None else handler(args, nret)
-        return [cell & U32_MAX for cell in rets[: max(nret, 1)]]
+        return [cell & U32_MAX for cell in rets]
 
     def rtas_in_memory(self, token: int, args: tuple[int, int], rets: tuple[int, int]) -> int:
         """RTAS as firmware calls it: ``args`` and ``rets`` are (number of cells, guest-physical address), big-endian.
 
         Returns H_SUCCESS, or H_PARAMETER when nobody answers the token. The topmost four bits of an address do not
-        matter. Of arguments beyond those that any call takes, only their being there matters.
+        matter. Of arguments beyond those that any call takes, only their being there matters; calls that do not look
+        at their number (:data:`~vfio_model.machine.msi_rtas.UNCOUNTED`) find what lies behind them.
         """
         (nargs, args_gpa), (nret, rets_gpa) = args, rets
-        args_gpa, rets_gpa = args_gpa & _REAL_ADDRESS, rets_gpa & _REAL_ADDRESS
-        cells = self.read_memory(args_gpa, min(nargs, _RTAS_MAX_CELLS + 1) * 4)
-        values = [int.from_bytes(cells[at : at + 4], BYTE_ORDER) for at in range(0, len(cells), 4)]
-        written = self.rtas(token, values, nret)
-        self.write_memory(rets_gpa, b"".join(cell.to_bytes(4, BYTE_ORDER) for cell in written))
+        count = max(min(nargs, _RTAS_MAX_CELLS + 1), UNCOUNTED.get(token, 0))
+        values = [self._load_cell(args_gpa + 4 * n & _REAL_ADDRESS) for n in range(count)]
+        for n, cell in enumerate(self.rtas(token, values, nret)):
+            self._store_cell(rets_gpa + 4 * n & _REAL_ADDRESS, cell)
         known = token in self._rtas
         return int(regs.HReturn.H_SUCCESS if known else regs.HReturn.H_PARAMETER)
 
     def _h_rtas(self, args: Sequence[int]) -> HCallResult:
         """``address`` of token, nargs, nret, arguments and return cells in guest memory."""
         base = args[0] & _REAL_ADDRESS
-        head = self.read_memory(base, 12)
-        token, nargs, nret = (int.from_bytes(head[at : at + 4], BYTE_ORDER) for at in (0, 4, 8))
+        token, nargs, nret = (self._load_cell(base + at) for at in (0, 4, 8))
         return self.rtas_in_memory(token, (nargs, base + 12), (nret, base + 12 + (nargs * 4 & U32_MAX))), []
+
+    def _load_cell(self, gpa: int) -> int:
+        """A cell is loaded in one access: 0 unless all of it answers."""
+        return self.mmio_read(gpa, 4) if self._in_one_piece(gpa) else 0
+
+    def _store_cell(self, gpa: int, cell: int) -> None:
+        """And stored in one, or not at all."""
+        if self._in_one_piece(gpa):
+            self.mmio_write(gpa, 4, cell)
+
+    def _in_one_piece(self, gpa: int) -> bool:
+        found = self.system.view.lookup(gpa)
+        return found is not None and gpa + 3 <= found.last
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """``size`` bytes of system memory; what nothing answers reads as zero."""

@@ -82,18 +82,23 @@ def type0_header(identity: Mapping[str, int]) -> tuple[Field, ...]:
         Field("command", COMMAND, 2, writable=COMMAND_WRITABLE),
         Field("status", STATUS, 2, w1c=STATUS_ERRORS),
         Field("cache_line_size", 0x0C, 1, writable=0xFF),
-        Field("latency_timer", 0x0D, 1, writable=0xFF),
         Field("interrupt_line", INTERRUPT_LINE, 1, writable=0xFF),
     )
 
 
 class ConfigSpace:
-    """The configuration space of one function. ``on_write`` callbacks run after a guest's write has taken effect."""
+    """The configuration space of one function. ``on_write`` callbacks run after a guest's write has taken effect.
+
+    As in QEMU, what lies behind the header keeps whatever a guest writes there, also over a reset, except where a
+    register or a capability is declared.
+    """
 
     def __init__(self, fields: Iterable[Field] = (), size: int = CONFIG_SIZE) -> None:
         self.size = size
         self._bytes = bytearray(size)
-        self._writable = bytearray(size)
+        self._scratch = bytearray(FIRST_CAPABILITY).ljust(size, b"\xff")
+        """All ones where nothing is declared, behind the header."""
+        self._writable = bytearray(self._scratch)
         self._w1c = bytearray(size)
         self._fields: dict[str, Field] = {}
         self._next_capability = FIRST_CAPABILITY
@@ -108,6 +113,7 @@ class ConfigSpace:
         assert field.offset + field.width <= self.size, f"register {field.name} lies outside configuration space"
         self._fields[field.name] = field
         end = field.offset + field.width
+        self._scratch[field.offset : end] = bytes(field.width)
         self._writable[field.offset : end] = field.writable.to_bytes(field.width, "little")
         self._w1c[field.offset : end] = field.w1c.to_bytes(field.width, "little")
         self._bytes[field.offset : end] = field.reset.to_bytes(field.width, "little")
@@ -121,6 +127,7 @@ class ConfigSpace:
         """
         offset = self._next_capability
         self._next_capability += (size + 3) & ~3
+        self._scratch[offset : offset + size] = self._writable[offset : offset + size] = bytes(size)
         self.add(Field(f"{prefix}.id", offset, 1, reset=cap_id))
         self.add(Field(f"{prefix}.next", offset + 1, 1))
         for field in fields:
@@ -155,6 +162,10 @@ class ConfigSpace:
         for field in self._fields.values():
             changeable = field.writable | field.w1c
             self.set(field.name, self.get(field.name) & ~changeable | field.reset & changeable)
+
+    def forget(self) -> None:
+        """What was written where nothing is declared goes: another user must not find it."""
+        self._bytes[:] = bytes(byte & ~free for byte, free in zip(self._bytes, self._scratch, strict=True))
 
     def read(self, offset: int, size: int) -> int:
         """What a guest reads: ``size`` (1, 2, 4) bytes at ``offset``; all ones for an access that is not possible."""

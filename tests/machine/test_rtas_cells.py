@@ -1,0 +1,53 @@
+"""RTAS calls as cells in memory: how many are read and written, and what is not there at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.machine.boards import RAM_SIZE, pseries
+from vfio_model.devices.edu.device import EduDevice
+from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.regs import RtasToken
+from vfio_model.machine.pseries import PseriesMachine
+from vfio_model.ranges import U32_MAX
+
+EDU = 1 << 11
+
+
+def machine_with_edu() -> PseriesMachine:
+    made = pseries()
+    made.phb().bus.plug(EduDevice, EDU >> 8)
+    return made
+
+
+def in_memory(machine: PseriesMachine, token: int, cells: list[int], nargs: int, nret: int) -> list[int]:
+    """A call of which ``nargs`` of ``cells`` are said to be arguments: five cells where the results go."""
+    machine.write_memory(0x1000, b"".join(cell.to_bytes(4, "big") for cell in cells))
+    machine.write_memory(0x2000, b"\xee" * 20)
+    assert machine.rtas_in_memory(token, (nargs, 0x1000), (nret, 0x2000)) == 0
+    return [machine.mmio_read(0x2000 + 4 * n, 4) for n in range(5)]
+
+
+@pytest.mark.parametrize("nargs", [0, 3, 6, 9])
+@pytest.mark.parametrize("nret", [0, 1, 3, 4, 9])
+def test_neither_call_counts_its_cells(nargs: int, nret: int) -> None:
+    machine = machine_with_edu()
+    buid, untouched = machine.phb().buid, 0xEEEE_EEEE
+    pe = [EDU, buid >> 32, buid & U32_MAX]
+    kind = 1 if nret > 3 else untouched
+    assert in_memory(machine, RtasToken.IBM_CHANGE_MSI, [*pe, 3, 1, 7], nargs, nret) == [0, 1, 8, kind, untouched]
+    found = in_memory(machine, RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER, [*pe, 0], nargs, nret)
+    assert found == [0, regs.MSI_BASE, 1, untouched, untouched]
+    assert in_memory(machine, RtasToken.IBM_CHANGE_MSI, [*pe, 3, 0, 7], nargs, nret)[:3] == [0, 0, untouched]
+
+
+def test_an_rtas_cell_across_the_end_of_ram_is_not_there() -> None:
+    machine = machine_with_edu()
+    machine.write_memory(RAM_SIZE - 16, b"\x77" * 16)
+    config_read = [1 << 11, regs.phb_buid(0) >> 32, regs.phb_buid(0) & 0xFFFF_FFFF, 4]
+    machine.write_memory(0x1000, b"".join(cell.to_bytes(4, "big") for cell in config_read))
+    machine.rtas_in_memory(RtasToken.IBM_READ_PCI_CONFIG, (4, 0x1000), (2, RAM_SIZE - 6))
+    assert machine.read_memory(RAM_SIZE - 16, 16) == b"\x77" * 10 + bytes(4) + b"\x77" * 2
+    machine.write_memory(RAM_SIZE - 14, b"".join(cell.to_bytes(4, "big") for cell in config_read[:3]) + b"\0\0")
+    machine.rtas_in_memory(RtasToken.IBM_READ_PCI_CONFIG, (4, RAM_SIZE - 14), (2, 0x2000))
+    assert machine.read_memory(0x2000, 4) == b"\xff" * 4
