@@ -2,7 +2,7 @@
 
 Every process that a test starts inherits one environment variable; when the session is over nothing that bears it may
 be alive, and the workers' runtime directories must be empty. Either fails the session; so does a skipped test where CI
-is set.
+is set. ``--kvm`` gives every machine in-kernel acceleration, see :mod:`tests.acceleration`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import settings
+
+from tests.acceleration import Switch
 
 # Examples are the same in every run; a machine under load is no reason to fail.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -28,7 +31,13 @@ GRACE_SECONDS = 5.0
 LEFT = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kvm", action="store_true", help="machines have in-kernel acceleration where no test says else")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "machine: builds a machine that --kvm accelerates; such a test must bear it")
+    Switch.on = config.getoption("--kvm")
     if hasattr(config, "workerinput"):  # an xdist worker: the controller has set SESSION; the base is its own
         base = Path(os.environ[BASE]) / config.workerinput["workerid"]
         base.mkdir(mode=0o700)
@@ -39,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, handler)
     os.environ[SESSION] = f"{os.getpid()}-{time.monotonic_ns()}"
     os.environ[BASE] = tempfile.mkdtemp(prefix="vmt-", dir="/tmp")  # short: a socket path holds 107 bytes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    Switch.asked = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    if Switch.asked and item.get_closest_marker("machine") is None:
+        pytest.fail("--kvm decides about a machine of this test: it needs the mark 'machine'", pytrace=False)
 
 
 def _orphans(session: str) -> list[str]:

@@ -29,6 +29,8 @@ LIST = 4 * MIB
 TOPOLOGY = HostTopology(
     groups=(GroupSpec(26, (DeviceSpec("0000:01:00.0", "edu"),)), GroupSpec(27, (DeviceSpec("0000:02:00.0", "edu"),)))
 )
+TABLE_PAGES = 2
+"""What a table of one page of entries counts as locked: that page, and one for the descriptor with its pointer."""
 PUT, STUFF, INDIRECT = HCall.H_PUT_TCE, HCall.H_STUFF_TCE, HCall.H_PUT_TCE_INDIRECT
 SUCCESS, PARAMETER, TOO_HARD = int(HReturn.H_SUCCESS), int(HReturn.H_PARAMETER), int(HReturn.H_TOO_HARD)
 
@@ -89,8 +91,8 @@ def machine(adapter: Adapter) -> Iterator[Machine]:
         yield make(running)
 
 
-def make(running: Running) -> Machine:
-    client = running.client()
+def make(running: Running, memlock: int | None = None) -> Machine:
+    client = running.client(memlock)
     ram = client.memory("ram", 16 * MIB, HVA)
     port = cast(KvmPort, client.port)
     vm = KvmVm(port, port.open(KVM_PATH))
@@ -168,6 +170,43 @@ class TestTables:
         assert errno_of(machine.table) == "EBUSY"
         table.close()
         assert machine.table().entries.tolist() == [0] * 1024
+
+    @pytest.mark.parametrize(
+        ("entries", "host_page", "pages"),
+        [
+            (1, 64 * KIB, 1 + 1),
+            (8192, 64 * KIB, 1 + 1),
+            (8193, 64 * KIB, 2 + 1),
+            (1 << 18, 64 * KIB, 32 + 1),
+            (1 << 20, 64 * KIB, 128 + 1),
+            (1 << 20, 4 * KIB, 2048 + 5),
+            (512 * 497, 4 * KIB, 497 + 1),
+            (512 * 498, 4 * KIB, 498 + 2),
+        ],
+    )
+    def test_its_memory_is_locked_while_it_is_open(
+        self, adapter: Adapter, entries: int, host_page: int, pages: int
+    ) -> None:
+        with adapter(HostTopology(TOPOLOGY.groups, host_page_size=host_page)) as running:
+            machine = make(running)
+            table = machine.table(size=entries)
+            assert machine.client.locked_vm() == pages
+            assert errno_of(lambda: machine.table(size=entries)) == "EBUSY"
+            assert machine.client.locked_vm() == pages
+            table.close()
+            assert machine.client.locked_vm() == 0
+
+    def test_the_memlock_limit_holds_for_it(self, adapter: Adapter) -> None:
+        with adapter(TOPOLOGY) as running:
+            machine = make(running, memlock=(TABLE_PAGES + 1) * 64 * KIB)
+            table = machine.table()
+            assert errno_of(machine.table) == "ENOMEM", "the limit comes before the LIOBN"
+            other = CreateSpaprTce64(LIOBN + 1, 12, 0, 0, 1024).pack()
+            assert errno_of(lambda: machine.port.create_spapr_tce(machine.vm.handle, other)) == "ENOMEM"
+            assert machine.client.locked_vm() == TABLE_PAGES
+            assert machine.hcall(PUT, LIOBN, 0, 0x5003) == SUCCESS
+            table.close()
+            machine.table().close()
 
     def test_a_table_needs_a_machine_of_this_process(self, machine: Machine) -> None:
         request = CreateSpaprTce64(LIOBN, 12, 0, 0, 16).pack()
@@ -252,7 +291,8 @@ class TestLinks:
         assert errno_of(lambda: container.unregister_memory(HVA, 16 * MIB)) == "EBUSY"
         assert machine.hcall(STUFF, LIOBN, 0, 0, 1024, links=1) == SUCCESS
         container.unregister_memory(HVA, 16 * MIB)
-        assert machine.client.locked_vm() == 2 * (GIB >> 12) * 8 // (64 * KIB), "the window's table is what stays"
+        window = 2 * (GIB >> 12) * 8 // (64 * KIB)
+        assert machine.client.locked_vm() == window + TABLE_PAGES, "the window's table is what stays, and KVM's own"
 
 
 class TestHypercalls:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from guestd.dma_services import MAX_ENTRIES, DmaServices
 from protocols.vfio_user.messages import TranslateRequest, TranslationEntry
 from tests.vfio.direct_chain import MIB, Chain
+
+pytestmark = pytest.mark.machine
 
 PAGE = 4096
 

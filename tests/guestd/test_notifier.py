@@ -25,6 +25,8 @@ from vfio_model.memory.lane import LANES_SIZE, Lane, init_lanes
 from vfio_model.memory.revoke import NoFence
 from vfio_model.memory.ring import RingReader
 
+pytestmark = pytest.mark.machine
+
 AS_ID = 7
 
 

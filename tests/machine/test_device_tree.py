@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.machine.boards import LIOBN, pseries
 from vfio_model.iommu.spapr.regs import DmaOptions, RtasToken
 from vfio_model.machine.vio import KINDS
+
+pytestmark = pytest.mark.machine
 
 PHB = "/pci@800000020000000"
 

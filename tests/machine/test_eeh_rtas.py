@@ -16,6 +16,8 @@ from vfio_model.vfio.eeh import eeh_port
 from vfio_model.vfio.ioctl import SpaprContainer
 from vfio_model.vfio.pci import VFIOPCIDevice
 
+pytestmark = pytest.mark.machine
+
 BUID = (phb_buid(0) >> 32, phb_buid(0) & U32_MAX)
 DEVFN = 1 << 3
 ADDR = DEVFN << 8

@@ -39,6 +39,8 @@ from vfio_model.vmstate.fields import encode
 from vfio_model.vmstate.ram import RamSender
 from vfio_model.vmstate.stream import FrameKind, FrameReader, FrameWriter, Section
 
+pytestmark = pytest.mark.machine
+
 WINDOW = 16 << 12
 SHAPES = ("default only", "64-bit only", "both", "none", "default removed, then recreated")
 

@@ -14,6 +14,8 @@ from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import U32_MAX
 
+pytestmark = pytest.mark.machine
+
 EDU, TESTDEV = 1 << 11, 2 << 11
 PARAM_ERROR, HW_ERROR = (-3 & U32_MAX), (-1 & U32_MAX)
 

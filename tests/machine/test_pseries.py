@@ -29,6 +29,8 @@ from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.types import MemTxResult
 from vfio_model.trace import ListTrace
 
+pytestmark = pytest.mark.machine
+
 EDU_DEVFN, TESTDEV_DEVFN = 1 << 3, 2 << 3
 
 

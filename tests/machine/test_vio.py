@@ -15,6 +15,8 @@ from vfio_model.memory.dma import DMASpace
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.types import MemTxResult
 
+pytestmark = pytest.mark.machine
+
 UNIT = regs.VIO_UNIT_BASE
 
 

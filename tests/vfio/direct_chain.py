@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tests import acceleration
+from tests.acceleration import accelerate, locked_in_kernel
 from vfio_model.errors import PeerLost
 from vfio_model.host.host import Host
 from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
+from vfio_model.iommu.spapr.acceleration import TOO_HARD
 from vfio_model.iommu.spapr.ddw import DmaOptions
 from vfio_model.iommu.spapr.regs import HCall, RtasToken, phb_buid
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
@@ -18,7 +21,6 @@ from vfio_model.uapi.containers import ContainerKind
 from vfio_model.vfio.connect import VFIOContainer, connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.ioctl import VfioPort
-from vfio_model.vfio.kvm import KvmAccelerator
 
 GROUP = "/dev/vfio/26"
 DEVICE = "0005:01:00.0"
@@ -27,8 +29,15 @@ MIB = 1 << 20
 LIOBN0, LIOBN1 = 0x8000_0000, 0x8000_0001
 
 
+class TooHard(Exception):
+    """The host leaves a hypercall to the guest's process."""
+
+
 class FaultyPort:
-    """A port whose next calls can be made to fail: ``fail(cmd)`` is asked before each ioctl and may raise."""
+    """A port whose next calls can be made to fail: ``fail(cmd)`` is asked before each ioctl and may raise.
+
+    It is asked with the number of each hypercall too, where it may raise :class:`TooHard`.
+    """
 
     def __init__(self, port: DirectPort) -> None:
         self._port = port
@@ -53,20 +62,17 @@ class FaultyPort:
         return self._port.ioctl_many(handle, cmd, args, count)
 
     def hcall(self, vm: int, nr: int, args: Sequence[int], links: int) -> int:
-        self.fail(nr)
-        ret = self._port.hcall(vm, nr, args, links)
+        try:
+            self.fail(nr)
+            ret = self._port.hcall(vm, nr, args, links)
+        except TooHard:
+            ret = TOO_HARD
         self.hcalls.append((nr, ret))
         return ret
 
 
 def host_gone(_cmd: int) -> None:
     raise PeerLost("hostd", "answering")
-
-
-class KVM:
-    """Whether chains whose test does not say so are accelerated: tests run over both, see ``conftest.py``."""
-
-    on = False
 
 
 class Chain:
@@ -95,17 +101,13 @@ class Chain:
         self.direct = DirectPort(self.host, self.host.create_mm(memlock, "guest"))
         self.port = FaultyPort(self.direct)
         self.port.declare_memory(self.ram)
-        self.kvm: KvmAccelerator | None = None
-        if KVM.on if kvm is None else kvm:
-            self.kvm = KvmAccelerator(self.machine.system, 1 << 16, self.trace)
-            self.kvm.on_change = self.machine.relocate_tables
-            self.machine.accelerate(self.kvm)
-            self.kvm.connect(self.port)
+        self.kvm = accelerate(self.machine, self.port, trace=self.trace) if acceleration.kvm(kvm) else None
         self.container = self.connect() if connect else None
 
     @property
     def mm(self) -> int:
-        return self.direct.mm.locked_vm
+        """Locked pages, without those of tables in the kernel: they are there as long as the guest has its windows."""
+        return self.direct.mm.locked_vm - locked_in_kernel(self.machine)
 
     def connect(self, port: VfioPort | None = None) -> VFIOContainer:
         phb = self.machine.phb()
@@ -118,6 +120,18 @@ class Chain:
             trace=self.trace,
             kvm=self.kvm,
         )
+
+    def come_back(self, host: Host) -> None:
+        """What guestd does when it has lost its host and found ``host``."""
+        if self.kvm is not None:
+            self.kvm.disconnect()
+        if self.container is not None:
+            self.container.abandon()
+        self.host, self.direct = host, DirectPort(host)
+        self.direct.declare_memory(self.ram)
+        if self.kvm is not None:
+            self.kvm.connect(self.direct)
+        self.container = self.connect(self.direct)
 
     # -- the guest's side
 

@@ -21,6 +21,8 @@ from vfio_model.uapi.hvcall import HCall, HReturn
 from vfio_model.uapi.kvm import KvmIoctl
 from vfio_model.uapi.vfio import Ioctl
 
+pytestmark = pytest.mark.machine
+
 SUCCESS, PARAMETER, TOO_HARD = int(HReturn.H_SUCCESS), int(HReturn.H_PARAMETER), int(HReturn.H_TOO_HARD)
 PUT, STUFF, INDIRECT = HCall.H_PUT_TCE, HCall.H_STUFF_TCE, HCall.H_PUT_TCE_INDIRECT
 PAGE = 0x1000
@@ -214,6 +216,20 @@ class TestWhereATableLives:
             assert chain.create_window(12, shift)[0] == 0
             assert in_kernel(chain, LIOBN1) == lives
             chain.remove_window(LIOBN1)
+
+    def test_which_does_not_fit_the_memlock_limit_is_here(self) -> None:
+        chain = Chain(ram=2 * MIB, window=1 << 30, memlock=(32 + 1 + 1) << 16, kvm=True, connect=False)
+        default = chain.machine.tables[LIOBN0]
+        assert default.kernel is not None and chain.direct.mm.locked_vm == 32 + 1
+        assert chain.create_window(12, 20)[0] == 0, "the guest has its window"
+        window = chain.machine.tables[LIOBN1]
+        assert window.enabled and window.kernel is None and chain.direct.mm.locked_vm == 32 + 1
+        assert chain.put(1 << 59, 0x5003, LIOBN1) == 0 and window.get(0) == 0x5003
+        failed = chain.trace.named("kvm_failed_spapr_tce")
+        assert [fields["liobn"] for fields in failed] == [LIOBN1] and "memlock" in str(failed[0]["reason"])
+        assert chain.remove_window(LIOBN0) == 0 and chain.direct.mm.locked_vm == 0
+        assert chain.remove_window(LIOBN1) == 0, "the default window comes back"
+        assert default.kernel is not None and chain.direct.mm.locked_vm == 32 + 1
 
     def test_without_a_machine_of_kvm_every_table_is_here(self) -> None:
         chain = small(kvm=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from typing import ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -15,6 +16,8 @@ from tests.vfio.direct_chain import LIOBN0, LIOBN1, MIB, Chain
 from vfio_model.host.topology import DeviceSpec, GroupSpec
 from vfio_model.machine.migration import load_device_state, save_device_state
 from vfio_model.ranges import Range
+
+pytestmark = pytest.mark.machine
 
 PAGES = 16
 DMA64 = 1 << 59

@@ -29,6 +29,8 @@ from vfio_model.vfio.container import MappingQueue
 from vfio_model.vfio.dirty import DirtySync
 from vfio_model.vfio.dirty_source import ContainerDirty, DeviceDirty, EverythingDirty, choose_source
 
+pytestmark = pytest.mark.machine
+
 PAGE = 4096
 DMA64 = 1 << 59
 

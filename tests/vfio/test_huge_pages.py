@@ -27,6 +27,8 @@ from vfio_model.vfio.connect import VFIOContainer, connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.ioctl import BatchError, SpaprContainer
 
+pytestmark = pytest.mark.machine
+
 KIB64, MIB2, MIB16, GIB = 1 << 16, 2 << 20, 16 << 20, 1 << 30
 DMA64 = 1 << 59
 MAP = Ioctl.VFIO_IOMMU_MAP_DMA

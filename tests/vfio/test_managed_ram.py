@@ -21,6 +21,8 @@ from vfio_model.vfio.host_window import HostWindows, VFIOHostDMAWindow
 from vfio_model.vfio.ioctl import BatchError, VfioPort
 from vfio_model.vfio.listener import VFIOListener
 
+pytestmark = pytest.mark.machine
+
 PAGE = 0x1000
 GRANULE = 4 * PAGE
 SIZE = 16 * GRANULE

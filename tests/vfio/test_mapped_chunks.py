@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_model.vfio.guest_iommu import _MappedChunks
+
+pytestmark = pytest.mark.machine
 
 PAGE = 4096
 CHUNK = 1 << 21

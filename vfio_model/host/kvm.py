@@ -26,7 +26,7 @@ from errno import EBADF, EBUSY, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ENOTTY, ENX
 from vfio_model.host.container import VfioContainer, pack_int, unpack_int
 from vfio_model.host.group import Group
 from vfio_model.host.kvm_calls import CALLS
-from vfio_model.host.kvm_table import KvmTable, Link, MemorySlot
+from vfio_model.host.kvm_table import KvmTable, Link, MemorySlot, locked_pages
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Revocation
 from vfio_model.host.spapr_tce import SpaprTceContainer
@@ -217,9 +217,11 @@ class KvmVm:
     # Tables
 
     def create_table(self, arg: bytes, allocate: Callable[[str, int], memoryview]) -> KvmTable:
-        """``KVM_CREATE_SPAPR_TCE_64``; ``allocate(name, bytes)`` gives the words.
+        """``KVM_CREATE_SPAPR_TCE_64``; ``allocate(name, bytes)`` gives the words. The table's memory counts as
+        locked by the process.
 
-        :raise OSError: EINVAL for flags, a size or a page shift that cannot be; EBUSY when the LIOBN has a table.
+        :raise OSError: in this order EINVAL for flags, a size or a page shift that cannot be; ENOMEM beyond the memlock
+            limit; EBUSY when the LIOBN has a table.
         """
         request = CreateSpaprTce64(*_fields(CreateSpaprTce64, arg))
         shift, end = request.page_shift, request.offset + request.size
@@ -227,10 +229,16 @@ class KvmVm:
             raise OSError(EINVAL, f"flags {request.flags:#x}, {request.size} entries")
         if not _MIN_PAGE_SHIFT <= shift <= _MAX_PAGE_SHIFT or end > (1 << 64) - 1 >> shift:
             raise OSError(EINVAL, f"{request.size} pages of 2**{shift} from page {request.offset:#x}")
-        if request.liobn in self.tables:
-            raise OSError(EBUSY, f"LIOBN {request.liobn:#x} has a table already")
-        words = allocate(f"kvm.{request.liobn:x}", tce_area_size(request.size))
-        table = KvmTable(request.liobn, shift, request.offset, request.size, words, self.tables)
+        pages = locked_pages(request.size, self.mm.host_page)
+        self.mm.account(pages)
+        try:
+            if request.liobn in self.tables:
+                raise OSError(EBUSY, f"LIOBN {request.liobn:#x} has a table already")
+            words = allocate(f"kvm.{request.liobn:x}", tce_area_size(request.size))
+        except OSError:
+            self.mm.unaccount(pages)
+            raise
+        table = KvmTable(request.liobn, shift, request.offset, request.size, words, self.tables, self.mm, pages)
         self.tables[request.liobn] = table
         return table
 

@@ -13,6 +13,19 @@ from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.tce_table import TceTable
 from vfio_model.memory.tce_area import init_tce_area
 
+_DESCRIPTOR = 120
+"""Bytes of ``struct kvmppc_spapr_tce_table`` on a 64-bit kernel without lock debugging."""
+_POINTER = 8
+_ENTRY = 8
+
+
+def locked_pages(entries: int, host_page: int) -> int:
+    """Host pages that a table counts as locked: those of its entries, and those of its descriptor, which ends with a
+    pointer to each of them (Linux ``arch/powerpc/kvm/book3s_64_vio.c``).
+    """
+    pages = -(-entries * _ENTRY // host_page)
+    return pages - (-(_DESCRIPTOR + pages * _POINTER) // host_page)
+
 
 @dataclass(frozen=True, slots=True)
 class MemorySlot:
@@ -57,7 +70,7 @@ class Link:
 
 class KvmTable:
     """``size`` entries from page number ``offset`` of the bus on, in ``words`` behind their header. ``tables`` are
-    those of its machine.
+    those of its machine, ``mm`` its process, which has ``accounted`` host pages locked for it.
     """
 
     def __init__(
@@ -68,16 +81,19 @@ class KvmTable:
         size: int,
         words: memoryview,
         tables: dict[int, KvmTable],
+        mm: Mm,
+        accounted: int,
     ) -> None:
         self.liobn, self.page_shift, self.offset, self.size = liobn, page_shift, offset, size
         self.page = 1 << page_shift
         self.words = words
         self.entries = init_tce_area(words, size)
         self.links: list[Link] = []
-        self._tables = tables
+        self._tables, self._mm, self._accounted = tables, mm, accounted
 
     def drop(self) -> None:
-        """Its file was closed: the machine has it no longer."""
+        """Its file was closed: the machine has it no longer, and its memory is not locked any more."""
+        self._mm.unaccount(self._accounted)
         if self._tables.get(self.liobn) is self:
             del self._tables[self.liobn]
         self.links.clear()

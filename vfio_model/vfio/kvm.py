@@ -119,7 +119,10 @@ class KvmTable:
 
 
 class KvmMemoryListener(MemoryListener):
-    """Makes a memory slot of every section of RAM, as far as it is whole host pages."""
+    """Makes a memory slot of every section of RAM, as far as it is whole host pages.
+
+    RAM with a discard manager is none: the host would map what is discarded, so it finds all of it too hard.
+    """
 
     priority = 10
 
@@ -141,7 +144,7 @@ class KvmMemoryListener(MemoryListener):
     def region_add(self, section: MemoryRegionSection) -> None:
         """A slot of its own for each section; what the host refuses is memory that it finds too hard."""
         found = self._interior(section)
-        if found is None or self.lost:
+        if found is None or self.lost or (isinstance(section.mr, RAMRegion) and section.mr.discard_manager is not None):
             return
         gpa, size, hva = found
         slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots.values())
