@@ -38,6 +38,7 @@ from guestd.cmdline_help import ACCELERATORS, OPTIONS, HelpWanted, topic
 from guestd.config import GuestConfig, MachineConfig, MonitorConfig, QtestConfig
 from guestd.option_syntax import identifier, number, only, options, size, split, switch
 from guestd.text_trace import read_patterns
+from protocols.transport import uri as migration_uri
 from vfio_model.errors import ConfigError
 
 DEFAULT_RAM: Final = 512 << 20
@@ -277,8 +278,8 @@ class _Reader:
             raise ConfigError("failed to parse UUID string: wrong format") from None
 
     def _incoming(self, value: str) -> None:
-        if value != "defer" and not value.startswith(("unix:", "tcp:")):
-            raise ConfigError(f"'{value}' is not a valid migration URI")
+        if value != "defer":
+            migration_uri.parse(value)
         self.seen.incoming = value
 
     # -- all together --------------------------------------------------------------------------------------------

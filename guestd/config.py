@@ -206,7 +206,9 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     paused: bool = False
     """Whether the machine waits for ``cont`` before its time passes."""
     incoming: str = ""
-    """Where a machine that migrates comes from: ``unix:PATH``, ``tcp:HOST:PORT``, ``defer``; empty: it starts here."""
+    """Where a machine that migrates comes from: ``unix:PATH``, ``tcp:HOST:PORT``, ``fd:NUMBER``, ``defer``; empty: it
+    starts here.
+    """
 
     @property
     def memlock_bytes(self) -> int:

@@ -20,7 +20,7 @@ import msgspec
 from guestd.config import DeviceConfig
 from guestd.explain import explain
 from guestd.guest import Guest
-from guestd.operations import ELSEWHERE, Operations
+from guestd.operations import ELSEWHERE, Operations, RunState
 from guestd.qmp_commands import MonitorCommands
 from protocols.control import messages as control
 from protocols.monitor.messages import CommandFailed
@@ -35,6 +35,9 @@ from vfio_model.trace import Trace
 ROLE: Final = "guestd"
 MAX_TIME_NS: Final = (1 << 63) - 1
 """Virtual time does not go beyond this."""
+
+LOOK_NS: Final = 1_000_000
+"""How often it is looked whether a machine that was about to leave has left."""
 
 Channel = RouterChannel[control.ToRole, control.FromRole]
 Handler = Callable[[Any], control.Answer]
@@ -75,6 +78,7 @@ class GuestControl:
             control.Reset: self._reset,
             control.Qmp: self._qmp,
         }
+        self._waiting: list[tuple[bytes, control.Request]] = []
         loop.register(self._channel, self._readable)
 
     def _readable(self) -> None:
@@ -84,7 +88,28 @@ class GuestControl:
         peer, request = received
         if not isinstance(request, control.Request):
             self._channel.refuse(peer, "a request is expected")
+        elif self._waits(request.command):
+            if not self._waiting:
+                self._loop.call_later(LOOK_NS, self._look_again)
+            self._waiting.append((peer, request))
+        else:
+            self._serve(peer, request)
+
+    def _waits(self, command: control.Command | control.Batch) -> bool:
+        """Whether it is for a machine of which nobody knows yet where it will be."""
+        commands = command.commands if isinstance(command, control.Batch) else [command]
+        leaving = self.operations.state is RunState.FINISH_MIGRATE
+        return leaving and any(type(each) in _OF_A_CPU for each in commands)
+
+    def _look_again(self) -> None:
+        if self.operations.state is RunState.FINISH_MIGRATE:
+            self._loop.call_later(LOOK_NS, self._look_again)
             return
+        waiting, self._waiting = self._waiting, []
+        for peer, request in waiting:
+            self._serve(peer, request)
+
+    def _serve(self, peer: bytes, request: control.Request) -> None:
         self._trace.cause = request.cause or next(self._causes)
         try:
             response = control.Response(request.seq, self._answer(request.command))

@@ -53,7 +53,7 @@ class DirtyRam:
         self._maps = dirty_log.start(self._regions)
         self._losses = self._guest.host.losses
         try:
-            self._guest.share_ram(share=False)
+            self._guest.remote.share_ram(share=False)
             for sync in self._make_syncs():
                 sync.start()
                 self._syncs.append(sync)
@@ -109,6 +109,6 @@ class DirtyRam:
                 self._syncs.pop().stop()
         dirty_log.stop(self._regions)
         try:
-            self._guest.share_ram(share=True)
+            self._guest.remote.share_ram(share=True)
         except OSError as error:  # it goes on by message
             self._trace("migration_share_refused", reason=str(error))

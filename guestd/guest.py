@@ -17,18 +17,13 @@ from typing import Final
 
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig, GuestConfig
-from guestd.dma_services import DmaServices
+from guestd.device_states import DeviceStates
 from guestd.host_link import GuestSide, HostLink, HostOptions, watch_losses
-from guestd.notifier import Publisher, SpaceFollower
-from guestd.remote import VfioUserDevice, capabilities
-from protocols.transport.kernel import Pidfd, probe
+from guestd.remote_devices import GuestParts, RemoteDevices
 from protocols.transport.loop import Loop
-from protocols.transport.notifier import NotifierServer
 from protocols.transport.shm import MappedMemory, create_memory
-from protocols.transport.vfio_user import connect
-from protocols.vfio_user import messages as wire
 from vfio_model.devices import DEVICES
-from vfio_model.errors import ConfigError, PeerLost, VMStateError
+from vfio_model.errors import ConfigError, PeerLost
 from vfio_model.machine.phb import EehPort, SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.machine.vio import KINDS
@@ -38,9 +33,7 @@ from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.trace import Trace
-from vfio_model.uapi.migration import DeviceState
 from vfio_model.vfio.eeh import eeh_port
-from vfio_model.vfio.migration import migrating, set_state, set_states
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vfio.region import DeviceConnection
 
@@ -48,7 +41,6 @@ RAM_HVA: Final = Hva(0x7F00_0000_0000)
 """Where this client declares its RAM: a property of the model, not of this process."""
 IDLE_LOOK_NS: Final = 1_000_000
 """How often a machine that stands is asked whether it runs."""
-_DMA_RW: Final = 3
 
 
 class Guest:
@@ -85,12 +77,10 @@ class Guest:
         for bridge in self.machine.phbs.values():
             bridge.eeh = functools.partial(self._eeh, bridge)
         self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
-        self.publisher: Publisher | None = None
-        self.hub: NotifierServer | None = None
-        self._followers: dict[int, SpaceFollower] = {}
-        self._sharing: list[VfioUserDevice] = []
-        """Remote devices that have guest RAM mapped."""
-        self._devices_stopped = False
+        self.remote = RemoteDevices(
+            GuestParts(config.name, directory, config.notifier, self.ram, self.machine.system, self.clock), loop, trace
+        )
+        self.states = DeviceStates(lambda: self.foreign, trace)
 
     @property
     def directory(self) -> Path:
@@ -202,58 +192,12 @@ class Guest:
         return device
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
-        by_message, phb = config.dma == "message", self.phb_of(config)
-        publisher = None if by_message else self._publishing(phb)
-        endpoint = connect(config.socket, config.id, capabilities(ats=not by_message))
         device: VFIOPCIDevice | None = None
-        services = DmaServices(
-            phb.address_space,
-            self.machine.system,
-            lambda: device is not None and device.bus_master,
-            trace=self._trace,
-        )
-        try:
-            process = Pidfd(endpoint.stream.open_pidfd())
-        except PeerLost:
-            endpoint.close()
-            raise
-        connection = VfioUserDevice(
-            config.id, endpoint, self._loop, process=process, services=services, trace=self._trace
-        )
-        try:
-            self.clock.attach(connection)
-            if publisher is not None and connection.extensions.ats:
-                connection.dma_map(self._ram_map, self.ram.fd)
-                if connection.extensions.notifier:
-                    connection.notifier(phb.buid, os.fspath(publisher.path))
-        except (OSError, PeerLost):
-            connection.close()
-            raise
+        phb = self.phb_of(config)
+        connection = self.remote.open(config, phb, lambda: device is not None and device.bus_master)
         device = self._plug(config, devfn, connection)
         watch_losses(device)
-        self._sharing = [each for each in self._sharing if each.lost is None]
-        if publisher is not None and connection.extensions.ats:
-            self._sharing.append(connection)
         return device
-
-    def _publishing(self, phb: SpaprPhb) -> Publisher:
-        """The publisher, which follows the address space of ``phb`` from its first remote device on."""
-        if self.publisher is None:
-            fence = probe()
-            if fence is None:
-                what = "this kernel has no membarrier(2): remote devices cannot cache"
-                raise ConfigError(what, hint="give them dma: message")
-            if self.config.notifier == "inline":
-                self.hub = NotifierServer(self._loop, self._directory, served=True)
-            on_x86 = os.uname().machine in ("x86_64", "i686")
-            self.publisher = Publisher(
-                self._directory, self.config.name, self._loop, fence, on_x86=on_x86, trace=self._trace
-            )
-        if phb.buid not in self._followers:
-            self.publisher.add_space(phb.buid)
-            follower = self._followers[phb.buid] = SpaceFollower(self.publisher, phb.buid)
-            phb.address_space.register_listener(follower)
-        return self.publisher
 
     def _when_idle(self, callback: object) -> None:
         """It rests while time stands."""
@@ -267,60 +211,15 @@ class Guest:
 
         self._loop.call_soon(run)
 
-    # -- migration -----------------------------------------------------------------------------------------------
-
     @property
     def memory(self) -> MappedMemory:
         """The RAM's memory."""
         return self._memory
 
-    def share_ram(self, *, share: bool) -> None:
-        """Give every remote device its map of guest RAM, or take it away: what it writes comes by message then.
-
-        :raise OSError: it refuses.
-        """
-        for connection in self._sharing:
-            if connection.lost is not None:
-                continue
-            with contextlib.suppress(PeerLost):
-                if share:
-                    connection.dma_map(self._ram_map, self.ram.fd)
-                else:
-                    connection.dma_unmap(wire.DmaUnmap(address=0, size=self.ram.size))
-
-    @property
-    def _ram_map(self) -> wire.DmaMap:
-        return wire.DmaMap(flags=_DMA_RW, offset=self.ram.fd_offset, address=0, size=self.ram.size)
-
     @property
     def foreign(self) -> list[VFIOPCIDevice]:
         """The devices that live in other processes."""
         return [device for _, device in self.devices.values() if isinstance(device, VFIOPCIDevice)]
-
-    def stop_devices(self) -> None:
-        """No device of another process does anything by itself from the return on.
-
-        :raise OSError: one refuses. :raise PeerLost: one is gone. :raise VMStateError: one has no such states.
-        """
-        self._devices_stopped = True
-        connections = [migrating(device) for device in self.foreign]
-        set_states(connections, DeviceState.RUNNING_P2P, DeviceState.STOP)
-
-    def hold_devices(self) -> None:
-        """They are stopped by loading their states: :meth:`run_devices` has something to do."""
-        self._devices_stopped = True
-
-    def run_devices(self) -> None:
-        """Undo :meth:`stop_devices`; one that is gone stays so. Harmless when they run."""
-        if not self._devices_stopped:
-            return
-        self._devices_stopped = False
-        for state in (DeviceState.RUNNING_P2P, DeviceState.RUNNING):
-            for device in self.foreign:
-                try:
-                    set_state(migrating(device), state)
-                except (OSError, PeerLost, VMStateError) as error:
-                    self._trace("vfio_device_refused", name=device.name, what=state.name, reason=str(error))
 
     # -- the whole machine ---------------------------------------------------------------------------------------
 
@@ -331,6 +230,7 @@ class Guest:
     def status(self) -> dict[str, object]:
         """What ``status`` on the control socket says."""
         windows = [table for table in self.machine.tables.values() if table.enabled]
+        publisher = self.remote.publisher
         return {
             "clock_ns": self.clock.now_ns,
             "devices": [self.device_status(name) for name in self.devices],
@@ -347,7 +247,7 @@ class Guest:
             "device_tree": self.machine.device_tree(),
             "irqs": {str(irq): count for irq, count in self.machine.irqs.raised.items()},
             "host": self.host.status(),
-            "notifier": self.publisher.status() if self.publisher is not None else None,
+            "notifier": publisher.status() if publisher is not None else None,
         }
 
     def device_status(self, name: str) -> dict[str, object]:
@@ -373,12 +273,7 @@ class Guest:
         for name in list(self.devices):
             self.remove_device(name)
         self.host.close()
-        if self.publisher is not None:
-            self.publisher.close()
-            self.publisher = None
-        if self.hub is not None:
-            self.hub.close()
-            self.hub = None
+        self.remote.close()
         self.clock.close()
         with contextlib.suppress(BufferError):  # the machine still shows it; the descriptor is closed
             self._memory.close()

@@ -10,7 +10,10 @@ from typing import Final, Protocol
 
 from guestd import hmp_info, hmp_mtree
 from guestd.operations import Operations
+from guestd.option_syntax import size
+from protocols.monitor.commands import MIGRATION_CAPABILITIES, MIGRATION_PARAMETERS
 from protocols.monitor.messages import QEMU_VERSION, CommandFailed
+from vfio_model.errors import ConfigError
 
 PROMPT: Final = b"(qemu) "
 _STATES: Final = {"running": "running", "inmigrate": "paused (inmigrate)", "internal-error": "paused (internal-error)"}
@@ -70,6 +73,10 @@ class HumanMonitor:
             "help": (self._help, "[cmd]", "show the help"),
             "info": (self._about, "[subcommand]", "show various information about the system state"),
             "migrate": (self._migrate_to, "uri", "migrate to URI"),
+            "migrate_cancel": (self._plain("migrate_cancel"), "", "cancel the current VM migration"),
+            "migrate_incoming": (self._migrate_from, "uri", "continue an incoming migration from an -incoming defer"),
+            "migrate_set_capability": (self._capability, "capability state", "enable/disable a migration capability"),
+            "migrate_set_parameter": (self._parameter, "parameter value", "set a parameter of migration"),
             "quit": (self._plain("quit"), "", "quit the emulator"),
             "stop": (self._plain("stop"), "", "stop emulation"),
             "system_powerdown": (self._plain("system_powerdown"), "", "send system power down event"),
@@ -152,6 +159,31 @@ class HumanMonitor:
         self._qmp("migrate", {"uri": words[-1]} if words else {})
         return []
 
+    def _migrate_from(self, words: list[str]) -> list[str]:
+        self._qmp("migrate-incoming", {"uri": words[-1]} if words else {})
+        return []
+
+    def _capability(self, words: list[str]) -> list[str]:
+        name, state = _two("migrate_set_capability", words)
+        if name not in MIGRATION_CAPABILITIES:
+            raise CommandFailed(f"Parameter 'capability' does not accept value '{name}'")
+        if state not in ("on", "off"):
+            raise _Wrong(f"migrate_set_capability: expected 'on' or 'off', not '{state}'")
+        self._qmp("migrate-set-capabilities", {"capabilities": [{"capability": name, "state": state == "on"}]})
+        return []
+
+    def _parameter(self, words: list[str]) -> list[str]:
+        """A bandwidth without a suffix is in MiB a second, as QEMU has it."""
+        name, value = _two("migrate_set_parameter", words)
+        if name not in MIGRATION_PARAMETERS:
+            raise CommandFailed(f"Parameter 'parameter' does not accept value '{name}'")
+        try:
+            number = size(name, value, shift=20 if name == "max-bandwidth" else 0)
+        except ConfigError as error:
+            raise CommandFailed(str(error)) from error
+        self._qmp("migrate-set-parameters", {name: number})
+        return []
+
     # -- info ----------------------------------------------------------------------------------------------------
 
     def _status(self) -> str:
@@ -166,6 +198,12 @@ class HumanMonitor:
         status = self._qmp("query-migrate", {})
         assert isinstance(status, dict), "an object"
         return [f"{name}: {value}" for name, value in status.items()]
+
+
+def _two(command: str, words: list[str]) -> tuple[str, str]:
+    if len(words) != 2:
+        raise _Wrong(f'{command}: two words expected\r\nTry "help {command}" for more information')
+    return words[0], words[1]
 
 
 def _extraneous(name: str, topic: str) -> _Wrong:

@@ -1,10 +1,15 @@
 """A machine that leaves: what it sends, and when it stops (:mod:`guestd.migration_state` has the picture).
 
-While the guest runs the stream is sent from the loop, as fast as the other end reads and ``max-bandwidth`` lets it: all
-of RAM, then what was written meanwhile, until what is left could go within ``downtime-limit``, or :data:`MAX_PASSES`
-have not got there. The end is one turn of the loop, in which nothing runs but what is served in waits: the machine
-stops, devices of other processes too; what was written since, and every section, is sent; the other end says whether it
-could load that. Then the machine is the other's, or it goes on here as if nothing had happened.
+Everything goes from the loop, as fast as the other end reads and ``max-bandwidth`` lets it: while the guest runs all of
+RAM, then what was written meanwhile, until what is left could go within ``downtime-limit``, or :data:`MAX_PASSES` have
+not got there. Then the machine stops, devices of other processes too; what was written since, and every section, is
+sent; the other end says whether it could load that. Then the machine is the other's, or it goes on here as if nothing
+had happened.
+
+Monitors are served all the time, so that ``migrate_cancel`` is heard whatever the destination does. Whoever would
+change the machine while it stands waits, or is refused (``RunState.FINISH_MIGRATE``). A destination that reads nothing
+is waited for while the guest runs, as with QEMU (``x-idle-time`` of ``query-migrate`` says for how long); a guest that
+stands does not wait longer than :data:`ANSWER_SECONDS`.
 """
 
 from __future__ import annotations
@@ -17,9 +22,9 @@ from typing import Final
 from guestd.dirty_ram import DirtyRam
 from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, outgoing
 from guestd.operations import Operations, RunState
+from protocols.transport.loop import deadline_scale
 from protocols.transport.unix import ByteConnection
-from protocols.transport.uri import connect
-from vfio_model.errors import ConfigError, PeerLost, VfioModelError, VMStateError
+from vfio_model.errors import ConfigError, DeadlineExceeded, PeerLost, VfioModelError, VMStateError
 from vfio_model.machine.migration import device_frames, entries, ram_views
 from vfio_model.trace import Trace
 from vfio_model.vmstate.ram import RamSender
@@ -28,12 +33,15 @@ from vfio_model.vmstate.stream import FrameWriter
 MAX_PASSES: Final = 30
 """Passes over RAM after which the machine is stopped, however much is left."""
 ANSWER_SECONDS: Final = 30.0
-"""How long the destination may take to read what is there, or to load."""
+"""How long the destination may take nothing while the machine stands, or load."""
 _NAME: Final = "the destination"
 _SLICE_NS: Final = 100_000_000
 """The bandwidth is counted anew after each."""
 _PATIENCE_NS: Final = 1_000_000
 _MS: Final = 1_000_000
+
+
+Connect = Callable[[], ByteConnection]
 
 
 @dataclass
@@ -49,7 +57,9 @@ class Times:
 class Outgoing:
     """One attempt. :attr:`progress` says what became of it, :attr:`error` why it failed."""
 
-    def __init__(self, operations: Operations, settings: Settings, trace: Trace) -> None:
+    def __init__(self, operations: Operations, settings: Settings, trace: Trace, connect: Connect) -> None:
+        """``connect()`` makes the connection; it may be under way still when it returns."""
+        self._connect = connect
         self._operations, self._guest, self._loop = operations, operations.guest, operations.loop
         self._settings, self._trace = settings, trace
         self.progress = Progress(operations, settings)
@@ -64,21 +74,28 @@ class Outgoing:
         self._frames: Iterator[bytes] = iter(())
         self._passes = 0
         self._bytes = self._slice_bytes = self._slice_began = 0
+        self._taken = self._moved = 0
+        """How many bytes the destination has taken, and when it took the last, or there was nothing to take."""
+        self._everything_sent = False
+        self._limit_ns = int(ANSWER_SECONDS * deadline_scale() * 1e9)
         self._left = 0
         self._was = operations.state
 
     # -- how it goes -------------------------------------------------------------------------------------------------
 
-    def start(self, uri: str) -> None:
+    def start(self) -> None:
         """Begin; what happens then is asked for, or told by events.
 
-        :raise VMStateError: a device cannot be migrated. :raise ConfigError: ``uri`` is none.
+        :raise VMStateError: a device cannot be migrated.
         """
         list(entries(self._guest.machine))
         outgoing(self._guest)
         self._times.began = time.monotonic_ns()
         self.progress.to(Status.SETUP)
-        self._loop.call_soon(lambda: self._guarded(lambda: self._set_up(uri)))
+        self._soon(self._set_up)
+
+    def _soon(self, act: Callable[[], None]) -> None:
+        self._loop.call_soon(lambda: self._guarded(act))
 
     def _guarded(self, act: Callable[[], None]) -> None:
         if not self.progress.under_way:
@@ -88,15 +105,12 @@ class Outgoing:
         except (VfioModelError, OSError) as error:
             self._fail(error)
 
-    def _set_up(self, uri: str) -> None:
-        try:
-            self._connection = connect(uri, _NAME)
-        except PeerLost as error:
-            raise ConfigError(f"Failed to connect to '{uri}': {error.doing.rpartition(': ')[2]}") from error
+    def _set_up(self) -> None:
+        self._connection = self._connect()
         self._loop.register(self._connection, self._readable, served=True)
         self._dirty.start()
         self._frames = self._first_frames()
-        self._times.set_up = self._slice_began = time.monotonic_ns()
+        self._times.set_up = self._slice_began = self._moved = time.monotonic_ns()
         self.progress.to(Status.ACTIVE)
         self._pump()
 
@@ -107,19 +121,18 @@ class Outgoing:
         except PeerLost as error:
             self._lost = error
             self._loop.unregister(self._connection)
-            self._loop.call_soon(lambda: self._guarded(self._check))
-        else:
-            if self.progress.status is Status.ACTIVE and self._answer.startswith(FAILED):
-                self._loop.call_soon(lambda: self._guarded(self._check))
+        self._soon(self._check)
 
     def _check(self) -> None:
-        """:raise VMStateError: the destination has refused. :raise PeerLost: it is gone."""
+        """:raise VMStateError: the destination has refused, or says what it cannot say now.
+        :raise PeerLost: it is gone. :raise ConfigError: it has never been there.
+        """
         if self._answer.startswith(FAILED):
             reason = self._answer[len(FAILED) : MAX_ANSWER].partition(b"\n")[0]
             raise VMStateError(f"the destination refused: {reason.decode(errors='replace')}")
         if self._lost is not None:
-            raise self._lost
-        if not LOADED.startswith(self._answer):
+            raise self._lost if self._taken else ConfigError(f"Failed to connect: {self._lost.doing}")
+        if not LOADED.startswith(self._answer) and not FAILED.startswith(self._answer):
             raise VMStateError("the destination does not speak this protocol")
 
     # -- while the guest runs ----------------------------------------------------------------------------------------
@@ -153,29 +166,55 @@ class Outgoing:
         return self._left <= limit or self._passes >= MAX_PASSES
 
     def _pump(self) -> None:
-        """Send while the socket takes it; the guest's turn comes after each frame."""
+        """Send while the socket takes it; everybody else's turn comes after each frame."""
         connection = self._connection
         assert connection is not None, "set up"
+        self._watch(connection)
         self._check()
-        wait = self._pause_ns() if not connection.wants_write else _PATIENCE_NS
-        if wait:
-            self._loop.call_later(wait, lambda: self._guarded(self._pump))
-            return
-        frame = next(self._frames, None)
-        if frame is None:
-            self._finish()
-            return
-        self._send(frame)
-        self._loop.call_soon(lambda: self._guarded(self._pump))
+        if not connection.wants_write and not self._pause_ns():
+            frame = next(self._frames, None)
+            if frame is not None:
+                self._send(frame)
+            elif self.progress.status is Status.ACTIVE:
+                self._stop()
+            elif self._answer == LOADED:
+                self._let_go(connection)
+                return
+            else:
+                self._everything_sent = True
+        if connection.wants_write or self._everything_sent:
+            self._later(_PATIENCE_NS)
+        elif wait := self._pause_ns():
+            self._later(wait)
+        else:
+            self._soon(self._pump)
+
+    def _later(self, wait_ns: int) -> None:
+        self._loop.call_later(wait_ns, lambda: self._guarded(self._pump))
+
+    def _watch(self, connection: ByteConnection) -> None:
+        """:raise DeadlineExceeded: the machine stands, and the destination does nothing."""
+        now, taken = time.monotonic_ns(), self._bytes - connection.unsent
+        if taken != self._taken or not (connection.wants_write or self._everything_sent):
+            self._taken, self._moved = taken, now
+        elif self._times.stopped and now - self._moved > self._limit_ns:
+            what = "its state" if self._everything_sent else "a frame"
+            raise DeadlineExceeded(_NAME, what, self._limit_ns / 1e9)
 
     def _send(self, data: bytes) -> None:
         assert self._connection is not None, "set up"
+        if self._answer:
+            raise VMStateError("the destination answers what it has not been given")
         self._connection.send(data)
         self._bytes += len(data)
         self._slice_bytes += len(data)
 
     def _pause_ns(self) -> int:
-        """How long to wait until ``max-bandwidth`` allows more; 0 is no limit there."""
+        """How long to wait until ``max-bandwidth`` allows more; 0 is no limit there, nor is one for a machine that
+        stands.
+        """
+        if self._times.stopped:
+            return 0
         limit = self._settings.parameters["max-bandwidth"] * _SLICE_NS // 1_000_000_000
         passed = time.monotonic_ns() - self._slice_began
         if passed >= _SLICE_NS:
@@ -184,44 +223,35 @@ class Outgoing:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
-        """The machine stops; see the module's head."""
-        operations, guest = self._operations, self._guest
+    def _stop(self) -> None:
+        """The machine stands. Interrupts that are on their way are seen before the first section."""
+        operations = self._operations
         self._was = operations.state
-        self._times.stopped = time.monotonic_ns()
+        self._times.stopped = self._moved = time.monotonic_ns()
         operations.stop(RunState.FINISH_MIGRATE)
         operations.state = RunState.FINISH_MIGRATE
-        guest.stop_devices()
+        self._guest.states.stop()
         self._dirty.sync()
-        for frame in self._dirty_frames():
-            self._send_now(frame)
-        self._send_now(self._end_pass(final=True))
-        self._left = 0
+        self._frames = self._last_frames()
         self.progress.to(Status.DEVICE)
-        for piece in device_frames(guest.machine, self._writer, outgoing(guest)):
-            self._send_now(piece)
-        self._wait(lambda: self._answer.startswith(LOADED), "its state")
-        self._send_now(GO)
+
+    def _last_frames(self) -> Iterator[bytes]:
+        yield from self._dirty_frames()
+        yield self._end_pass(final=True)
+        self._left = 0
+        yield from device_frames(self._guest.machine, self._writer, outgoing(self._guest))
+
+    def _let_go(self, connection: ByteConnection) -> None:
+        connection.send(GO)
+        if connection.wants_write:
+            raise PeerLost(_NAME, "it says that it has loaded, and reads nothing")
+        self._bytes += len(GO)
         self._close()
         self._dirty.stop()
-        operations.state = RunState.POSTMIGRATE
+        self._operations.state = RunState.POSTMIGRATE
         self._times.ended = time.monotonic_ns()
         self._trace("migration_completed", passes=self._passes, bytes=self._bytes)
         self.progress.to(Status.COMPLETED)
-
-    def _send_now(self, data: bytes) -> None:
-        """Send, and return when all of it is on its way."""
-        connection = self._connection
-        assert connection is not None, "set up"
-        self._send(data)
-        self._wait(lambda: not connection.wants_write, "a frame")
-
-    def _wait(self, done: Callable[[], bool], what: str) -> None:
-        self._loop.serve_until(
-            lambda: done() or self._lost is not None or self._answer.startswith(FAILED), ANSWER_SECONDS, _NAME, what
-        )
-        if not done():
-            self._check()
 
     def _fail(self, error: Exception) -> None:
         self.error = error
@@ -232,6 +262,7 @@ class Outgoing:
     def cancel(self) -> None:
         """The machine stays here. Harmless when nothing is under way."""
         if self.progress.under_way:
+            self.progress.to(Status.CANCELLING)
             self._go_on()
             self.progress.to(Status.CANCELLED)
 
@@ -242,8 +273,8 @@ class Outgoing:
         operations = self._operations
         if operations.state is not RunState.FINISH_MIGRATE:
             return
-        self._guest.run_devices()
         if self._was is RunState.RUNNING:
+            operations.state = RunState.PAUSED
             operations.cont()
         else:
             operations.state = self._was
@@ -268,17 +299,24 @@ class Outgoing:
             found["downtime"] = (times.ended - times.stopped) // _MS
         elif status is Status.ACTIVE:
             found["expected-downtime"] = self._settings.parameters["downtime-limit"]
+        if status in (Status.ACTIVE, Status.DEVICE):
+            found["x-idle-time"] = self._idle_ms(now)
         if self.error is not None:
             found["error-desc"] = str(self.error)
         if times.set_up:
             found["ram"] = self._ram(now)
         return found
 
+    def _idle_ms(self, now: int) -> int:
+        """For how long the destination has not taken what is there for it."""
+        waits = self._everything_sent or (self._connection is not None and self._connection.wants_write)
+        return (now - self._moved) // _MS if waits else 0
+
     def _ram(self, now: int) -> dict[str, object]:
         seconds = max(now - self._times.set_up, 1) / 1e9
         page = 1 << 12
         return {
-            "transferred": self._bytes,
+            "transferred": self._taken if self.progress.under_way else self._bytes,
             "remaining": self._dirty.dirty_bytes if self.progress.under_way else self._left,
             "total": sum(block.size for block in self._guest.machine.ram),
             "duplicate": 0,

@@ -41,6 +41,7 @@ class Status(StrEnum):
     SETUP = "setup"
     ACTIVE = "active"
     DEVICE = "device"
+    CANCELLING = "cancelling"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"

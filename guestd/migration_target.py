@@ -6,12 +6,13 @@ ends, unless whoever asked for the migration wants to look at what is left (``ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, incoming
 from guestd.operations import Operations, RunState
 from protocols.transport.unix import ByteConnection
-from protocols.transport.uri import Listener, listen
+from protocols.transport.uri import Listener
 from vfio_model.errors import PeerLost, VfioModelError, VMStateError
 from vfio_model.machine.migration import MachineLoader
 from vfio_model.trace import Trace
@@ -23,20 +24,26 @@ _READS: Final = 16
 
 
 class Incoming:
-    """Listens at ``uri`` from the start on.
+    """Listens, by ``listen()``, from the start on.
 
-    :raise ConfigError: when it cannot be listened there. :raise VMStateError: a device cannot be migrated to.
+    :raise ConfigError: when one cannot listen there. :raise VMStateError: a device cannot be migrated to.
     """
 
     def __init__(
-        self, operations: Operations, settings: Settings, trace: Trace, uri: str, *, exit_on_error: bool = True
+        self,
+        operations: Operations,
+        settings: Settings,
+        trace: Trace,
+        listen: Callable[[], Listener],
+        *,
+        exit_on_error: bool = True,
     ) -> None:
         self._operations, self._guest, self._loop = operations, operations.guest, operations.loop
-        self._trace, self._exit_on_error, self._uri = trace, exit_on_error, uri
+        self._trace, self._exit_on_error = trace, exit_on_error
         self.progress = Progress(operations, settings)
         self.error: Exception | None = None
         incoming(self._guest)
-        self._listener: Listener = listen(uri)
+        self._listener = listen()
         self._loop.register(self._listener, self._accept)
         self._connection: ByteConnection | None = None
         self._loader: MachineLoader | None = None
@@ -88,7 +95,7 @@ class Incoming:
             self._load(loader)
 
     def _load(self, loader: MachineLoader) -> None:
-        self._guest.hold_devices()
+        self._guest.states.hold()
         loader.load()
         self._trace("migration_loaded", windows=sum(t.enabled for t in self._guest.machine.tables.values()))
         assert self._connection is not None, "the stream came over it"

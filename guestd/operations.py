@@ -81,24 +81,27 @@ class Operations:
         return self.state is RunState.RUNNING
 
     def stop(self, state: RunState = RunState.PAUSED) -> None:
-        """Freeze virtual time. Harmless when it is frozen."""
+        """Freeze virtual time; devices of other processes rest, as far as they can. Harmless when it is frozen."""
         if self.state is RunState.INMIGRATE:
             self.autostart = False
         if self.running:
             self.guest.clock.freeze()
+            if state is RunState.PAUSED:
+                self.guest.states.rest()
             self.state = state
             self.emit("STOP")
 
     def cont(self) -> None:
         """Let virtual time pass. Harmless when it does; a machine that is still to come runs when it is here.
 
-        :raise InternalGuestError: the guest cannot go on.
+        :raise InternalGuestError: the guest cannot go on. :raise ConfigError: it is about to leave.
         """
         self.check()
+        self._check_here()
         if self.state is RunState.INMIGRATE:
             self.autostart = True
         elif not self.running:
-            self.guest.run_devices()
+            self.guest.states.run()
             self.state = RunState.RUNNING
             self.emit("RESUME")
             self.guest.clock.thaw()
@@ -106,9 +109,10 @@ class Operations:
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
         """Reset the machine; it stays stopped if it was.
 
-        :raise InternalGuestError: the guest cannot go on.
+        :raise InternalGuestError: the guest cannot go on. :raise ConfigError: it is about to leave.
         """
         self.check()
+        self._check_here()
         self.guest.reset()
         self.emit("RESET", {"guest": False, "reason": reason})
 
@@ -134,11 +138,17 @@ class Operations:
             self.guest.clock.freeze()
             self.state = RunState.INTERNAL_ERROR
             self.emit("STOP")
+            self.loop.call_soon(self.guest.states.rest)
 
     def check(self) -> None:
         """:raise InternalGuestError: when the guest cannot go on."""
         if self.error is not None:
             raise self.error
+
+    def _check_here(self) -> None:
+        """:raise ConfigError: what is sent of the machine at this moment must not change."""
+        if self.state is RunState.FINISH_MIGRATE:
+            raise ConfigError("Migration is not finalized yet")
 
     # -- devices -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed
 from protocols.monitor.state import MonitorState
 from protocols.transport.loop import Loop
-from protocols.transport.unix import ByteConnection, ByteListener
+from protocols.transport.unix import ByteConnection, ByteListener, close_fds
 from vfio_model.errors import ConfigError, PeerLost
 
 PATIENCE_NS: Final = 5_000_000
@@ -29,6 +29,9 @@ MAX_LINE: Final = 4096
 
 class Session(Protocol):
     """What is spoken with one client."""
+
+    fds: deque[int] | None
+    """Where descriptors go that the client passes; None: it cannot."""
 
     def opening(self) -> bytes:
         """To be sent first."""
@@ -49,6 +52,7 @@ class QmpSession:
     def __init__(self, commands: MonitorCommands) -> None:
         self._commands = commands
         self._state = MonitorState(COMMANDS, commands.version)
+        self.fds: deque[int] | None = deque()
 
     def opening(self) -> bytes:
         """The greeting."""
@@ -63,6 +67,7 @@ class QmpSession:
         found = self._state.next()
         if found is None or isinstance(found, bytes):
             return found
+        self._commands.migration.descriptors.passed = self.fds or deque()
         try:
             return self._state.reply(found, self._commands.run(found.name, found.arguments))
         except CommandFailed as error:
@@ -78,6 +83,7 @@ class HumanSession:
 
     def __init__(self, commands: MonitorCommands) -> None:
         self._commands = commands
+        self.fds: deque[int] | None = None
         self._begun = b""
         self._lines: deque[bytes] = deque()
 
@@ -107,6 +113,7 @@ class _Client:
 
     def __init__(self, connection: ByteConnection, session: Session, loop: Loop, closed: Callable[[], None]) -> None:
         self._connection, self._session, self._loop, self._closed = connection, session, loop, closed
+        connection.fds = session.fds
         self._busy = False
         """Whether a step is due by itself: its input has been read, or the client does not read."""
         loop.register(connection, self._readable)
@@ -167,6 +174,7 @@ class _Client:
         if not self._connection.closed:
             self._loop.unregister(self._connection)
             self._connection.close()
+            close_fds(list(self._session.fds or ()))
             self._closed()
 
 

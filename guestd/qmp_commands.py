@@ -56,6 +56,8 @@ class MonitorCommands:
             "system_reset": self._reset,
             "system_powerdown": self._powerdown,
             "quit": self._quit,
+            "getfd": migration.descriptors.getfd,
+            "closefd": migration.descriptors.closefd,
             "migrate": migration.migrate,
             "migrate-incoming": migration.incoming,
             "migrate_cancel": migration.cancel,

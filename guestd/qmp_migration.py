@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import cast
 
-from guestd.migration_source import Outgoing
+from guestd.descriptors import Descriptors
+from guestd.migration_source import Connect, Outgoing
 from guestd.migration_target import Incoming
 from guestd.operations import Operations, RunState
 from protocols.monitor.commands import MIGRATION_CAPABILITIES, MIGRATION_PARAMETERS
 from protocols.monitor.messages import CommandFailed
-from protocols.transport.uri import parse
+from protocols.transport.unix import ByteConnection
+from protocols.transport.uri import GivenSocket, Listener, connect, listen, parse
+from vfio_model.errors import ConfigError, PeerLost
 from vfio_model.trace import NULL_TRACE, Trace
 
 
@@ -23,6 +26,7 @@ class MigrationCommands:
         self._outgoing: Outgoing | None = None
         self._incoming: Incoming | None = None
         self._deferred = False
+        self.descriptors = Descriptors()
         operations.migrating = lambda: self._outgoing is not None and self._outgoing.progress.under_way
 
     def expect(self, uri: str) -> None:
@@ -33,7 +37,7 @@ class MigrationCommands:
         if uri == "defer":
             self._deferred = True
         else:
-            self._incoming = Incoming(self._operations, self, self._trace, uri)
+            self._incoming = Incoming(self._operations, self, self._trace, lambda: self._listen(uri))
 
     def migrate(self, arguments: dict[str, object]) -> object:
         """Begin, and return.
@@ -48,10 +52,9 @@ class MigrationCommands:
             raise CommandFailed("Guest is waiting for an incoming migration")
         if state is RunState.POSTMIGRATE:
             raise CommandFailed("Can't migrate the vm that was paused due to previous migration")
-        parse(uri)
         self._operations.check()
-        attempt = Outgoing(self._operations, self, self._trace)
-        attempt.start(uri)
+        attempt = Outgoing(self._operations, self, self._trace, self._to(uri))
+        attempt.start()
         self._outgoing, self._incoming = attempt, None
         return {}
 
@@ -65,9 +68,30 @@ class MigrationCommands:
             what = "The incoming migration has already been started"
             raise CommandFailed(what if known else "'-incoming' was not specified on the command line")
         uri, exits = str(arguments.get("uri", "")), bool(arguments.get("exit-on-error", True))
-        self._incoming = Incoming(self._operations, self, self._trace, uri, exit_on_error=exits)
+        self._incoming = Incoming(self._operations, self, self._trace, lambda: self._listen(uri), exit_on_error=exits)
         self._deferred = False
         return {}
+
+    def _to(self, uri: str) -> Connect:
+        """How to connect there. :raise ConfigError: ``uri`` is none, or there is no such descriptor."""
+        where, name = parse(uri), "the destination"
+        if where.kind == "fd":
+            given = ByteConnection(self.descriptors.take(where.where), name)
+            return lambda: given
+
+        def begin() -> ByteConnection:
+            try:
+                return connect(where, name)
+            except PeerLost as error:
+                why = error.doing.rpartition(": ")[2]
+                raise ConfigError(f"Failed to connect to '{uri}': {why}") from error
+
+        return begin
+
+    def _listen(self, uri: str) -> Listener:
+        """:raise ConfigError: ``uri`` is none, or one cannot listen there."""
+        where = parse(uri)
+        return GivenSocket(self.descriptors.take(where.where)) if where.kind == "fd" else listen(where)
 
     def cancel(self, arguments: dict[str, object]) -> object:
         """Harmless when none is under way."""
@@ -85,6 +109,7 @@ class MigrationCommands:
         self.cancel({})
         if self._incoming is not None:
             self._incoming.close()
+        self.descriptors.close()
 
     def set_capabilities(self, arguments: dict[str, object]) -> object:
         """Switch each that is named."""
@@ -117,4 +142,6 @@ def _uri(arguments: dict[str, object]) -> str:
                 return f"unix:{address.get('path')}"
             if address.get("type") == "inet":
                 return f"tcp:{address.get('host')}:{address.get('port')}"
+            if address.get("type") == "fd":
+                return f"fd:{address.get('str')}"
     raise CommandFailed("need either 'uri' or 'channels' argument")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import IO, Final
 
 from guestd.config import QtestConfig
-from guestd.operations import Operations, device_path
+from guestd.operations import ELSEWHERE, Operations, RunState, device_path
 from protocols.qtest.arguments import CommandFailed
 from protocols.qtest.state import PORTS, QtestState
 from protocols.transport.loop import Loop
@@ -21,12 +21,16 @@ from protocols.transport.unix import ByteConnection, ByteListener
 from vfio_model.errors import ConfigError, InternalGuestError, PeerLost, VfioModelError
 from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HReturn
 
+LOOK_NS: Final = 1_000_000
+"""How often it is looked whether a machine that was about to leave has left."""
 INTERRUPTS: Final = "/machine"
 """The path whose inputs are all interrupt lines of the machine, by their numbers."""
 
 
 class QtestMachine:
-    """The guest as qtest sees it. A guest that cannot go on can still be read."""
+    """The guest as qtest sees it. A guest that cannot go on can still be read, and one that is elsewhere, too: what is
+    left of its RAM.
+    """
 
     def __init__(self, operations: Operations) -> None:
         self._operations, self._clock = operations, operations.guest.clock
@@ -103,10 +107,13 @@ class QtestMachine:
         return False
 
     def _check(self) -> None:
+        """:raise CommandFailed: the guest cannot go on, or the machine has left, or is still to come."""
         try:
             self._operations.check()
         except InternalGuestError as error:
             raise CommandFailed(f"FAIL {error}") from error
+        if self._operations.state in ELSEWHERE:
+            raise CommandFailed(f"FAIL the machine is not here: {self._operations.state}")
 
     def _failed(self, error: InternalGuestError) -> CommandFailed:
         self._operations.fail(error)
@@ -160,7 +167,7 @@ class QtestServer:
     """
 
     def __init__(self, endpoint: QtestConfig, operations: Operations, loop: Loop) -> None:
-        self._machine, self._loop = QtestMachine(operations), loop
+        self._machine, self._operations, self._loop = QtestMachine(operations), operations, loop
         self._log = None if endpoint.log in ("none", "/dev/null") else QtestLog(endpoint.log)
         self._connection: ByteConnection | None = None
         self._listener: ByteListener | None = None
@@ -195,6 +202,10 @@ class QtestServer:
     def _readable(self) -> None:
         connection, state = self._connection, self._state
         assert connection is not None and state is not None, "registered while there is one"
+        if self._operations.state is RunState.FINISH_MIGRATE:
+            self._loop.unregister(connection)
+            self._loop.call_later(LOOK_NS, lambda: self._look_again(connection))
+            return
         try:
             data = connection.receive()
             if data is None:
@@ -207,6 +218,11 @@ class QtestServer:
             return
         if self._log is not None:
             self._log.flush()
+
+    def _look_again(self, connection: ByteConnection) -> None:
+        """A machine that is about to leave does nothing; where it is then, its client is heard."""
+        if connection is self._connection:
+            self._loop.register(connection, self._readable)
 
     def _irq(self, number: int, level: bool) -> None:
         if self._connection is None or self._state is None:

@@ -88,6 +88,7 @@ class InlineGuest(Guest):
         host.now_ns = lambda: self.clock.now_ns
         self.remotes: dict[str, InlineDevice] = {}
         self._notifier: InlineNotifier | None = None
+        self._followers: dict[int, SpaceFollower] = {}
         if config.machine.kvm or any(device.attach == "assigned" for device in config.devices):
             host.port.declare_memory(self.ram)
 

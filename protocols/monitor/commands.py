@@ -38,6 +38,7 @@ MIGRATION_PARAMETERS: Final = {"downtime-limit": 300, "max-bandwidth": 134217728
 _NOTHING = Struct()
 _CAPABILITY = Struct((Arg("capability", Enum(MIGRATION_CAPABILITIES)), Arg("state", "boolean")))
 _PATH = Arg("path", "string")
+_FD_NAME = Struct((Arg("fdname", "string"),))
 
 COMMANDS: Final[Mapping[str, Struct]] = {
     "qmp_capabilities": Struct((Arg("enable", ListOf(Enum(())), optional=True),)),
@@ -60,6 +61,8 @@ COMMANDS: Final[Mapping[str, Struct]] = {
     "system_reset": _NOTHING,
     "system_powerdown": _NOTHING,
     "quit": _NOTHING,
+    "getfd": _FD_NAME,
+    "closefd": _FD_NAME,
     "migrate": Struct(
         (
             Arg("uri", "string", optional=True),

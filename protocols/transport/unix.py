@@ -121,6 +121,11 @@ class _Connection:
         """Whether :meth:`flush` should be called when the socket becomes writable."""
         return bool(self._outbox)
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for :meth:`flush`."""
+        return sum(len(data) for data, _ in self._outbox)
+
     def peer(self) -> Peer:
         """Credentials of the other end at the time it connected."""
         raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -338,6 +343,11 @@ MAX_READ = 64 << 10
 class ByteConnection(_Connection):
     """A stream of bytes: lines, JSON. Whoever reads finds the ends of messages itself."""
 
+    def __init__(self, sock: socket.socket, name: str = "peer") -> None:
+        super().__init__(sock, name)
+        self.fds: deque[int] | None = None
+        """Where descriptors go that come with the bytes, oldest first; None: they are not taken."""
+
     @classmethod
     def connect(cls, path: str | os.PathLike[str], name: str = "peer") -> ByteConnection:
         """Connect to a listener.
@@ -352,13 +362,22 @@ class ByteConnection(_Connection):
         :raise PeerLost: at EOF.
         """
         try:
-            data = self._sock.recv(MAX_READ, _DONTWAIT)
+            data = self._receive()
         except BlockingIOError:
             return None
         except _GONE as error:
             raise PeerLost(self.name, "receiving") from error
+        except OSError as error:  # of a connection that never came about
+            raise PeerLost(self.name, f"connecting: {error.strerror}") from error
         if not data:
             raise PeerLost(self.name, "receiving")
+        return data
+
+    def _receive(self) -> bytes:
+        if self.fds is None:
+            return self._sock.recv(MAX_READ, _DONTWAIT)
+        data, ancillary, _, _ = self._sock.recvmsg(MAX_READ, _CONTROL, _RECEIVE_FLAGS)
+        self.fds.extend(_received_fds(ancillary))
         return data
 
 

@@ -175,7 +175,9 @@ def test_what_migration_is_told_is_kept(machine: Machine) -> None:
     [
         ("migrate", {}, "need either 'uri' or 'channels' argument"),
         ("migrate", {"channels": [{"channel-type": "main"}]}, "need either 'uri' or 'channels' argument"),
-        ("migrate", {"uri": "exec:cat"}, "'exec:cat' is not a valid migration URI"),
+        ("migrate", {"uri": "fd:gone"}, "File descriptor named 'gone' not found"),
+        ("getfd", {"fdname": "stream"}, "No file descriptor supplied via SCM_RIGHTS"),
+        ("closefd", {"fdname": "stream"}, "File descriptor named 'stream' not found"),
         ("migrate", {"uri": "tcp:here:port"}, "'tcp:here:port' is not a valid migration URI"),
         ("migrate-incoming", {"uri": "unix:/x"}, "'-incoming' was not specified on the command line"),
     ],
