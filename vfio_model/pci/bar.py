@@ -13,6 +13,8 @@ from vfio_model.ranges import U32_MAX, U64_MAX, Range
 
 BARS = 6
 BAR_OFFSET = 0x10
+MMAP_UNIT = 4096
+"""Areas of a BAR that can be mapped begin and end at multiples of this."""
 
 
 class BarType(Enum):
@@ -28,6 +30,8 @@ class BarSpec:
     """BAR ``index`` (0..5) of ``size`` bytes, a power of two of at least 16 (memory) or 4 (I/O).
 
     ``access`` bounds the sizes in bytes that the device accepts, smallest and largest; others are decode errors.
+    ``mmap`` lists areas, (offset, size) in multiples of 4096 bytes, ascending and apart, that are plain memory: the
+    device's user may map them, and no access to them reaches the device class.
     """
 
     index: int
@@ -35,12 +39,20 @@ class BarSpec:
     type: BarType = BarType.MEM32
     prefetch: bool = False
     access: tuple[int, int] = (1, 8)
+    mmap: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         last = BARS - 2 if self.type is BarType.MEM64 else BARS - 1
         assert 0 <= self.index <= last, "a BAR lies among the six registers of a type 0 header"
         smallest = 4 if self.type is BarType.IO else 16
         assert self.size >= smallest and self.size & (self.size - 1) == 0, "a BAR's size is a power of two"
+        end = 0
+        for offset, size in self.mmap:
+            assert not (offset | size) % MMAP_UNIT and size > 0 and offset >= end, (
+                "mmap areas are whole pages, in order"
+            )
+            end = offset + size
+        assert end <= self.size and not (self.mmap and self.is_io), "mmap areas lie inside a memory BAR"
 
     @property
     def offset(self) -> int:

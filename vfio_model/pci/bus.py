@@ -71,8 +71,7 @@ class PluggedHost:
 
         One that does not get through is lost, as on hardware."""
         device = self._bus.devices[self._devfn]
-        assert device.msi is not None, "a message from a device without the capability"
-        address, data = device.msi.message(vector)
+        address, data = device.message(vector)
         result = device.dma.write(address, data.to_bytes(4, "little"))
         self.trace("msi_message", devfn=self._devfn, vector=vector, address=address, data=data, result=int(result))
 
@@ -227,7 +226,10 @@ class PCIBus:
         bar = device.bar_spec(index)
         big_endian = device.ENDIANNESS == "native" and self.options.big_endian
         name = f"{self.address(devfn)} BAR{index}"
-        return IORegion(name, bar.size, _BarOps(device, index), big_endian=big_endian)
+        region = IORegion(name, bar.size, _BarOps(device, index), big_endian=big_endian)
+        for part in device.bar_parts(index):
+            region.add_subregion(part.offset, IORegion(f"{name}+{part.offset:#x}", part.size, part))
+        return region
 
     def _update_bars(self, devfn: int) -> None:
         device = self.devices[devfn]

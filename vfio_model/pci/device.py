@@ -36,6 +36,8 @@ from vfio_model.pci.config_space import (
     type0_header,
 )
 from vfio_model.pci.msi import MsiCapability
+from vfio_model.pci.msix import MsixCapability, MsixSpec
+from vfio_model.pci.parts import BarPart, BarParts
 from vfio_model.ranges import Range
 from vfio_model.trace import Trace
 from vfio_model.vmstate.fields import Field as StateField
@@ -95,14 +97,18 @@ class PCIDevice:
     REVISION: int = 0
     CLASS_ID: int = 0x00FF
     """Base class << 8 | subclass; 0x00ff is "unclassified"."""
+    CLASS_PROG: int = 0
+    """Programming interface of the class."""
     SUBSYSTEM_VENDOR_ID: int = SUBSYSTEM_VENDOR_QUMRANET
     SUBSYSTEM_ID: int = SUBSYSTEM_QEMU
     INTERRUPT_PIN: int = 0
     """1 for INTA … 4 for INTD; 0 for a device without."""
     BARS: tuple[BarSpec, ...] = ()
     MSI_VECTORS: int = 0
+    MSIX: MsixSpec | None = None
     ENDIANNESS: Literal["native", "little"] = "little"
-    """Byte order of the BARs' registers: little-endian, or the machine's own (QEMU's ``DEVICE_NATIVE_ENDIAN``)."""
+    """Byte order of the BARs' registers: little-endian, or the machine's own (QEMU's ``DEVICE_NATIVE_ENDIAN``). Mmap
+    areas and MSI-X structures are little-endian."""
     BUS_MASTER_GATED: bool = True
     """Whether DMA stops while bus mastering is off, as on hardware."""
     PROPS: Mapping[str, Prop] = {}
@@ -122,10 +128,12 @@ class PCIDevice:
         """Called when a BAR may have moved: it was written, or decoding was switched, or the device was reset."""
         self._impl: DMAImpl = BLOCKED
         self.irq_by_msi: bool | None = None
-        """Set by a host that switches MSI itself (VFIO does); None follows the capability."""
+        """Set by a host that switches and masks messages itself (VFIO does); None is as the capabilities say."""
         self._intx = self._intx_driven = False
         self.config = self._build_config()
         self.msi = MsiCapability(self.config, self.MSI_VECTORS) if self.MSI_VECTORS else None
+        self.msix = None if self.MSIX is None else MsixCapability(self.config, self.MSIX, host.msi)
+        self._parts = BarParts(self.BARS, host, self.msix)
         self.config.on_write("command", self._command_written)
         for bar in self.BARS:
             self.config.on_write(f"bar{bar.index}", self._mapping_changed)
@@ -137,6 +145,7 @@ class PCIDevice:
             "vendor_id": self.VENDOR_ID,
             "device_id": self.DEVICE_ID,
             "revision": self.REVISION,
+            "class_prog": self.CLASS_PROG,
             "class_device": self.CLASS_ID,
             "subsystem_vendor_id": self.SUBSYSTEM_VENDOR_ID,
             "subsystem_id": self.SUBSYSTEM_ID,
@@ -157,7 +166,7 @@ class PCIDevice:
                 return bar
         raise KeyError(index)
 
-    # -- for the bus ---------------------------------------------------------------------------------------------
+    # -- for the bus and other carriers --------------------------------------------------------------------------
 
     def config_read(self, offset: int, size: int) -> int:
         """A guest's configuration read; see :meth:`ConfigSpace.read`."""
@@ -171,6 +180,39 @@ class PCIDevice:
         """What shows BAR ``index`` in memory, if the device has a region of its own (mmapped device memory); None lets
         the bus make one out of :meth:`bar_read` and :meth:`bar_write`."""
         return None
+
+    def bar_parts(self, index: int) -> tuple[BarPart, ...]:
+        """The parts of BAR ``index`` that :meth:`bar_read` and :meth:`bar_write` never see, in order."""
+        return self._parts.of(index)
+
+    def region_access(self, bar: int, offset: int) -> tuple[int, int, int]:
+        """For an access at ``offset`` of BAR ``bar``: the smallest and largest size in bytes that is taken there, and
+        where that ends to hold (exclusive).
+
+        :raise KeyError: when the device has no such BAR.
+        """
+        spec = self.bar_spec(bar)
+        for part in self._parts.of(bar):
+            if offset < part.offset:
+                return *spec.access, part.offset
+            if offset < part.offset + part.size:
+                return part.min_access_size, part.max_access_size, part.offset + part.size
+        return *spec.access, spec.size
+
+    def region_read(self, bar: int, offset: int, size: int) -> int | None:
+        """What is at ``offset`` of BAR ``bar``, whoever answers there. The access is one that :meth:`region_access`
+        allows."""
+        for part in self._parts.of(bar):
+            if part.offset <= offset < part.offset + part.size:
+                return part.read(offset - part.offset, size)
+        return self.bar_read(bar, offset, size)
+
+    def region_write(self, bar: int, offset: int, size: int, value: int) -> MemTxResult:
+        """As :meth:`region_read`."""
+        for part in self._parts.of(bar):
+            if part.offset <= offset < part.offset + part.size:
+                return part.write(offset - part.offset, size, value)
+        return self.bar_write(bar, offset, size, value)
 
     def bar_range(self, index: int, *, allow_zero: bool = False) -> Range | None:
         """The bus addresses that BAR ``index`` decodes now; None when it is not set or decoding is off."""
@@ -198,6 +240,14 @@ class PCIDevice:
         """Write ``value`` (``size`` bytes) at ``offset`` of BAR ``bar``."""
         return MemTxResult.OK
 
+    def bar_memory(self, index: int) -> memoryview:
+        """The bytes behind the mmap areas of BAR ``index``, by offset in the BAR. They survive a reset, unless the
+        device clears them.
+
+        :raise KeyError: when that BAR has no mmap areas.
+        """
+        return self._parts.memory[index]
+
     def run_when_idle(self, callback: Callable[[], bool]) -> None:
         """Call ``callback()`` again and again until it returns False, serving other work in between: from the host's
         idle hook, else from a timer, one slice per :data:`IDLE_SLICE_NS` of virtual time."""
@@ -220,15 +270,24 @@ class PCIDevice:
         """Whether interrupts go out as messages now."""
         if self.irq_by_msi is not None:
             return self.irq_by_msi
-        return self.msi is not None and self.msi.enabled
+        return any(way is not None and way.enabled for way in (self.msi, self.msix))
 
     def raise_irq(self, vector: int = 0) -> None:
-        """Interrupt the guest: a message when MSI is enabled, else the pin goes (and stays) up."""
-        if self.uses_msi:
+        """Interrupt the guest: a message when MSI-X or MSI is enabled, else the pin goes (and stays) up."""
+        if self.irq_by_msi is None and self.msix is not None and self.msix.enabled:
+            self.msix.raise_(vector)
+        elif self.uses_msi:
             self.host.msi(vector)
         elif not self._intx:
             self._intx = True
             self._drive_intx()
+
+    def message(self, vector: int) -> tuple[int, int]:
+        """(address, 32-bit data) of message ``vector`` as the guest set it."""
+        if self.msix is not None and self.msix.enabled:
+            return self.msix.message(vector)
+        assert self.msi is not None, "a message from a device without the capability"
+        return self.msi.message(vector)
 
     def lower_irq(self) -> None:
         """Take the pin down; nothing when it is down already. Messages have no level."""
@@ -280,6 +339,8 @@ class PCIDevice:
         """Second phase: registers go to their reset values, the pin goes down."""
         self.lower_irq()
         self.config.reset()
+        if self.msix is not None:
+            self.msix.reset()
         self._mapping_changed()
 
     def reset_exit(self) -> None:
@@ -295,9 +356,16 @@ class PCIDevice:
     # -- migration -----------------------------------------------------------------------------------------------
 
     def export_state(self) -> State:
-        """What :attr:`VMSTATE` describes. A subclass adds its own fields."""
+        """What :attr:`VMSTATE` describes (also :data:`vfio_model.pci.msix.STATE` and
+        :data:`vfio_model.pci.parts.STATE`, where the device has those). A subclass adds its own fields.
+        """
         config = bytes(self.config)
-        return {"parent_obj": {"config_size": len(config), "config": config, "intx": self._intx}}
+        state: State = {"parent_obj": {"config_size": len(config), "config": config, "intx": self._intx}}
+        if self.msix is not None:
+            state["msix"] = self.msix.export_state()
+        if self._parts.memory:
+            state["bar_memory"] = self._parts.export_state()
+        return state
 
     def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
         """Whether :meth:`import_state` could take ``state``; nothing changes.
@@ -307,12 +375,20 @@ class PCIDevice:
         at = self.config.difference(state["parent_obj"]["config"])
         if at is not None:
             raise VMStateError(f"another device's configuration space: it differs at {at:#x}", where=where)
+        if self.msix is not None and "msix" in state:
+            self.msix.check_state(state["msix"], where=where)
+        if "bar_memory" in state:
+            self._parts.check_state(state["bar_memory"], where=where)
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """Take a checked ``state``, after a reset. A subclass loads its own fields first: DMA may begin in here."""
         parent = state["parent_obj"]
         self.config.load(parent["config"])
         self._intx = parent["intx"]
+        if self.msix is not None and "msix" in state:
+            self.msix.import_state(state["msix"])
+        if "bar_memory" in state:
+            self._parts.import_state(state["bar_memory"])
         self._command_written()
 
 

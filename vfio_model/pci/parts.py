@@ -1,0 +1,114 @@
+"""Parts of a BAR that are not the device class's to answer: memory that its user may map, MSI-X structures.
+
+A part is the ops of an I/O region (:class:`~vfio_model.memory.region.RegionOps`, addresses from the part's start) that
+knows where in the BAR it lies. Whoever carries accesses to a device puts them to the part first: the guest's bus as
+subregions, a device process through :meth:`~vfio_model.pci.device.PCIDevice.region_read`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from vfio_model.errors import VMStateError
+from vfio_model.memory.region import RegionOps
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bar import BarSpec
+from vfio_model.pci.msix import MsixCapability, MsixPendingBits, MsixTable
+from vfio_model.vmstate.fields import Field as StateField
+from vfio_model.vmstate.fields import State, Type, VMStateDescription
+
+
+class BarPart(RegionOps, Protocol):
+    """``size`` bytes from ``offset`` of a BAR."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the BAR's start."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
+class MemoryPart:
+    """Bytes that are just there: what a client maps, and what an access by message finds."""
+
+    min_access_size, max_access_size = 1, 8
+
+    def __init__(self, offset: int, view: memoryview) -> None:
+        self.offset, self.size, self._view = offset, len(view), view
+
+    def read(self, addr: int, size: int) -> int | None:
+        """See ``RegionOps``; little-endian."""
+        return int.from_bytes(self._view[addr : addr + size], "little")
+
+    def write(self, addr: int, size: int, value: int) -> MemTxResult:
+        """See ``RegionOps``."""
+        self._view[addr : addr + size] = value.to_bytes(size, "little")
+        return MemTxResult.OK
+
+
+STATE = StateField(
+    "bar_memory",
+    struct=VMStateDescription("PCIBARMemory", 1, (StateField("size"), StateField("bytes", Type.U8, array="size"))),
+)
+"""A field for the description of a device with mmap areas: their bytes, one after another."""
+
+
+@runtime_checkable
+class MemoryHost(Protocol):
+    """A ``DeviceHost`` that can share a BAR's memory with the device's user."""
+
+    def bar_memory(self, index: int, size: int) -> memoryview:
+        """``size`` writable bytes, zero, for BAR ``index``; the same bytes each time."""
+
+
+class BarParts:
+    """The parts of one device's ``bars``."""
+
+    def __init__(self, bars: tuple[BarSpec, ...], host: object, msix: MsixCapability | None) -> None:
+        self.memory = {bar.index: _memory(host, bar) for bar in bars if bar.mmap}
+        """The bytes of each BAR that has mmap areas, by its index."""
+        self._areas = [self.memory[bar.index][at : at + size] for bar in bars for at, size in bar.mmap]
+        self._parts = {bar.index: self._order(bar, msix) for bar in bars}
+
+    def _order(self, bar: BarSpec, msix: MsixCapability | None) -> tuple[BarPart, ...]:
+        parts: list[BarPart] = [MemoryPart(at, self.memory[bar.index][at : at + size]) for at, size in bar.mmap]
+        if msix is not None and msix.spec.bar == bar.index:
+            parts += (MsixTable(msix), MsixPendingBits(msix))
+        parts.sort(key=lambda part: part.offset)
+        end = 0
+        for part in parts:
+            assert end <= part.offset, f"BAR {bar.index}: parts overlap at {part.offset:#x}"
+            end = part.offset + part.size
+        assert end <= bar.size, f"BAR {bar.index} of {bar.size:#x} bytes has a part that ends at {end:#x}"
+        return tuple(parts)
+
+    def of(self, index: int) -> tuple[BarPart, ...]:
+        """Those of BAR ``index``, by offset."""
+        return self._parts.get(index, ())
+
+    def export_state(self) -> State:
+        """What :data:`STATE` describes."""
+        memory = b"".join(self._areas)
+        return {"size": len(memory), "bytes": memory}
+
+    def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
+        """:raise VMStateError: when ``state`` is of other areas."""
+        size = sum(map(len, self._areas))
+        if state["size"] != size:
+            raise VMStateError(f"{state['size']} bytes of BAR memory, not {size}", where=where)
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Take a checked ``state``."""
+        at = 0
+        for area in self._areas:
+            area[:] = state["bytes"][at : at + len(area)]
+            at += len(area)
+
+
+def _memory(host: object, bar: BarSpec) -> memoryview:
+    if isinstance(host, MemoryHost):
+        return host.bar_memory(bar.index, bar.size)
+    return memoryview(bytearray(bar.size))
