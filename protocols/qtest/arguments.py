@@ -10,8 +10,12 @@ import re
 from vfio_model.errors import VfioModelError
 
 U64: int = (1 << 64) - 1
-MAX_TRANSFER = 64 << 20
-"""Bytes that one command may read or write."""
+MAX_WRITE = 64 << 20
+"""Bytes that one command may bring along."""
+MAX_READ = 1 << 30
+"""Bytes that one may ask for."""
+MAX_SET = 1 << 36
+"""Bytes that one may set to a value."""
 _NUMBER = re.compile(r"[ \t\r\f\v]*([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 _HEX = re.compile(r"[0-9a-fA-F]*")
@@ -55,14 +59,14 @@ def signed(word: str) -> int:
     return value
 
 
-def length(word: str, *, least: int = 0) -> int:
+def length(word: str, most: int, *, least: int = 0) -> int:
     """A number of bytes.
 
-    :raise CommandFailed: when it is less than ``least`` or more than :data:`MAX_TRANSFER`.
+    :raise CommandFailed: when it is less than ``least`` or more than ``most``.
     """
     size = unsigned(word)
-    if not least <= size <= MAX_TRANSFER:
-        raise CommandFailed(f"FAIL length {size}: {least} to {MAX_TRANSFER} bytes can be transferred")
+    if not least <= size <= most:
+        raise CommandFailed(f"FAIL length {size}: {least} to {most} bytes can be transferred")
     return size
 
 

@@ -34,7 +34,9 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal, Protocol
 
 from protocols.qtest.arguments import (
-    MAX_TRANSFER,
+    MAX_READ,
+    MAX_SET,
+    MAX_WRITE,
     U64,
     CommandFailed,
     base64_data,
@@ -44,7 +46,7 @@ from protocols.qtest.arguments import (
     unsigned,
 )
 
-MAX_LINE: Final = 2 * MAX_TRANSFER + 256
+MAX_LINE: Final = 2 * MAX_WRITE + 256
 """Bytes of one command; a longer line is refused as a whole."""
 PORTS: Final = 0x10000
 MAX_TIME_NS: Final = (1 << 63) - 1
@@ -213,11 +215,11 @@ class QtestState:
 
     def _read(self, words: Words) -> str:
         gpa, size = _words(words, 2)
-        return "OK 0x" + self._machine.read(unsigned(gpa), length(size, least=1)).hex()
+        return "OK 0x" + self._machine.read(unsigned(gpa), length(size, MAX_READ, least=1)).hex()
 
     def _write(self, words: Words) -> str:
         gpa, size, data = _words(words, 3)
-        return self._store(unsigned(gpa), hex_data(data, length(size)))
+        return self._store(unsigned(gpa), hex_data(data, length(size, MAX_WRITE)))
 
     def _store(self, gpa: int, data: bytes) -> str:
         if data:
@@ -226,7 +228,7 @@ class QtestState:
 
     def _memset(self, words: Words) -> str:
         gpa_word, size_word, value = _words(words, 3)
-        gpa, size, byte = unsigned(gpa_word), length(size_word), unsigned(value) & 0xFF
+        gpa, size, byte = unsigned(gpa_word), length(size_word, MAX_SET), unsigned(value) & 0xFF
         piece = bytes((byte,)) * min(size, _MEMSET_PIECE)
         for at in range(0, size, _MEMSET_PIECE):
             self._machine.write(gpa + at & U64, piece[: size - at])
@@ -234,11 +236,11 @@ class QtestState:
 
     def _b64read(self, words: Words) -> str:
         gpa, size = _words(words, 2)
-        return "OK " + base64.b64encode(self._machine.read(unsigned(gpa), length(size))).decode()
+        return "OK " + base64.b64encode(self._machine.read(unsigned(gpa), length(size, MAX_READ))).decode()
 
     def _b64write(self, words: Words) -> str:
         gpa, size, data = _words(words, 3)
-        return self._store(unsigned(gpa), base64_data(data, length(size)))
+        return self._store(unsigned(gpa), base64_data(data, length(size, MAX_WRITE)))
 
     # -- time, interrupts, calls ---------------------------------------------------------------------------------
 

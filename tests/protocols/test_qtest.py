@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from protocols.qtest.arguments import MAX_TRANSFER, CommandFailed
+from protocols.qtest.arguments import MAX_READ, CommandFailed
 from protocols.qtest.state import HCALL_OUTPUTS, MAX_LINE, QtestState
 from tests.protocols.fuzz import WILD, Fuzzer
 
@@ -141,7 +141,7 @@ CONVERSATIONS = {
         ("readb  0x0", "FAIL not a number: ''"),
         ("readb 0x10zz", "FAIL not a number: '0x10zz'"),
         ("readb 18446744073709551616", "FAIL out of range: '18446744073709551616'"),
-        ("read 0 0", f"FAIL length 0: 1 to {MAX_TRANSFER} bytes can be transferred"),
+        ("read 0 0", f"FAIL length 0: 1 to {MAX_READ} bytes can be transferred"),
         ("outb 0x1ffff 1", "FAIL port 0x1ffff is above 0xffff"),
         ("hcall", "FAIL hcall takes 1 argument"),
         ("  readb 0", "FAIL Unknown command ''"),
@@ -264,3 +264,8 @@ def test_where_the_stream_is_cut_makes_no_difference(seed: int) -> None:
 def test_registers_that_nobody_set_are_zero(qtest: QtestState) -> None:
     (reply,) = ask(qtest, "hcall 1")
     assert len(reply.split()) == 2 + HCALL_OUTPUTS
+
+
+def test_all_of_a_large_ram_can_be_set_at_once(machine: FakeMachine, qtest: QtestState) -> None:
+    assert ask(qtest, "memset 0 0x10000001 0x5a") == ["OK"]
+    assert ask(qtest, f"memset 0 {1 << 40:#x} 0x5a")[0].startswith("FAIL length")

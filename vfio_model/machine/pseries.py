@@ -31,6 +31,7 @@ from vfio_model.machine.msi_rtas import UNCOUNTED, MsiRtas
 from vfio_model.machine.pci_rtas import ConfigRtas
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.machine.vio import VioBus, VioKind
+from vfio_model.memory.access import takes
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
@@ -224,17 +225,13 @@ class PseriesMachine:
         return self.rtas_in_memory(token, (nargs, base + 12), (nret, base + 12 + (nargs * 4 & U32_MAX))), []
 
     def _load_cell(self, gpa: int) -> int:
-        """A cell is loaded in one access: 0 unless all of it answers."""
-        return self.mmio_read(gpa, 4) if self._in_one_piece(gpa) else 0
+        """A cell is loaded in one access; what cannot be is 0."""
+        return self.mmio_read(gpa, 4) if takes(self.system.view, gpa, 4) else 0
 
     def _store_cell(self, gpa: int, cell: int) -> None:
         """And stored in one, or not at all."""
-        if self._in_one_piece(gpa):
+        if takes(self.system.view, gpa, 4):
             self.mmio_write(gpa, 4, cell)
-
-    def _in_one_piece(self, gpa: int) -> bool:
-        found = self.system.view.lookup(gpa)
-        return found is not None and gpa + 3 <= found.last
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """``size`` bytes of system memory; what nothing answers reads as zero."""

@@ -60,6 +60,19 @@ def dominant_ram(view: FlatView, *, for_write: bool) -> FlatRange | None:
     return max(candidates, key=lambda r: r.size, default=None)
 
 
+def takes(view: FlatView, addr: int, size: int) -> bool:
+    """Whether an access of ``size`` bytes (a power of two) at ``addr`` can be made in one, as a CPU's load or store is:
+    one range answers all of it, and I/O has accesses so large. RAM need not be aligned.
+    """
+    r = view.lookup(addr)
+    if r is None or addr + size - 1 > r.last:
+        return False
+    if not isinstance(r.region, IORegion):
+        return True
+    ops = r.region.ops
+    return ops.min_access_size <= size <= ops.max_access_size and not (addr - r.start + r.offset) % size
+
+
 def is_logged(r: FlatRange) -> bool:
     """Whether writes to a range are noted at present."""
     return isinstance(r.region, RAMRegion) and r.region.block.dirty is not None

@@ -26,7 +26,9 @@ from vfio_model.iommu.spapr.regs import (
     is_pci_liobn,
 )
 from vfio_model.iommu.spapr.tce import SpaprTceTable
+from vfio_model.memory.access import takes
 from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.region import RAMRegion
 from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 
@@ -138,13 +140,25 @@ class TceHcalls:
         return ret, []
 
     def _read_list(self, tce_list: int, npages: int) -> array[int]:
-        """The list in native order; what is not RAM reads as zero."""
+        """The list in native order. Its entries are loaded one by one; what cannot be loaded is zero."""
         buffer = memoryview(self._list)[: npages * 8]
-        self._system.read(tce_list, buffer)
+        found = self._system.view.lookup(tce_list)
+        if found is not None and isinstance(found.region, RAMRegion) and tce_list + len(buffer) - 1 <= found.last:
+            self._system.read(tce_list, buffer)
+        else:
+            self._read_each(tce_list, buffer)
         tces = array("Q", bytes(buffer))
         if sys.byteorder == "little":
             tces.byteswap()
         return tces
+
+    def _read_each(self, tce_list: int, buffer: memoryview) -> None:
+        for at in range(0, len(buffer), 8):
+            entry, gpa = buffer[at : at + 8], tce_list + at
+            if takes(self._system.view, gpa, 8):
+                self._system.read(gpa, entry)
+            else:
+                entry[:] = bytes(8)
 
 
 def _ret_of(error: OSError | None, done: int, npages: int) -> int:

@@ -1,4 +1,4 @@
-"""RTAS calls as cells in memory: how many are read and written, and what is not there at all."""
+"""What the platform loads and stores in memory for the guest: RTAS cells and TCE lists, one access each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import pytest
 
 from tests.machine.boards import RAM_SIZE, pseries
 from vfio_model.devices.edu.device import EduDevice
+from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.iommu.spapr import regs
-from vfio_model.iommu.spapr.regs import RtasToken
+from vfio_model.iommu.spapr.regs import HCall, RtasToken
 from vfio_model.machine.pseries import PseriesMachine
-from vfio_model.ranges import U32_MAX
+from vfio_model.ranges import U32_MAX, U64_MAX
+
+pytestmark = pytest.mark.machine
 
 EDU = 1 << 11
 
@@ -51,3 +54,18 @@ def test_an_rtas_cell_across_the_end_of_ram_is_not_there() -> None:
     machine.write_memory(RAM_SIZE - 14, b"".join(cell.to_bytes(4, "big") for cell in config_read[:3]) + b"\0\0")
     machine.rtas_in_memory(RtasToken.IBM_READ_PCI_CONFIG, (4, RAM_SIZE - 14), (2, 0x2000))
     assert machine.read_memory(0x2000, 4) == b"\xff" * 4
+
+
+def test_a_tce_list_in_a_bar_is_loaded_entry_by_entry_and_is_zeros_where_loads_are_narrower() -> None:
+    machine = machine_with_edu()
+    machine.phb().bus.plug(IOMMUTestDevice, 2 << 3)
+    for slot, bar in ((1, regs.PCI_MEM32_BUS), (2, regs.PCI_MEM32_BUS + 0x10_0000)):
+        machine.phb().bus.config_write(slot << 3, 0x10, 4, bar)
+        machine.phb().bus.config_write(slot << 3, 4, 2, 2)
+    edu_bar, test_bar = (regs.pci_mem32_window(0) + at for at in (0, 0x10_0000))
+    assert machine.read_memory(test_bar, 32) != bytes(32)
+    for gpa, expected in ((edu_bar, U64_MAX), (test_bar, 0)):
+        assert machine.hcall(HCall.H_STUFF_TCE, regs.pci_liobn(0, 0), 0, 0x1003, 8)[0] == 0
+        assert machine.hcall(HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), 0, gpa, 8)[0] == 0
+        found = [machine.hcall(HCall.H_GET_TCE, regs.pci_liobn(0, 0), n << 12) for n in range(8)]
+        assert found == [(0, [expected])] * 8
