@@ -16,6 +16,7 @@ from collections import OrderedDict
 from enum import Enum
 
 import zmq
+from zmq.backend import Socket
 
 from protocols.transport.runtime import RoleLock, check_private
 from protocols.transport.unix import MAX_SUN_PATH
@@ -27,6 +28,8 @@ MAX_IGNORED = 4096
 """Refused peers remembered at a time."""
 DEFAULT_HWM = 1000
 _RCVMORE = int(zmq.RCVMORE)
+_send = Socket.send
+"""What ``zmq.Socket.send`` calls when it has looked for the arguments of draft sockets."""
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
@@ -73,13 +76,17 @@ class _Socket:
         """The edge-triggered hint, for a poller that tries :meth:`receive` before it waits."""
         return int(self._socket.getsockopt(zmq.FD))
 
-    def _rest(self) -> bool:
-        """Whether the message whose frame was just received has more of them; they are dropped."""
-        if not self._socket.get(_RCVMORE):
-            return False
+    def _last(self) -> bytes | None:
+        """The next frame, if it is the last of its message; None: it was not, and all of that message is dropped.
+
+        :raise zmq.Again: there is none.
+        """
+        frame = self._socket.recv(_NOBLOCK, False)
+        if not frame.more:
+            return frame.bytes
         while self._socket.get(_RCVMORE):
             self._socket.recv(_NOBLOCK)
-        return True
+        return None
 
     @property
     def closed(self) -> bool:
@@ -119,19 +126,18 @@ class RouterServer(_Socket):
                 peer = receive(_NOBLOCK)
             except zmq.Again:
                 return None
-            data = receive(_NOBLOCK)  # a ROUTER puts the peer before what it sent, which is at least one frame
-            more = self._rest()
+            data = self._last()  # a ROUTER puts the peer before what it sent, which is at least one frame
             if peer in self._ignored:
                 continue
-            if not more:
+            if data is not None:
                 return peer, data
             self._ignore(peer)
 
     def send(self, peer: bytes, data: bytes) -> Sent:
         """Queue ``data`` for ``peer``; never blocks, never drops silently."""
         try:
-            self._socket.send(peer, _NOBLOCK_MORE)
-            self._socket.send(data, _NOBLOCK)
+            _send(self._socket, peer, _NOBLOCK_MORE)
+            _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         except zmq.ZMQError as error:
@@ -172,7 +178,7 @@ class DealerClient(_Socket):
     def send(self, data: bytes) -> Sent:
         """Queue one message; :data:`Sent.AGAIN` when too many wait."""
         try:
-            self._socket.send(data, _NOBLOCK)
+            _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
             return Sent.AGAIN
         return Sent.OK
@@ -181,8 +187,8 @@ class DealerClient(_Socket):
         """The next message, or None. What is not one frame is skipped: a ROUTER of ours never sends it."""
         while True:
             try:
-                data = self._socket.recv(_NOBLOCK)
+                data = self._last()
             except zmq.Again:
                 return None
-            if not self._rest():
+            if data is not None:
                 return data

@@ -59,9 +59,10 @@ class IOMMUTLBEvent(NamedTuple):
     entry: IOMMUTLBEntry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class IOMMUTLBRun:
-    """Events of ``count`` consecutive pages of ``1 << page_shift`` bytes from ``iova``.
+    """Events of ``count`` consecutive pages of ``1 << page_shift`` bytes from ``iova``. Nobody changes a run; that it
+    could be makes it cheap to make.
 
     ``translated`` holds the page addresses (None for an UNMAP run). ``perms`` is one value for all pages or one per
     page; in a MAP run a page with perm NONE stands for its UNMAP.

@@ -57,23 +57,23 @@ class IOMMUNotifier:
     def deliver_run(self, run: IOMMUTLBRun) -> None:
         """Hand over the part of ``run`` in range: at once when possible, else page by page."""
         assert run.type is _MAP or (run.uniform and not run.perms), "an UNMAP has perm NONE"
-        if run.last < self.start or run.iova > self.last:
+        first, last = run.iova, run.last
+        if last < self.start or first > self.last:
             return
-        if self.fn_run is not None and self._takes(run):
-            cropped = run.cropped(self.start, self.last)
-            if cropped is not None:
-                self.fn_run(self, cropped)
-            return
+        if self.fn_run is not None and not int(run.types) & ~self._wanted:
+            part = run if self.start <= first and last <= self.last else self._part(run)
+            if part is not None:
+                self.fn_run(self, part)
+                return
         for event in run.events():
             self.deliver(event)
 
-    def _takes(self, run: IOMMUTLBRun) -> bool:
-        if int(run.types) & ~self._wanted:
-            return False
+    def _part(self, run: IOMMUTLBRun) -> IOMMUTLBRun | None:
+        """The pages of ``run`` in range, or None when the range cuts one."""
         page = 1 << run.page_shift
         start_cuts = self.start > run.iova and not is_aligned(self.start - run.iova, page)
         last_cuts = self.last < run.last and not is_aligned(self.last + 1 - run.iova, page)
-        return not (start_cuts or last_cuts)
+        return None if start_cuts or last_cuts else run.cropped(self.start, self.last)
 
     def flush(self) -> OSError | None:
         """Complete what the callbacks queued; the first error, or None."""

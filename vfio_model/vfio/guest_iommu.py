@@ -170,18 +170,18 @@ class VFIOGuestIOMMU:
         perm = int(run.perms) if isinstance(run.perms, int) else uniform_value(run.perms)
         if perm is None or not perm & _RW:
             return False
-        lowest, highest = page_bounds(run.translated)
+        pages, page = run.translated, 1 << run.page_shift
+        linear = self._backend.coalesces and consecutive(pages, page)
+        lowest, highest = (int(pages[0]), int(pages[-1])) if linear else page_bounds(pages)
         span = ram_span(self._system, Gpa(lowest))
-        page = 1 << run.page_shift
         size = highest - lowest + page
-        if span is None or size > span.size:
+        if span is None or not 0 < size <= span.size:
             return False
         readonly, queue = not perm & _WO or span.readonly, self._backend.queue
-        linear = self._backend.coalesces and size == run.count << run.page_shift
-        if linear and run.translated[0] == lowest and consecutive(run.translated, page):
+        if linear:
             queue.map(first, size, span.hva, readonly=readonly)
         else:
             to_vaddr = span.hva - lowest
-            packed = pack_dma_maps(run.translated, to_vaddr, first, run.page_shift, writable=not readonly)
+            packed = pack_dma_maps(pages, to_vaddr, first, run.page_shift, writable=not readonly)
             queue.map_packed(packed, run.count)
         return True

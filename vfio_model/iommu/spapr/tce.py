@@ -281,12 +281,12 @@ class SpaprTceTable:
         if region is None or not region.notifiers:
             self.entries[index : index + count] = tces
             return None
-        old = memoryview(bytearray(self.entries[index : index + count])).cast("Q")
+        old = self.entries[index : index + count].tobytes()
         self.entries[index : index + count] = tces
         region.notify_run(run_of(index, count))
         error = region.flush()
         if error is not None:
-            self._undo_run(region, index, old)
+            self._undo_run(region, index, memoryview(old).cast("Q"))
         return error
 
     def _run_of_one(self, index: int, count: int) -> IOMMUTLBRun:
