@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from guestd.dirty_ram import DirtyRam
-from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, outgoing
+from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, outgoing, run_state
 from guestd.operations import Operations, RunState
 from protocols.transport.loop import deadline_scale
 from protocols.transport.unix import ByteConnection
 from vfio_model.errors import ConfigError, DeadlineExceeded, PeerLost, VfioModelError, VMStateError
 from vfio_model.machine.migration import device_frames, entries, ram_views
 from vfio_model.trace import Trace
-from vfio_model.vmstate.ram import RamSender
+from vfio_model.vmstate.ram import CHUNK, RamSender
 from vfio_model.vmstate.stream import FrameWriter
 
 MAX_PASSES: Final = 30
@@ -78,7 +78,8 @@ class Outgoing:
         """How many bytes the destination has taken, and when it took the last, or there was nothing to take."""
         self._everything_sent = False
         self._limit_ns = int(ANSWER_SECONDS * deadline_scale() * 1e9)
-        self._left = 0
+        self._first_left = self._left = 0
+        """Bytes that the first pass still has to send, and those that were left when it ended."""
         self._was = operations.state
 
     # -- how it goes -------------------------------------------------------------------------------------------------
@@ -143,8 +144,13 @@ class Outgoing:
         yield self._writer.header(self._guest.machine.TYPE)
         yield sender.blocks()
         assert len(self._guest.machine.ram) == 1, "this machine's RAM is one block"
-        for offset, size in self._guest.memory.extents():
-            yield from sender.run(0, offset, size)
+        extents = list(self._guest.memory.extents())
+        self._first_left = sum(size for _, size in extents)
+        for first, size in extents:
+            for offset in range(first, first + size, CHUNK):
+                part = min(CHUNK, first + size - offset)
+                yield from sender.run(0, offset, part)
+                self._first_left -= part
         yield self._end_pass(final=False)
         while not self._little_is_left():
             yield from self._dirty_frames()
@@ -161,9 +167,8 @@ class Outgoing:
 
     def _little_is_left(self) -> bool:
         self._dirty.sync()
-        self._left = self._dirty.dirty_bytes
         limit = self._settings.parameters["max-bandwidth"] * self._settings.parameters["downtime-limit"] // 1000
-        return self._left <= limit or self._passes >= MAX_PASSES
+        return self._dirty.dirty_bytes <= limit or self._passes >= MAX_PASSES
 
     def _pump(self) -> None:
         """Send while the socket takes it; everybody else's turn comes after each frame."""
@@ -238,8 +243,8 @@ class Outgoing:
     def _last_frames(self) -> Iterator[bytes]:
         yield from self._dirty_frames()
         yield self._end_pass(final=True)
-        self._left = 0
-        yield from device_frames(self._guest.machine, self._writer, outgoing(self._guest))
+        extra = [run_state(lambda _: None, self._was), *outgoing(self._guest)]
+        yield from device_frames(self._guest.machine, self._writer, extra)
 
     def _let_go(self, connection: ByteConnection) -> None:
         connection.send(GO)
@@ -267,6 +272,7 @@ class Outgoing:
             self.progress.to(Status.CANCELLED)
 
     def _go_on(self) -> None:
+        self._left = self._remaining
         self._close()
         self._dirty.stop()
         self._times.ended = time.monotonic_ns()
@@ -307,6 +313,10 @@ class Outgoing:
             found["ram"] = self._ram(now)
         return found
 
+    @property
+    def _remaining(self) -> int:
+        return self._first_left + self._dirty.dirty_bytes
+
     def _idle_ms(self, now: int) -> int:
         """For how long the destination has not taken what is there for it."""
         waits = self._everything_sent or (self._connection is not None and self._connection.wants_write)
@@ -317,7 +327,7 @@ class Outgoing:
         page = 1 << 12
         return {
             "transferred": self._taken if self.progress.under_way else self._bytes,
-            "remaining": self._dirty.dirty_bytes if self.progress.under_way else self._left,
+            "remaining": self._remaining if self.progress.under_way else self._left,
             "total": sum(block.size for block in self._guest.machine.ram),
             "duplicate": 0,
             "normal": self._sender.sent // page,

@@ -11,21 +11,21 @@
 Until it has sent "go" the source can go on, and does whenever anything fails; the destination runs when it has "go" and
 not before. So the machine never runs twice. If the destination dies after "go" it is lost, as with QEMU.
 
-Source of names: QEMU's ``qapi/migration.json``.
+Source of names: QEMU's ``qapi/migration.json``; ``globalstate`` is its ``migration/global_state.c``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Final, Protocol
 
 from guestd.guest import Guest
-from guestd.operations import Operations
+from guestd.operations import Operations, RunState
 from vfio_model.machine.migration import Entry
 from vfio_model.vfio.migration import DEVICE_STATE, load, migrating, save
 from vfio_model.vfio.pci import VFIOPCIDevice
-from vfio_model.vmstate.fields import State
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 LOADED: Final = b"loaded\n"
 FAILED: Final = b"failed: "
@@ -90,6 +90,20 @@ def _functions(guest: Guest) -> Iterator[tuple[int, VFIOPCIDevice]]:
         for devfn, function in sorted(phb.bus.devices.items()):
             if isinstance(function, VFIOPCIDevice):
                 yield phb.index << 16 | phb.bus.number << 8 | devfn, function
+
+
+GLOBAL_STATE: Final = VMStateDescription("globalstate", 1, (Field("size"), Field("runstate", Type.U8, array="size")))
+"""What the machine did before it stopped to migrate: a run state's name."""
+
+
+def run_state(take: Callable[[str], None], state: str = RunState.RUNNING) -> Entry:
+    """The section of it; ``take`` is told what an incoming one says. Without one the machine ran."""
+
+    def loaded(found: State) -> None:
+        take(bytes(found["runstate"]).decode(errors="replace"))
+
+    name = state.encode()
+    return Entry(GLOBAL_STATE, 0, lambda: {"size": len(name), "runstate": name}, loaded, optional=True)
 
 
 def outgoing(guest: Guest) -> list[Entry]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, incoming
+from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, incoming, run_state
 from guestd.operations import Operations, RunState
 from protocols.transport.unix import ByteConnection
 from protocols.transport.uri import Listener
@@ -47,6 +47,7 @@ class Incoming:
         self._loop.register(self._listener, self._accept)
         self._connection: ByteConnection | None = None
         self._loader: MachineLoader | None = None
+        self._stood = False
         self._after = b""
         """What came behind the stream."""
         self.progress.to(Status.SETUP)
@@ -59,7 +60,8 @@ class Incoming:
         self._connection = connection
         try:
             self._guest.memory.discard()
-            self._loader = MachineLoader(self._guest.machine, extra=incoming(self._guest))
+            extra = [run_state(self._was), *incoming(self._guest)]
+            self._loader = MachineLoader(self._guest.machine, extra=extra)
         except (VfioModelError, OSError) as error:
             self._fail(error)
             return
@@ -79,6 +81,10 @@ class Incoming:
             self._fail(VMStateError("the source has ended the stream"))
         except (VfioModelError, OSError) as error:
             self._fail(error)
+
+    def _was(self, state: str) -> None:
+        """The machine stood where it comes from: so it will here."""
+        self._stood = state != RunState.RUNNING
 
     def _take(self, data: bytes) -> None:
         loader = self._loader
@@ -111,7 +117,7 @@ class Incoming:
         self._close()
         self.progress.to(Status.COMPLETED)
         operations.state = RunState.PAUSED
-        if operations.autostart:
+        if operations.autostart and not self._stood:
             operations.cont()
 
     def _fail(self, error: Exception) -> None:

@@ -89,12 +89,16 @@ class RemoteServer:
     def run(self) -> None:
         """Serve until :meth:`stop`. An exception of the device class passes through."""
         while not self._done:
-            owner = self._owner
-            if owner is not None and owner.around.idle_work and owner.migration.runs:
-                self.loop.run_once(0.0)
+            self.loop.run_once(0.0 if self._busy is not None else None)
+            owner = self._busy  # what was served may have stopped it
+            if owner is not None and not self._done:
                 owner.around.run_idle()
-            else:
-                self.loop.run_once(None)
+
+    @property
+    def _busy(self) -> RemoteDevice | None:
+        """Whoever owns the device, when that has something to do by itself."""
+        owner = self._owner
+        return owner if owner is not None and owner.around.idle_work and owner.migration.runs else None
 
     def close(self) -> None:
         """End every client and remove the socket file."""

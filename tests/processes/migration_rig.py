@@ -46,7 +46,9 @@ def topology(kind: str) -> dict[str, object]:
 
 
 class GuestProcess:
-    """``guestd`` in a directory of its own under ``host``'s. ``number`` 0 or 1 says which groups are its."""
+    """``guestd`` in a directory of its own under ``host``'s. ``number`` 0 or 1 says which groups are its. ``remote``: a
+    remote device too, of that model, or an edu.
+    """
 
     def __init__(self, host: HostProcess, name: str, number: int, **options: Any) -> None:
         self.directory = host.directory / name
@@ -57,10 +59,12 @@ class GuestProcess:
             for n, (name, model) in enumerate(((NIC, "dma-burst"), (EDU, "edu")))
         ]
         tracking = options.pop("dirty_tracking", True)
-        self.remote = [REMOTE] if options.pop("remote", False) else []
+        remote = options.pop("remote", False)
+        self._remote_model = remote if isinstance(remote, str) else "edu"
+        self.remote = [REMOTE] if remote else []
         self._servers = [self._serve(name) for name in self.remote]
         far = [
-            {"id": name, "model": "edu", "attach": "remote", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
+            {"id": name, "model": self._remote_model, "attach": "remote", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
             | {"socket": str(self.directory / f"{name}.sock")}
             for name in self.remote
         ]
@@ -93,7 +97,7 @@ class GuestProcess:
 
     def _serve(self, name: str) -> subprocess.Popen[bytes]:
         """A remote device's process."""
-        argv = [sys.executable, "-m", "hostd", "device", "--dir", str(self.directory), "--model", "edu"]
+        argv = [sys.executable, "-m", "hostd", "device", "--dir", str(self.directory), "--model", self._remote_model]
         socket_path = self.directory / f"{name}.sock"
         server = subprocess.Popen([*argv, "--socket", str(socket_path)], stdin=subprocess.DEVNULL)
         until("it listens", socket_path.exists)
@@ -133,9 +137,9 @@ class GuestProcess:
             set_command(config, ADDRESSES[name])
             self.bars[name] = window.to_cpu(function.bars[0].address)
 
-    def burst(self) -> DmaBurstDriver:
-        """A driver of the assigned dma-burst."""
-        return DmaBurstDriver(self.cpu, self.bars[NIC])
+    def burst(self, name: str = NIC) -> DmaBurstDriver:
+        """A driver of a dma-burst, the assigned one."""
+        return DmaBurstDriver(self.cpu, self.bars[name])
 
     def edu(self, name: str = EDU) -> EduDriver:
         """A driver of an edu; an assigned one is little-endian."""
@@ -186,7 +190,10 @@ class Proxy:
         self._thread.start()
 
     def _serve(self) -> None:
-        left, _ = self._listener.accept()
+        try:
+            left, _ = self._listener.accept()
+        except OSError:  # nobody came
+            return
         right = socket.socket(socket.AF_UNIX)
         right.connect(str(self._to))
         back = threading.Thread(target=_copy, args=(right, left), daemon=True)
@@ -206,6 +213,41 @@ class Proxy:
         """Stop."""
         self._listener.close()
         self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+class Mute:
+    """A destination at ``path`` that reads no more than ``limit`` bytes, and does nothing then; ``says`` goes back."""
+
+    def __init__(self, path: Path, limit: int = 0, says: bytes = b"") -> None:
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._limit, self._says = limit, says
+        self.connection: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection, _ = self._listener.accept()
+            self.connection.sendall(self._says)
+            while self._limit > 0 and (data := self.connection.recv(min(self._limit, 1 << 16))):
+                self._limit -= len(data)
+
+    def close(self) -> None:
+        """It ends."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join(20)
+        if self.connection is not None:
+            self.connection.close()
+        self._path.unlink(missing_ok=True)
         assert not self._thread.is_alive()
 
 
