@@ -1,10 +1,11 @@
-"""What Linux offers and Python 3.11 does not wrap: membarrier, timerfd, prctl; with pidfd and eventfd as objects.
+"""What Linux offers and Python 3.11 does not wrap: membarrier, timerfd, prctl, fallocate; pidfd and eventfd as objects.
 
 :class:`Membarrier` is the fence of a revoke: after ``barrier()`` every registered process has passed a full memory
 barrier, so that a reader without fences of its own (Python has none) either sees the stores made before or has its lane
 odd. Calls go through ``PyDLL``: they last microseconds, and giving up the GIL for them would cost a switch interval.
 
-Sources: membarrier(2), timerfd_create(2), prctl(2) PR_SET_PDEATHSIG, pidfd_open(2), eventfd(2).
+Sources: membarrier(2), timerfd_create(2), prctl(2) PR_SET_PDEATHSIG, pidfd_open(2), eventfd(2),
+fallocate(2).
 """
 
 from __future__ import annotations
@@ -209,6 +210,16 @@ class TimerFd:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its modes, which ``os.posix_fallocate`` has not.
+
+    :raise OSError: EOPNOTSUPP when the file system has not got that mode.
+    """
+    call = _libc().fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    _check(call(fd, mode, offset, length), "fallocate")
 
 
 def die_with_parent(parent_pid: int | None = None, number: int = signal.SIGKILL) -> None:
