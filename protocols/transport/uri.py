@@ -82,22 +82,22 @@ class GivenSocket:
     """A connection that is there already; it is accepted when something has come."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock: socket.socket | None = sock
+        self._sock, self._accepted = sock, False
 
     def fileno(self) -> int:
         """For a poller."""
-        return -1 if self._sock is None else self._sock.fileno()
+        return self._sock.fileno()
 
     def accept(self, name: str = "client") -> ByteConnection | None:
-        """The connection, once."""
-        sock, self._sock = self._sock, None
-        return None if sock is None else ByteConnection(sock, name)
+        """The connection, once. Its descriptor is another one: this one may still be polled."""
+        if self._accepted:
+            return None
+        self._accepted = True
+        return ByteConnection(self._sock.dup(), name)
 
     def close(self) -> None:
         """Harmless twice."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        self._sock.close()
 
 
 def parse(uri: str) -> Uri:
