@@ -10,9 +10,11 @@ Expectations are the same with the switch and without, but where a test names th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from vfio_model.host.host import Host
 from vfio_model.host.topology import HostTopology
+from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import NULL_TRACE, Trace
@@ -61,8 +63,17 @@ def accelerated(machine: PseriesMachine, blocks: Iterable[RAMBlock]) -> PseriesM
     return machine
 
 
-def locked_in_kernel(machine: PseriesMachine) -> int:
-    """Pages that the machine's tables in the kernel count as locked: their entries, and one with pointers to these
-    pages, which is enough for tables of half a gigabyte.
+def answered_otherwise(table: SpaprTceTable, name: str, ioba: int, *rest: Any) -> bool:
+    """Whether the kernel's answer to ``put``, ``stuff`` or ``indirect`` is not that of the machine's process: for an
+    address that is not a page's, entries that leave the window, and a permission to stuff.
     """
-    return sum(-(-table.nb_table * 8 // HOST_PAGE) + 1 for table in machine.tables.values() if table.kernel)
+    count = {"put": 1, "stuff": rest[-1], "indirect": len(rest[-1]) if name == "indirect" else 0}[name]
+    leaves = table.index(ioba) + count > table.nb_table
+    return ioba % (1 << table.page_shift) != 0 or leaves or (name == "stuff" and rest[0] & 3 != 0)
+
+
+def locked_in_kernel(machine: PseriesMachine, host_page: int = HOST_PAGE) -> int:
+    """Pages that the machine's tables in the kernel count as locked: their entries, and one with pointers to these
+    pages, which is enough for tables of 2 MiB.
+    """
+    return sum(-(-table.nb_table * 8 // host_page) + 1 for table in machine.tables.values() if table.kernel)

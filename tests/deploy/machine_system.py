@@ -10,6 +10,7 @@ from deploy.events import Log, Record
 from deploy.explain import DeviceInfo, ExplainStep, Explanation, Stage
 from deploy.scenario import At, Scenario, Wait
 from deploy.system import DmaDriver
+from tests.acceleration import accelerated
 from vfio_model.devices import DEVICES
 from vfio_model.guest_drivers.cpu import DirectCpu
 from vfio_model.guest_drivers.pci import MmioWindow, bring_up
@@ -40,7 +41,7 @@ class MachineSystem:
         machine = scenario.machine
         options = regs.DmaOptions(ddw=machine.ddw, pgsz=sum(machine.pgsz))
         block = RAMBlock("ram", memoryview(mmap.mmap(-1, machine.ram)), page_size=machine.page_size, hva=Hva(1 << 40))
-        self.machine = PseriesMachine([block], PseriesOptions(dma=options))
+        self.machine = accelerated(PseriesMachine([block], PseriesOptions(dma=options)), [block])
         self.cpu = DirectCpu(self.machine)
         self.trace = LogTrace()
         self.signals: list[tuple[At, signal.Signals]] = []

@@ -11,6 +11,8 @@ from deploy.runner import Runner
 from deploy.scenario import Scenario
 from tests.deploy.machine_system import MachineSystem
 
+pytestmark = pytest.mark.machine
+
 HEAD = """\
 name: mine
 description: a test

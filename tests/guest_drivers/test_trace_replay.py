@@ -29,6 +29,7 @@ SMALL = DmaOptions(dma_win_size=1 << 20)
 
 
 def machine_of(dma: DmaOptions = SMALL, phbs: int = 1, trace: Trace = NULL_TRACE) -> PseriesMachine:
+    """Never accelerated: a log holds no hypercall that the kernel answered, and its answers are QEMU's own."""
     ram = RAMBlock("ram", bytearray(RAM_SIZE), page_size=4096, hva=Hva(1 << 40))
     return PseriesMachine([ram], PseriesOptions(phbs=phbs, dma=dma), trace=trace)
 

@@ -59,7 +59,7 @@ def test_without_bus_mastering_nothing_is_translated_or_moved() -> None:
 
 def test_one_answer_is_bounded() -> None:
     machine = chain()
-    machine.stuff(0, 3, 512)
+    machine.indirect(0, [3] * 512)
     assert len(services(machine).translate(TranslateRequest(0, 2 * MIB))) == MAX_ENTRIES
 
 

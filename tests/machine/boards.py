@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tests.acceleration import accelerated
 from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.regs import DmaOptions, HCall
 from vfio_model.iommu.spapr.tce import SpaprTceTable
@@ -25,7 +26,7 @@ def pseries(*, dma: DmaOptions | None = None, phbs: int = 1, multi_tce: bool = T
     """A machine whose :attr:`trace` is a :class:`ListTrace`."""
     ram = RAMBlock("ram", bytearray(RAM_SIZE), page_size=1 << 16, hva=Hva(0x7F00_0000_0000))
     options = PseriesOptions(phbs=phbs, dma=dma or DmaOptions(), multi_tce=multi_tce)
-    return PseriesMachine([ram], options, trace=ListTrace())
+    return accelerated(PseriesMachine([ram], options, trace=ListTrace()), [ram])
 
 
 def put_list(machine: PseriesMachine, tces: list[int], gpa: int = LIST) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from tests.acceleration import accelerated
 from tests.machine.boards import pseries
 from tests.vfio.direct_chain import LIOBN0, LIOBN1, MIB, Chain
 from tests.vfio.test_pci import Connection
@@ -126,7 +127,8 @@ def restreamed(machine: PseriesMachine, change: Mapping[tuple[str, int], Section
 
 def small(**options: object) -> PseriesMachine:
     ram = RAMBlock("ram", bytearray(MIB), page_size=1 << 16, hva=Hva(0x7F00_0000_0000))
-    return PseriesMachine([ram], PseriesOptions(dma=DmaOptions(dma_win_size=4 << 12), **options))  # type: ignore[arg-type]
+    made = PseriesMachine([ram], PseriesOptions(dma=DmaOptions(dma_win_size=4 << 12), **options))  # type: ignore[arg-type]
+    return accelerated(made, [ram])
 
 
 def test_a_version_2_stream_of_one_table_loads() -> None:

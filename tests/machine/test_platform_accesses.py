@@ -65,7 +65,7 @@ def test_a_tce_list_in_a_bar_is_loaded_entry_by_entry_and_is_zeros_where_loads_a
     edu_bar, test_bar = (regs.pci_mem32_window(0) + at for at in (0, 0x10_0000))
     assert machine.read_memory(test_bar, 32) != bytes(32)
     for gpa, expected in ((edu_bar, U64_MAX), (test_bar, 0)):
-        assert machine.hcall(HCall.H_STUFF_TCE, regs.pci_liobn(0, 0), 0, 0x1003, 8)[0] == 0
+        assert machine.hcall(HCall.H_STUFF_TCE, regs.pci_liobn(0, 0), 0, 0x1000, 8)[0] == 0
         assert machine.hcall(HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), 0, gpa, 8)[0] == 0
         found = [machine.hcall(HCall.H_GET_TCE, regs.pci_liobn(0, 0), n << 12) for n in range(8)]
         assert found == [(0, [expected])] * 8

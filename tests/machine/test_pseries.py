@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.acceleration import kvm
 from tests.machine.boards import LIOBN, LIOBN64, LIST, PE, RAM_SIZE, pseries, put_list
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.edu.device import EduDevice
@@ -208,7 +209,7 @@ def test_a_vio_device_has_a_table_of_its_own() -> None:
     with pytest.raises(ConfigError):
         machine.add_vio_table(0x7100_0003)
     assert isinstance(machine.trace, ListTrace)
-    assert len(machine.trace.named("spapr_iommu_indirect")) == 1
+    assert len(machine.trace.named("kvm_hcall" if kvm() else "spapr_iommu_indirect")) == (2 if kvm() else 1)
 
 
 def test_linux_maps_all_ram_in_one_window_of_the_largest_pages() -> None:

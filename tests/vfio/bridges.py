@@ -6,6 +6,7 @@ and a new one can take its place.
 
 from __future__ import annotations
 
+from tests.acceleration import HOST_PAGE, kvm, locked_in_kernel
 from vfio_model.errors import PeerLost, VfioModelError
 from vfio_model.host.container import IommuDriver
 from vfio_model.host.dma import AssignedImpl
@@ -23,6 +24,7 @@ from vfio_model.ranges import U32_MAX, Hva
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.vfio.address_space import ContainerOptions, VFIOAddressSpace
 from vfio_model.vfio.direct import DirectPort
+from vfio_model.vfio.kvm import KvmAccelerator
 
 MIB = 1 << 20
 HVA = Hva(0x7F00_0000_0000)
@@ -65,6 +67,10 @@ class Bridges:
         self.machine = PseriesMachine([self.ram], PseriesOptions(phbs=2, dma=DmaOptions(dma_win_size=PAGES << 12)))
         self.plugged: dict[int, AssignedImpl] = {}
         """The DMA of each device."""
+        self.kvm = KvmAccelerator(self.machine.system, HOST_PAGE) if kvm() else None
+        if self.kvm is not None:
+            self.kvm.on_change = self.machine.relocate_tables
+            self.machine.accelerate(self.kvm)
         self.start_host()
 
     # -- the host
@@ -76,7 +82,9 @@ class Bridges:
         self.host = Host(topology)
         self.port = DyingPort(self.host, self.host.create_mm(None, "guest"))
         self.port.declare_memory(self.ram)
-        options = ContainerOptions(page)
+        if self.kvm is not None:
+            self.kvm.connect(self.port)
+        options = ContainerOptions(page, kvm=self.kvm)
         self.spaces = [
             VFIOAddressSpace(self.port, self.machine.system, self.machine.phb(number).address_space, options)
             for number in range(2)
@@ -86,6 +94,8 @@ class Bridges:
         """The host is dead; a new one takes over, and every group that it has room for is plugged again. Those that
         were left out.
         """
+        if self.kvm is not None:
+            self.kvm.disconnect()
         for space in self.spaces:
             space.abandon()
         groups = sorted(self.plugged)
@@ -127,7 +137,8 @@ class Bridges:
 
     @property
     def locked(self) -> int:
-        return self.port.mm.locked_vm
+        """Locked pages, without those of tables in the kernel."""
+        return self.port.mm.locked_vm - locked_in_kernel(self.machine, self.host.topology.host_page_size)
 
     def host_view(self, number: int) -> View:
         """What the container of a group maps."""

@@ -107,7 +107,7 @@ class Chain:
     @property
     def mm(self) -> int:
         """Locked pages, without those of tables in the kernel: they are there as long as the guest has its windows."""
-        return self.direct.mm.locked_vm - locked_in_kernel(self.machine)
+        return self.direct.mm.locked_vm - locked_in_kernel(self.machine, self.host.topology.host_page_size)
 
     def connect(self, port: VfioPort | None = None) -> VFIOContainer:
         phb = self.machine.phb()

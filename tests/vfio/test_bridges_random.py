@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.acceleration import answered_otherwise, kvm
 from tests.vfio.bridges import BACKING, BRIDGE_OF, PAGES, RAM, Bridges, View
 from vfio_model.host.spapr_container import SpaprTables
 from vfio_model.iommu.spapr.regs import RtasStatus, pci_liobn, rtas_status
@@ -24,11 +25,14 @@ from vfio_model.machine.migration import load_device_state, save_device_state
 from vfio_model.ranges import Range
 from vfio_model.uapi.containers import CONTAINER_KINDS, ContainerKind
 
+pytestmark = pytest.mark.machine
+
 DMA64 = 1 << 59
 WINDOW_CALLS = ("create",) * 4 + ("remove",) * 2 + ("reset windows", "reset bridge", "reset machine")
 UPHEAVALS = ("plug", "plug", "die", "migrate")
 """What happens besides what the guest does; a host that has died comes back."""
 V1_WINDOW = 2 << 30
+CALLS = ("put", "stuff", "indirect")
 bridges = st.sampled_from((0, 0, 0, 1))
 groups = st.sampled_from(sorted(BRIDGE_OF))
 windows = st.sampled_from((0, 0, 1))
@@ -235,6 +239,8 @@ def test_a_guest_cannot_tell_the_kinds_apart(program: list[tuple[Any, ...]]) -> 
         args = [*given_args[0], *given_args[1:]] if isinstance(given_args[0], tuple) else given_args
         if name == "dma" and (view := sorted(guests[0].guest_view(BRIDGE_OF[args[0]]))):
             args[1] = view[args[1] // 4096 % len(view)] if args[1] & 8 else args[1]
+        if name in CALLS and kvm() and answered_otherwise(guests[0].machine.tables[args[0]], name, *args[1:]):
+            continue  # only the host of a container of version 2 answers
         results = [getattr(guest, name)(*args) for guest in guests]
         if name == "create" and any(result != results[0] for result in results):
             for guest, result in zip(guests, results, strict=True):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.acceleration import accelerate, kvm
 from tests.vfio.direct_chain import DEVICE, HVA, LIOBN0, LIOBN1, MIB, Chain, FaultyPort
 from vfio_model.errors import VfioModelError
 from vfio_model.host.dma import AssignedImpl
@@ -27,6 +28,8 @@ from vfio_model.vfio.dirty import DirtySync
 from vfio_model.vfio.dirty_source import ContainerDirty
 from vfio_model.vfio.ioctl import ContainerFile
 from vfio_model.vfio.type1 import Type1, Type1Queue
+
+pytestmark = pytest.mark.machine
 
 H_SUCCESS = 0
 RAM = 8 * MIB
@@ -62,6 +65,7 @@ class Type1Chain(Chain):
         self.direct = DirectPort(self.host, self.host.create_mm(None, "guest"))
         self.port = FaultyPort(self.direct)
         self.port.declare_memory(self.ram)
+        self.kvm = accelerate(self.machine, self.port, trace=self.trace) if kvm() else None
         self.container = connect_container(
             self.port,
             "/dev/vfio/26",
@@ -69,6 +73,7 @@ class Type1Chain(Chain):
             self.machine.phb().address_space,
             host_page_size=host_page,
             trace=self.trace,
+            kvm=self.kvm,
         )
 
     @property

@@ -15,6 +15,8 @@ from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.types import IOMMUNotifierFlag
 from vfio_model.trace import ListTrace
 
+pytestmark = pytest.mark.machine
+
 QUERY, CREATE = RtasToken.IBM_QUERY_PE_DMA_WINDOW, RtasToken.IBM_CREATE_PE_DMA_WINDOW
 REMOVE, RESET = RtasToken.IBM_REMOVE_PE_DMA_WINDOW, RtasToken.IBM_RESET_PE_DMA_WINDOW
 HW_ERROR, PARAM_ERROR = [-1 & 0xFFFFFFFF], [-3 & 0xFFFFFFFF]

@@ -11,6 +11,8 @@ from vfio_model.iommu.spapr.regs import DMA64_WINDOW_ADDR, DmaOptions, HCall, Rt
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.ranges import U32_MAX
 
+pytestmark = pytest.mark.machine
+
 HW_ERROR = -1 & U32_MAX
 
 

@@ -14,6 +14,8 @@ from vfio_model.memory.iommu_region import IOMMUNotifier
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX
 
+pytestmark = pytest.mark.machine
+
 NONE = IOMMUAccessFlags.NONE
 
 
