@@ -20,6 +20,7 @@ from deploy.dma_drivers import SwappedCpu
 from deploy.link import Link
 from deploy.live import ControlCpu
 from protocols.control import messages as control
+from tests import acceleration
 from tests.processes.conftest import HostProcess
 from tests.processes.rig import GuestRam, until
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
@@ -70,7 +71,7 @@ class GuestProcess:
         ]
         own = {"id": OWN, "model": "edu", "attach": "emulated", "addr": f"{ADDRESSES[OWN] >> 3:02x}.0"}
         devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *far]
-        kvm = bool(options.pop("kvm", False))
+        kvm = acceleration.kvm(options.pop("kvm", None))
         config = {
             "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm},
             "devices": devices,
