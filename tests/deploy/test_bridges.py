@@ -14,11 +14,14 @@ from deploy.inline.system import InlineSystem, StartRefused
 from deploy.runner import Runner
 from deploy.scenario import Scenario
 from guestd.config import GuestConfig
+from tests import acceleration
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.quirks import OVERLAPPING_WINDOWS, selected
 from vfio_model.iommu.spapr.regs import HCall, RtasToken
 from vfio_model.ranges import U32_MAX
+
+pytestmark = pytest.mark.machine
 
 HEAD = """
 name: bridges
@@ -41,7 +44,9 @@ DEVICES = "".join(
 
 
 def parsed(steps: str = "", head: str = HEAD, devices: str = DEVICES) -> Scenario:
-    return yaml_lines.parse(head + devices + (f"steps:\n{steps}" if steps else ""), "mine.yaml", Scenario)
+    scenario = yaml_lines.parse(head + devices + (f"steps:\n{steps}" if steps else ""), "mine.yaml", Scenario)
+    scenario.machine.kvm = acceleration.kvm()
+    return scenario
 
 
 @contextmanager

@@ -18,10 +18,13 @@ from deploy.inline.system import InlineSystem, check
 from deploy.report import Verdict
 from deploy.runner import Runner
 from deploy.scenario import At, Scenario
+from tests import acceleration
 from vfio_model.devices.edu import regs as edu
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.guest_drivers.pci import MmioWindow, bring_up
 from vfio_model.iommu.spapr import regs
+
+pytestmark = pytest.mark.machine
 
 MASK = "props: {dma_mask: 0xffffffffffffffff}"
 HEAD = "name: mine\nmachine: {ram: 64MiB}\ndevices:\n"
@@ -38,16 +41,18 @@ MAP, UNMAP = "  - map: {iova: 0x3000, gpa: 0x200000}\n", "  - unmap: {iova: 0x30
 
 def scenario(steps: str = "", devices: str = ASSIGNED, more: str = "") -> Scenario:
     listed = f"steps:\n{steps}" if steps else ""
-    return yaml_lines.parse(f"{HEAD}{devices}{more}{listed}", "mine.yaml", Scenario)
+    parsed = yaml_lines.parse(f"{HEAD}{devices}{more}{listed}", "mine.yaml", Scenario)
+    parsed.machine.kvm = acceleration.kvm()
+    return parsed
 
 
 def signals(name: str) -> bool:
     return any(isinstance(step.action[1], At) for step in shipped.load_scenario(name).steps)
 
 
-def ran(name: str, folder: Path | None = None, *, inline: bool = True, kvm: bool = False) -> Verdict:
+def ran(name: str, folder: Path | None = None, *, inline: bool = True, kvm: bool | None = None) -> Verdict:
     chosen = shipped.load_scenario(name)
-    chosen.machine.kvm = kvm
+    chosen.machine.kvm = acceleration.kvm(kvm)
     return run.run(chosen, Path(), folder, lambda *_: None, inline=inline)
 
 

@@ -8,11 +8,14 @@ import pytest
 
 from deploy import run, runtime_dir, shipped
 from deploy.report import Verdict
+from tests import acceleration
+
+pytestmark = pytest.mark.machine
 
 
-def ran(name: str, folder: Path, *, kvm: bool = False) -> Verdict:
+def ran(name: str, folder: Path, *, kvm: bool | None = None) -> Verdict:
     chosen = shipped.load_scenario(name)
-    chosen.machine.kvm = kvm
+    chosen.machine.kvm = acceleration.kvm(kvm)
     verdict = run.run(chosen, Path(), folder, lambda *_: None)
     assert verdict.leftovers == [] and list(runtime_dir.find_runs()) == []
     return verdict

@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import psutil
@@ -32,6 +32,7 @@ from deploy.runtime_dir import state as process_state
 from deploy.scenario import Device, Fault, Machine, Scenario
 from protocols.control import messages as control
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
+from tests import acceleration
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, probe, set_command
 from vfio_model.iommu.spapr import regs
@@ -63,18 +64,28 @@ class Interrupted(Exception):
 
 class Live:
     """A running system; a context manager. ``scale`` of deadlines; daemons that end are started afresh by
-    :meth:`revive`. With ``kvm`` the host answers hypercalls, and the card caches no translation that it could not tell
-    of a change.
+    :meth:`revive`. With ``kvm`` (None: as the run says) the host answers hypercalls, and the card caches no translation
+    that it could not tell of a change; where it caches them nevertheless, guestd carries out every hypercall.
     """
 
-    def __init__(self, *, scale: float = SCALE, card: str = "edu", interpose: bool = False, kvm: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float = SCALE,
+        card: str = "edu",
+        interpose: bool = False,
+        kvm: bool | None = None,
+        caches: bool | None = None,
+    ) -> None:
+        self.kvm = acceleration.kvm(kvm)
+        dma: Literal["shared", "message"] = "message" if (self.kvm if caches is None else not caches) else "shared"
         devices = [
             Device(id=NIC, model="dma-burst", attach="assigned", addr=ADDRESSES[NIC]),
-            Device(id=CARD, model=card, attach="remote", addr=ADDRESSES[CARD], dma="message" if kvm else "shared"),
+            Device(id=CARD, model=card, attach="remote", addr=ADDRESSES[CARD], dma=dma),
         ]
         self.scenario = Scenario(
             name="survive",
-            machine=Machine(ram=Size(RAM), page_size=Size(1 << 16), kvm=kvm),
+            machine=Machine(ram=Size(RAM), page_size=Size(1 << 16), kvm=self.kvm),
             devices=devices,
             interpose=[Fault(action="delay", ioctl="UNMAP_DMA", armed=False)] if interpose else [],
             restart="on-failure",

@@ -16,6 +16,8 @@ from tests.processes.syscalls import MESSAGES, by_sampling, calls_during
 from tests.processes.traffic import GPA, HAMMERED, IOVA, LIOBN, PAGE, PAGES, SIZE, Traffic
 from vfio_model.iommu.spapr import regs
 
+pytestmark = pytest.mark.machine
+
 
 @pytest.fixture(scope="module")
 def system() -> Iterator[tuple[Live, GuestRam]]:

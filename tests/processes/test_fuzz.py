@@ -34,6 +34,8 @@ from vfio_model.iommu.spapr.regs import HCall, RtasToken
 from vfio_model.uapi.kvm import CreateSpaprTce64, KvmIoctl, UserspaceMemoryRegion
 from vfio_model.uapi.vfio import Ioctl
 
+pytestmark = pytest.mark.machine
+
 SEED = 20260611
 COUNT = 500
 """Messages for each socket."""

@@ -21,6 +21,8 @@ from tests.processes.traffic import Traffic
 from tests.protocols.fuzz import Fuzzer
 from vfio_model.errors import PeerLost, RemoteProtocolError
 
+pytestmark = pytest.mark.machine
+
 SEED = 20260711
 CLIENTS = 40
 FRAMES = 30

@@ -10,6 +10,8 @@ from tests.processes.disturbance import ROUNDS, seeds, strike, told
 from tests.processes.rig import CARD, NIC, Live, Target, target, until
 from tests.processes.traffic import Traffic
 
+pytestmark = pytest.mark.machine
+
 DIED = "its process died", "it ended the connection", "while sending"
 
 

@@ -20,6 +20,8 @@ from vfio_model.devices.dma_burst import regs as burst
 from vfio_model.devices.edu import regs as edu
 from vfio_model.iommu.spapr import regs
 
+pytestmark = pytest.mark.machine
+
 PAGE, MIB = 4096, 1 << 20
 GPA, LIST = 0x100_0000, 0x8_0000
 IOVA, EDU_IOVA, OWN_IOVA = 0x10_0000, 0x20_0000, 0x21_0000

@@ -16,6 +16,8 @@ from tests.processes.conftest import HostProcess, control_call
 from tests.processes.migration_rig import EDU, NIC, OWN, pair, topology
 from tests.processes.rig import until
 
+pytestmark = pytest.mark.machine
+
 GPA, IOVA = 0x100_0000, 0x10_0000
 
 

@@ -18,6 +18,8 @@ from tests.processes.test_migration_faces import Qmp
 from tests.processes.test_migration_failures import FOREVER, GPA, IOVA, MIB, busy, still_works
 from vfio_model.iommu.spapr import regs
 
+pytestmark = pytest.mark.machine
+
 EVERYTHING = 1 << 40
 CANCELS: list[Callable[[GuestProcess], object]] = [
     lambda source: source.ask("migrate_cancel"),

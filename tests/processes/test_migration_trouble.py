@@ -18,6 +18,8 @@ from vfio_model.devices.edu import regs as edu
 from vfio_model.guest_drivers.pci import RtasConfig, enable_msi
 from vfio_model.iommu.spapr import regs
 
+pytestmark = pytest.mark.machine
+
 PAGE, MIB = 4096, 1 << 20
 GPA, IOVA = 0x100_0000, 0x10_0000
 FOREVER = burst.COMMAND_WRITE | burst.COMMAND_BACKGROUND | burst.COMMAND_FOREVER

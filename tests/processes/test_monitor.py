@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from protocols.control import messages as control
 from tests.processes.rig import CARD, NIC, Live
+
+pytestmark = pytest.mark.machine
 
 
 def human(live: Live, line: str) -> str:

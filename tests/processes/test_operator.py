@@ -16,8 +16,11 @@ import psutil
 import pytest
 
 from deploy.runtime_dir import BASE_VARIABLE
+from tests.acceleration import kvm
 from tests.processes.disturbance import ROUNDS, seeds, told
 from tests.processes.rig import until
+
+pytestmark = pytest.mark.machine
 
 MARK = "VFIO_MODEL_TEST_OPERATOR"
 """Environment variable that every process of one run inherits."""
@@ -37,7 +40,7 @@ def base(runtime_base: Path) -> Iterator[Path]:
 def start(base: Path, mark: str) -> subprocess.Popen[bytes]:
     """``vfio-model run``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", "run", SCENARIO, "--no-report"],
+        [sys.executable, "-m", "deploy.cli", "run", SCENARIO, "--no-report", *(["--kvm"] if kvm() else [])],
         env={**os.environ, BASE_VARIABLE: str(base), MARK: mark},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

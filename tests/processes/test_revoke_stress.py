@@ -18,6 +18,8 @@ from tests.processes.traffic import FOREVER, GPA, IOVA, LIOBN, PAGE
 from vfio_model.devices.dma_burst import regs as burst
 from vfio_model.iommu.spapr.regs import HCall
 
+pytestmark = pytest.mark.machine
+
 WINDOW = 16
 POOL = 64
 SECONDS = 4.0

@@ -20,6 +20,8 @@ from tests.processes.traffic import GPA, HAMMERED, IOVA, LIOBN, PAGE, PAGES, REA
 from vfio_model.errors import DeadlineExceeded
 from vfio_model.iommu.spapr import regs
 
+pytestmark = pytest.mark.machine
+
 ALL_ONES = (1 << 64) - 1
 MOST_IN_ONE_CALL = 12
 """Entries that one hypercall of the traffic changes."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.processes.rig import Live
+
+pytestmark = pytest.mark.machine
 
 
 def test_the_last_device_of_a_group_takes_it_out_of_the_container_and_memory_is_unlocked() -> None:
