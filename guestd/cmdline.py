@@ -298,7 +298,7 @@ class _Reader:
             machine=machine,
             devices=plugged,
             notifier="inline" if not seen.directory else "process",
-            name=seen.name or "guest",
+            name=seen.name,
             monitors=self._monitors(),
             qtest=self._qtest_config(),
             paused=seen.paused,

@@ -236,9 +236,8 @@ class _Bus:
     devices: dict[int, DeviceConfig] = field(default_factory=dict)
 
     def free_devfn(self, first_slot: int = 0) -> int:
-        used = {devfn >> 3 for devfn in self.devices}
         for slot in range(first_slot, _SLOTS):
-            if slot not in used:
+            if slot << 3 not in self.devices:
                 return slot << 3
         raise ConfigError(f"PCI: no slot/function available on bus '{self.name}', all in use or reserved")
 

@@ -123,8 +123,8 @@ def _bitmap(pgsz: list[int] | int) -> int:
 def _check_windows(options: DmaOptions) -> None:
     page = 1 << regs.TCE_PAGE_SHIFT
     last = options.dma_win_addr + options.dma_win_size - 1
-    if (options.dma_win_addr | options.dma_win_size | options.dma64_win_addr) % page or not options.dma_win_size:
-        raise ValueError(f"dma_win_addr, dma_win_size, dma64_win_addr must be multiples of {page}, the size not 0")
+    if (options.dma_win_addr | options.dma64_win_addr) % page or options.dma_win_size < page:
+        raise ValueError(f"dma_win_addr, dma64_win_addr must be multiples of {page}, dma_win_size not less")
     if options.dma_win_size // page > U32_MAX or max(last, options.dma64_win_addr) >= 1 << 64:
         raise ValueError("dma_win_size: the window holds fewer than 2**32 pages and ends within 64 bits")
 
@@ -142,6 +142,8 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     host: str = ""
     group: int | str | None = None
     socket: str = ""
+    multifunction: bool = False
+    """Whether its header says that the slot has more functions."""
     dirty_tracking: bool = True
     """Whether an assigned device is asked which pages it wrote while the machine migrates, if it knows; else its
     container is asked, if that knows, and else everything that it may write counts as written."""

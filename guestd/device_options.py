@@ -16,6 +16,7 @@ from guestd.config import DeviceConfig
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.pci.address import PCIAddress
+from vfio_model.pci.device import PCIDevice
 
 ASSIGNED: Final = "vfio-pci"
 REMOTE: Final = "vfio-user-pci"
@@ -23,7 +24,9 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")
 _ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.([0-7]))?", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+|[0-9]+", re.IGNORECASE)
 _SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-_COMMON: Final = frozenset(("driver", "id", "bus", "addr"))
+_COMMON: Final = frozenset(("driver", "id", "bus", "addr", "multifunction"))
+_NO_MEANING: Final = frozenset(("rombar", "romfile", "romsize", "acpi-index", "failover_pair_id"))
+"""Properties of every PCI device on QEMU that have none here."""
 
 
 class Slots(Protocol):
@@ -34,7 +37,7 @@ class Slots(Protocol):
         """What is there, by devfn: a device, or its configuration."""
 
     def free_devfn(self, first_slot: int = ...) -> int:
-        """Function 0 of the first free slot.
+        """The first function 0 that is free.
 
         :raise ConfigError: when there is none.
         """
@@ -52,11 +55,12 @@ def device_config(
     *,
     anonymous: str,
     text: bool = False,
+    plugged: bool = False,
 ) -> DeviceConfig:
     """The device that ``options`` ask for on one of ``buses``, the last (QEMU's choice, too) unless they name another;
     ``anonymous`` is its name when they give no id.
 
-    ``text``: values come from a command line, numbers and switches as words.
+    ``text``: values come from a command line, numbers and switches as words. ``plugged``: into a machine that runs.
 
     :raise ConfigError: with QEMU's message.
     """
@@ -73,9 +77,12 @@ def device_config(
         raise ConfigError(f"Invalid qdev ID '{name}'")
     if name in taken:
         raise ConfigError(f"Duplicate device ID '{name}'")
+    several = _value("multifunction", bool, options.get("multifunction", False), text=text)
     devfn = _devfn(driver, options.get("addr", -1), buses[bus])
-    own = {key: value for key, value in options.items() if key not in _COMMON}
+    _check_place(buses[bus], devfn, several=bool(several), plugged=plugged)
+    own = {key: value for key, value in options.items() if key not in _COMMON | _NO_MEANING}
     fields: dict[str, object] = {"id": name, "bus": bus, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
+    fields["multifunction"] = several
     make = {ASSIGNED: _assigned, REMOTE: _remote}.get(driver)
     fields |= make(own) if make is not None else {"model": driver, "props": _props(driver, own, text=text)}
     try:
@@ -95,19 +102,35 @@ def _devfn(driver: str, addr: object, bus: Slots) -> int:
         if match is None or int(match[1], 16) > 31:
             raise ConfigError(f"Property '{driver}.addr' doesn't take value '{addr}'")
         devfn = int(match[1], 16) << 3 | int(match[2] or "0")
-    _check_free(bus, devfn)
     return devfn
 
 
-def _check_free(bus: Slots, devfn: int) -> None:
-    slot, zero = devfn >> 3, bus.devices.get(devfn & ~7)
-    if devfn & 7 and zero is not None:
+def _check_place(bus: Slots, devfn: int, *, several: bool, plugged: bool) -> None:
+    """Whether ``devfn`` is free, and the functions of its slot say alike whether there are ``several``."""
+    slot, function = devfn >> 3, devfn & 7
+    zero = bus.devices.get(devfn & ~7)
+    if function and zero is not None and plugged:
         raise ConfigError(
             f"PCI: slot {slot} function 0 already occupied by {driver_of(zero)}, additional functions can no longer be "
             "exposed to guest."
         )
     if devfn in bus.devices:
         raise ConfigError(f"PCI: slot {slot} already occupied by {driver_of(bus.devices[devfn])}")
+    if function and zero is not None and not _is_multifunction(zero):
+        raise ConfigError(f"PCI: single function device can't be populated in function {slot:x}.{function:x}")
+    if not function and not several:
+        other = next((n for n in range(1, 8) if devfn | n in bus.devices), None)
+        if other is not None:
+            raise ConfigError(
+                f"PCI: {slot:x}.0 indicates single function, but {slot:x}.{other:x} is already populated."
+            )
+
+
+def _is_multifunction(device: object) -> bool:
+    if isinstance(device, DeviceConfig):
+        return device.multifunction
+    assert isinstance(device, PCIDevice), "a bus holds PCI functions"
+    return device.config.multifunction
 
 
 def driver_of(device: object) -> str:

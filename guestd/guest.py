@@ -39,6 +39,8 @@ from vfio_model.vfio.region import DeviceConnection
 
 RAM_HVA: Final = Hva(0x7F00_0000_0000)
 """Where this client declares its RAM: a property of the model, not of this process."""
+_UNNAMED: Final = "guest"
+"""What the host and the notifier call a guest without a name."""
 IDLE_LOOK_NS: Final = 1_000_000
 """How often a machine that stands is asked whether it runs."""
 
@@ -67,9 +69,10 @@ class Guest:
         for unit in machine.vio:
             self.machine.vio.add(KINDS[unit.kind], unit.reg)
         host = Path(config.host_dir) if config.host_dir else directory
+        name = config.name or _UNNAMED
         port_path = Path(config.port) if config.port else host / "hostd.zmq"
         self.host = HostLink(
-            HostOptions(host, port_path, config.name, config.memlock_bytes, config.host_page, config.container),
+            HostOptions(host, port_path, name, config.memlock_bytes, config.host_page, config.container),
             GuestSide((self.ram,), self.machine.system, lambda device: self.phb_of(device).address_space, self.clock),
             loop,
             trace,
@@ -78,7 +81,9 @@ class Guest:
             bridge.eeh = functools.partial(self._eeh, bridge)
         self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
         self.remote = RemoteDevices(
-            GuestParts(config.name, directory, config.notifier, self.ram, self.machine.system, self.clock), loop, trace
+            GuestParts(name, directory, config.notifier, self.ram, self.machine.system, self.clock),
+            loop,
+            trace,
         )
         self.states = DeviceStates(lambda: self.foreign, trace)
 
@@ -153,6 +158,7 @@ class Guest:
             raise ConfigError(f"{error.strerror or error} ({name})", where=where) from error
         except PeerLost as error:
             raise ConfigError(str(error), where=where) from error
+        device.config.multifunction = config.multifunction
         self.devices[config.id] = (config, device)
         self._trace("device_add", id=config.id, attach=config.attach, addr=config.addr)
 

@@ -18,7 +18,7 @@ from vfio_model.pci.device import PCIDevice
 def pci(guest: Guest) -> list[str]:
     """``info pci``."""
     found: list[str] = []
-    for bus, about in zip(named_buses(guest).values(), query_pci(guest), strict=True):
+    for bus, about in zip(reversed(named_buses(guest).values()), query_pci(guest), strict=True):
         names = about["devices"]
         assert isinstance(names, list), "a list of functions"
         for (devfn, device), function in zip(sorted(bus.devices.items()), names, strict=True):

@@ -40,7 +40,7 @@ class MonitorCommands:
             "query-version": lambda _: version_document(version),
             "query-commands": lambda _: [{"name": name} for name in COMMANDS],
             "query-status": self._status,
-            "query-name": lambda _: {"name": self._guest.config.name},
+            "query-name": lambda _: {"name": name} if (name := self._guest.config.name) else {},
             "query-uuid": lambda _: {"UUID": self._guest.config.uuid},
             "query-target": lambda _: {"arch": "ppc64"},
             "query-kvm": lambda _: dict.fromkeys(("enabled", "present"), self._guest.config.machine.kvm),
@@ -117,7 +117,7 @@ class MonitorCommands:
     def _device_add(self, given: Arguments, *, text: bool) -> object:
         guest = self._guest
         name = f"{ANONYMOUS}{next(self._anonymous)}]"
-        config = device_config(given, named_buses(guest), guest.devices, anonymous=name, text=text)
+        config = device_config(given, named_buses(guest), guest.devices, anonymous=name, text=text, plugged=True)
         self.operations.add_device(config)
         return {}
 

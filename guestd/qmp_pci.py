@@ -28,7 +28,7 @@ def named_buses(guest: Guest) -> dict[str, PCIBus]:
 
 
 def query_pci(guest: Guest) -> list[dict[str, object]]:
-    """A ``PciInfo`` for each bus."""
+    """A ``PciInfo`` for each bus, the last one first."""
     names = {id(device): name for name, (_, device) in guest.devices.items()}
     return [
         {
@@ -38,12 +38,12 @@ def query_pci(guest: Guest) -> list[dict[str, object]]:
                 for devfn, device in sorted(bus.devices.items())
             ],
         }
-        for bus in named_buses(guest).values()
+        for bus in reversed(named_buses(guest).values())
     ]
 
 
 def _function(bus: PCIBus, devfn: int, device: PCIDevice, name: str) -> dict[str, object]:
-    return {
+    about: dict[str, object] = {
         "bus": bus.number,
         "slot": devfn >> 3,
         "function": devfn & 7,
@@ -54,11 +54,13 @@ def _function(bus: PCIBus, devfn: int, device: PCIDevice, name: str) -> dict[str
             "subsystem-vendor": device.SUBSYSTEM_VENDOR_ID,
             "subsystem": device.SUBSYSTEM_ID,
         },
-        "irq": device.config.read(INTERRUPT_LINE, 1),
         "irq_pin": device.INTERRUPT_PIN,
         "qdev_id": "" if name.startswith(ANONYMOUS) else name,
         "regions": regions(device),
     }
+    if device.INTERRUPT_PIN:
+        about["irq"] = device.config.read(INTERRUPT_LINE, 1)
+    return about
 
 
 def regions(device: PCIDevice) -> list[dict[str, object]]:

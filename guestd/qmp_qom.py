@@ -82,8 +82,12 @@ def tree(guest: Guest) -> QomObject:
     """The root object, made anew from what there is."""
     peripheral, anonymous, unattached = (QomObject("container") for _ in range(3))
     buses: dict[int, QomObject] = {}
-    for place, (bus, phb) in enumerate(bridges(guest)):
-        bridge = unattached.children[f"device[{place}]"] = _phb(phb)
+    for place, (config, (bus, phb)) in enumerate(zip(guest.config.machine.phbs, bridges(guest), strict=True)):
+        bridge = _phb(phb)
+        if config.id:
+            peripheral.children[config.id] = bridge
+        else:
+            unattached.children[f"device[{place}]"] = bridge
         shown = bridge.children[bus] = QomObject("PCI")
         buses |= {id(device): shown for device in phb.bus.devices.values()}
     for name in guest.devices:

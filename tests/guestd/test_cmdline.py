@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,41 @@ def test_the_last_pattern_that_matches_holds_and_the_inner_trace_gets_everything
     assert written == ["spapr_x\n"] and len(inner.records) == 3 and inner.cause == 5
     TextTrace(NULL_TRACE, ["*"], written.append)("later")
     assert written[-1] == "later\n"
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["5,multifunction=on", "5.1"], ""),
+        (["5.1", "5,multifunction=on", "5.3"], ""),
+        (["5.1", "6.2"], ""),
+        (["5", "5.1"], "PCI: single function device can't be populated in function 5.1"),
+        (["1f.2", "1f"], "PCI: 1f.0 indicates single function, but 1f.2 is already populated."),
+        (["5,multifunction=on", "5"], "PCI: slot 5 already occupied by edu"),
+        (["5,multifunction=7"], "Parameter 'multifunction' expects 'on' or 'off'"),
+        (["5,multifunction=on,rombar=0,acpi-index=3"], ""),
+    ],
+)
+def test_functions_of_one_slot(places: list[str], message: str) -> None:
+    words = [word for place in places for word in ("-device", f"edu,addr={place}")]
+    if message:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            parse(words)
+    else:
+        found = [device.multifunction for device in parse(words).config.devices]
+        assert found == ["multifunction=on" in place for place in places]
+
+
+def test_a_first_free_slot_is_one_whose_function_0_is_free() -> None:
+    with pytest.raises(ConfigError, match=re.escape("PCI: 0.0 indicates single function, but 0.7 is already")):
+        parse(["-device", "edu,addr=0.7", "-device", "edu"])
+
+
+def test_a_guest_without_a_name_has_none() -> None:
+    assert parse([]).config.name == ""
+
+
+@pytest.mark.parametrize("size", ["0x1000", "0x1fff"])
+def test_a_default_window_of_a_page_or_more(size: str) -> None:
+    machine = parse(["-global", f"spapr-pci-host-bridge.dma_win_size={size}"]).config.machine
+    assert machine.dma_options(machine.phbs[0]).dma_win_size == int(size, 0)

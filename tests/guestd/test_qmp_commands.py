@@ -154,9 +154,24 @@ def test_devices_go_to_the_bus_that_they_name(runtime_dir: Path, loop: Loop) -> 
     machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=[PhbConfig(index=0), PhbConfig(index=3)]))
     machine.commands.ask("device_add", {"driver": "edu", "id": "far", "bus": "phb3.0"})
     found = [[device["qdev_id"] for device in bus["devices"]] for bus in machine.ask("query-pci")]
-    assert found == [["e0"], ["far"]]
+    assert found == [["far"], ["e0"]], "the last bridge first, as in QEMU"
     assert machine.ask("qom-get", path="far", property="parent_bus") == "/machine/unattached/device[1]/phb3.0"
     assert "LIOBN 80000300: " in machine.human("info windows")
+    machine.monitors.close()
+    machine.guest.close()
+
+
+def test_a_bridge_with_an_id_and_a_guest_without_a_name(runtime_dir: Path, loop: Loop) -> None:
+    bridges = [PhbConfig(index=0), PhbConfig(index=7, id="far", pgsz=0x1000)]
+    machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=bridges))
+    machine.guest.config.name = ""
+    assert machine.ask("query-name") == {}
+    assert machine.ask("qom-get", path="/machine/peripheral/far", property="pgsz") == 0x1000
+    machine.commands.ask("device_add", {"driver": "iommu-testdev", "id": "x", "addr": "3.1", "bus": "far.0"})
+    machine.commands.ask("device_add", {"driver": "edu", "id": "y", "addr": "3", "bus": "far.0", "multifunction": True})
+    edu, testdev = machine.ask("query-pci")[0]["devices"]
+    assert edu["irq"] == 0 and "irq" not in testdev and testdev["function"] == 1
+    assert machine.guest.devices["y"][1].config.read(0x0C, 4) == 0x80_0000
     machine.monitors.close()
     machine.guest.close()
 

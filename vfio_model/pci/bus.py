@@ -199,13 +199,12 @@ class PCIBus:
         return self._iommu.get_address_space(self, devfn) if self._iommu is not None else self.system
 
     def free_devfn(self, first_slot: int = 1) -> int:
-        """Function 0 of the first slot from ``first_slot`` on where nothing is plugged.
+        """The first function 0 that is free, from ``first_slot`` on.
 
         :raise ConfigError: when the bus is full.
         """
-        used = {devfn >> 3 for devfn in self.devices}
         for slot in range(first_slot, SLOTS):
-            if slot not in used:
+            if slot << 3 not in self.devices:
                 return slot << 3
         raise ConfigError(f"bus {self.name} has no free slot", hint="a bus holds 32 devices")
 

@@ -39,6 +39,8 @@ COMMAND_INTX_DISABLE = 0x400
 COMMAND_WRITABLE = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_SERR | COMMAND_INTX_DISABLE
 """As QEMU's functions have it: parity error response is not among them."""
 
+MULTIFUNCTION = 0x80
+"""In the header type."""
 STATUS_INTERRUPT = 0x0008
 STATUS_CAP_LIST = 0x0010
 STATUS_ERRORS = 0xF900
@@ -137,6 +139,15 @@ class ConfigSpace:
         self._last_pointer = offset + 1
         self._bytes[STATUS] |= STATUS_CAP_LIST
         return offset
+
+    @property
+    def multifunction(self) -> bool:
+        """Whether the header says that the slot has more functions than this one."""
+        return bool(self.get("header_type") & MULTIFUNCTION)
+
+    @multifunction.setter
+    def multifunction(self, several: bool) -> None:
+        self.set("header_type", self.get("header_type") & ~MULTIFUNCTION | (MULTIFUNCTION if several else 0))
 
     def field(self, name: str) -> Field:
         """The declaration of register ``name``."""
