@@ -260,7 +260,7 @@ class WirePort:
 
         :raise OSError: it failed on its way. :raise PeerLost: the host is gone.
         """
-        self._begin()
+        self._check()
         self._seq = seq = self._seq + 1
         trace = self._trace
         if trace.enabled:
@@ -302,7 +302,8 @@ class WirePort:
         return count
 
     def _call(self, handle: int, cmd: int, arg: bytes | bytearray | memoryview, count: int) -> messages.Return:
-        self._begin()
+        if self.lost is not None or self._eof is not None:
+            self._check()
         self._seq = seq = self._seq + 1
         trace = self._trace
         if trace.enabled:
@@ -310,16 +311,14 @@ class WirePort:
         message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
         return self._exchange(message, cmd)
 
-    def _begin(self) -> None:
-        if self.lost is not None or self._eof is not None:
-            self._check()
-        assert self._answer is None, "one request is outstanding at a time"
-
     def _exchange(self, message: messages.Ioctl | messages.Hcall, request: str | int) -> messages.Return:
+        assert self._answer is None, "one request is outstanding at a time"
         trace, seq = self._trace, message.seq
         if self._client.send(messages.REQUESTS.encode(message)) is not Sent.OK:
             raise self._lose("sending: it takes no more requests")
-        self._short_wait()
+        # The usual case, without a turn of the loop: the answer is the next thing that happens.
+        if self._loop.wakes(self._client.zmq_socket, SHORT_WAIT_MS):
+            self._zmq_readable()
         if self._answer is None:
             self._wait(self._answered, request)
         answer, self._answer = self._answer, None
@@ -327,11 +326,6 @@ class WirePort:
         if trace.enabled:
             trace("port_return", seq=seq, errno=answer.errno, done=answer.done)
         return answer
-
-    def _short_wait(self) -> None:
-        """The usual case, without a turn of the loop: the answer is the next thing that happens."""
-        if self._loop.wakes(self._client.zmq_socket, SHORT_WAIT_MS):
-            self._zmq_readable()
 
     def _take(self, data: bytes) -> None:
         try:

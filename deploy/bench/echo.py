@@ -32,10 +32,10 @@ def serve(path: str) -> None:
 
 
 class RoundTrips:
-    """A DEALER on the echo."""
+    """A DEALER on the echo, which is process ``pid``."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
+    def __init__(self, socket: zmq.Socket[bytes], pid: int) -> None:
+        self._socket, self.pid = socket, pid
 
     def once(self, frame: bytes = b"x" * 64) -> float:
         """One round trip, in seconds."""
@@ -60,7 +60,7 @@ def echo(directory: Path) -> Iterator[RoundTrips]:
     socket.rcvtimeo = _ANSWER_MS
     socket.connect(f"ipc://{path}")
     try:
-        trips = RoundTrips(socket)
+        trips = RoundTrips(socket, process.pid)
         trips.times(200)
         yield trips
         socket.send(b"")

@@ -43,7 +43,8 @@ HVA = 0x7F00_0000_0000
 LIST = regs.INDIRECT_MAX_TCES
 ALONE = 2048
 """At least so many calls (or all there are) are made one at a time, as a guest makes them, and a bare round trip
-follows each. The others go in batches: that takes half as long.
+follows each. The others go in batches, which takes half as long; as many bare round trips follow each batch, so that
+what is compared was at work equally long ago.
 """
 SIZES = {16: "64 KiB", 24: "16 MiB"}
 _DEVFN = 2 << 3
@@ -205,6 +206,7 @@ def _map_all(bench: Bench, window: TceWindow) -> Times:
     for first in range(0, calls, step):
         batch = [command for number in range(first, first + step - 1) for command in make(number)]
         times.calls += bench.timed(batch)[1::2]
+        bench.trips.times(step - 1)
         write, call = make(first + step - 1)
         bench.timed([write])
         times.alone += bench.timed([call])

@@ -1,11 +1,13 @@
 """What needs live processes: a guest, a host and an assigned device, against bare ZeroMQ round trips.
 
 The time of a hypercall is taken by guestd around the hypercall itself (the answer to a batch of commands says it), so
-that the operator's own round trip is not part of it.
+that the operator's own round trip is not part of it. Guest and host run on two processors, and so do the two ends of
+the bare round trip (:mod:`deploy.bench.placement`).
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import struct
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from deploy import assemble, live, shipped
 from deploy.bench.echo import RoundTrips, echo
 from deploy.bench.measure import Row, percentile
+from deploy.bench.placement import opposite
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.live import ControlCpu
@@ -110,7 +113,9 @@ def running(scenario: Scenario, prepare: Callable[[Path], None] = _nothing) -> I
             raise VfioModelError("the first DMA did not arrive")
         first = time.perf_counter() - began
         with echo(launcher.directory) as trips:
-            yield Bench(launcher, link, cpu, driver, trips, first)
+            guestd, hostd = (launcher.daemons[role].pid for role in ("guestd", "hostd"))
+            with opposite(asking=(os.getpid(), guestd), answering=(trips.pid, hostd)):
+                yield Bench(launcher, link, cpu, driver, trips, first)
         link.close()
 
 

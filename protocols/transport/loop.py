@@ -307,10 +307,10 @@ class Loop:
 
     def _dispatch(self, ready: list[tuple[Any, int]], nested: bool) -> None:
         for source, _ in ready:
-            if source == self._all_fd or source == self._served_fd:
-                self._dispatch_fds(nested)
-            elif (entry := self._zmq.get(source)) is not None:
+            if (entry := self._zmq.get(source)) is not None:
                 entry.callback()
+            elif isinstance(source, int):
+                self._dispatch_fds(nested)
 
     def _dispatch_fds(self, nested: bool) -> None:
         ready = (self._served if nested else self._all).poll(0)
