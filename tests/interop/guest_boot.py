@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.interop.initramfs import Initramfs, modules
+from tests.interop.linux import DONE, initramfs
 
 RAM_MIB = 1024
 DISK_MIB = 64
 TIMEOUT_S = 900
-DONE = "interop: all is well"
 ENOUGH = 100
 """Translations that a recording holds at least."""
 EVENTS = ("spapr_iommu_*", "spapr_pci_*")
@@ -61,33 +60,6 @@ BOOTS = (
     Boot("pseries-vio", _VIO, ("ibmveth", "ibmvscsi", "sd_mod"), _VIO_SCRIPT),
 )
 
-_INIT = """\
-#!/bin/busybox sh
-/bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sys /sys
-/bin/busybox --install -s /bin
-export PATH=/bin
-fail() {{ echo "interop: failed"; poweroff -f; }}
-for module in {modules}; do insmod /lib/modules/$module || fail; done
-{script}
-echo "{done}"
-poweroff -f
-"""
-
-
-def initramfs(guest: Path, boot: Boot) -> bytes:
-    """The root file system of ``boot``."""
-    (tree,) = (guest / "lib/modules").iterdir()
-    made = Initramfs()
-    made.file("bin/busybox", (guest / "busybox").read_bytes(), executable=True)
-    found = modules(tree, boot.modules)
-    for name, data in found:
-        made.file(f"lib/modules/{name}", data)
-    names = " ".join(name for name, _ in found)
-    made.file("init", _INIT.format(modules=names, script=boot.script, done=DONE).encode(), executable=True)
-    return made.archive()
-
 
 def record(folder: Path, boot: Boot) -> Path:
     """Boot it; the recording.
@@ -99,7 +71,7 @@ def record(folder: Path, boot: Boot) -> Path:
     image, disk, trace = where / f"{boot.name}.cpio", where / f"{boot.name}.disk", where / f"{boot.name}.trace"
     console = where / f"{boot.name}.console"
     guest = folder / "guest/ppc64le"
-    image.write_bytes(initramfs(guest, boot))
+    image.write_bytes(initramfs(guest, boot.modules, boot.script))
     with disk.open("wb") as file:
         file.truncate(DISK_MIB << 20)
     trace.unlink(missing_ok=True)
