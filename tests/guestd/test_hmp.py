@@ -46,7 +46,7 @@ def test_info_mtree_shows_trees_and_flat_views(machine: Machine) -> None:
         "    0000000000000000-0000000000ffffff (prio 0, ram): ram\n"
     )
     assert "\n      0000000000000000-000000003fffffff (prio 0, i/o): tce-iommu-80000000\n" in text
-    assert "mmio32 @pci@800000020000000.mmio 0000000080000000-00000000ffffffff\n" in text
+    assert "mmio32-alias @pci@800000020000000.mmio 0000000080000000-00000000ffffffff\n" in text
     assert "memory-region: pci@800000020000000.mmio\n" in text
     assert "    0000000080100000-00000000801fffff (prio 1, i/o): " in text
     flat = machine.human("info mtree -f")

@@ -8,7 +8,7 @@ from tests.machine.boards import RAM_SIZE, pseries
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.iommu.spapr import regs
-from vfio_model.iommu.spapr.regs import HCall, RtasToken
+from vfio_model.iommu.spapr.regs import DmaOptions, HCall, RtasToken
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.ranges import U32_MAX, U64_MAX
 
@@ -69,3 +69,14 @@ def test_a_tce_list_in_a_bar_is_loaded_entry_by_entry_and_is_zeros_where_loads_a
         assert machine.hcall(HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), 0, gpa, 8)[0] == 0
         found = [machine.hcall(HCall.H_GET_TCE, regs.pci_liobn(0, 0), n << 12) for n in range(8)]
         assert found == [(0, [expected])] * 8
+
+
+def test_a_window_up_to_the_last_bus_address_is_reached_to_its_last_byte() -> None:
+    machine = pseries(dma=DmaOptions(dma64_win_addr=(1 << 64) - 0x1_0000))
+    cells = [0, machine.phb().buid >> 32, machine.phb().buid & U32_MAX, 12]
+    assert machine.rtas(RtasToken.IBM_CREATE_PE_DMA_WINDOW, [*cells, 17], 4) == [U32_MAX]
+    assert machine.rtas(RtasToken.IBM_CREATE_PE_DMA_WINDOW, [*cells, 16], 4)[0] == 0
+    assert machine.hcall(HCall.H_PUT_TCE, regs.pci_liobn(0, 1), U64_MAX, 0x20_0003)[0] == 0
+    machine.write_memory(0x20_0FFF, b"z")
+    last = bytearray(8)
+    assert machine.phb().address_space.read(U64_MAX - 7, last) == 0 and last == b"\0" * 7 + b"z"

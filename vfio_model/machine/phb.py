@@ -21,7 +21,6 @@ from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bus import BusOptions, PCIBus, Window
 from vfio_model.pci.device import PCIDevice
-from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import EehOp, EehState
 
@@ -74,10 +73,10 @@ class SpaprPhb:
         """The message interrupts of its functions."""
         self.eeh: Callable[[], EehPort | None] = lambda: None
         """The way to EEH, if there is one now; set by whoever connects containers."""
-        messages = IORegion(f"{self.name}.msi", regs.MSI_WINDOW_SIZE, MsiWindow(irqs, trace))
+        messages = IORegion("msi", regs.MSI_WINDOW_SIZE, MsiWindow(irqs, trace))
         self.dma.root.add_subregion(regs.MSI_WINDOW, messages)
         self.address_space = AddressSpace(self.name, self.dma.root)
-        self.memory = MemoryRegion(f"{self.name}.mmio", U64_MAX)
+        self.memory = MemoryRegion(f"{self.name}.mmio", 1 << 64)
         self.io = MemoryRegion(f"{self.name}.io", regs.PCI_IO_SIZE)
         bus.intx = self._intx
         self.bus = PCIBus(
@@ -96,8 +95,8 @@ class SpaprPhb:
         """Let the CPU see the bus's spaces."""
         root, index = system.root, self.index
         assert root is not None, "a machine's memory lives as long as its bridges"
-        mem32 = AliasRegion(f"{self.name}.mmio32", self.memory, regs.PCI_MEM32_BUS, regs.PCI_MEM32_SIZE)
-        mem64 = AliasRegion(f"{self.name}.mmio64", self.memory, regs.pci_mem64_window(index), regs.PCI_MEM64_SIZE)
+        mem32 = AliasRegion(f"{self.name}.mmio32-alias", self.memory, regs.PCI_MEM32_BUS, regs.PCI_MEM32_SIZE)
+        mem64 = AliasRegion(f"{self.name}.mmio64-alias", self.memory, regs.pci_mem64_window(index), regs.PCI_MEM64_SIZE)
         root.add_subregion(regs.pci_mem32_window(index), mem32)
         root.add_subregion(regs.pci_mem64_window(index), mem64)
         root.add_subregion(regs.pci_io_window(index), self.io)

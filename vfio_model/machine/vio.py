@@ -20,7 +20,7 @@ from vfio_model.iommu.spapr.rtas import PARAM_ERROR, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.region import AliasRegion, MemoryRegion, transaction
-from vfio_model.ranges import U32_MAX, U64_MAX
+from vfio_model.ranges import U32_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 
 
@@ -54,7 +54,7 @@ class VioDma:
         self.table.enable(regs.TCE_PAGE_SHIFT, 0, window_size >> regs.TCE_PAGE_SHIFT)
         self._around = AliasRegion(f"vio-bypass-{unit:x}", system.root, 0, ram_size)
         self._around.set_enabled(False)
-        root = MemoryRegion(f"vio-{unit:x}", U64_MAX)
+        root = MemoryRegion(f"vio-{unit:x}", 1 << 64)
         root.add_subregion(0, self._around, 1)
         root.add_subregion(0, self.table.root, 2)
         self.address_space = AddressSpace(root.name, root)

@@ -24,7 +24,7 @@ from vfio_model.iommu.spapr.regs import (
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.region import MemoryRegion
-from vfio_model.ranges import U32_MAX, U64_MAX, Range
+from vfio_model.ranges import U32_MAX, Range
 from vfio_model.trace import NULL_TRACE, Trace
 
 
@@ -36,7 +36,7 @@ class PhbDma:
         self.buid = phb_buid(index)
         self.options = options
         self._trace = trace
-        self.root = MemoryRegion(f"pci@{self.buid:x}.iommu-root", U64_MAX)
+        self.root = MemoryRegion(f"pci@{self.buid:x}.iommu-root", 1 << 64)
         self.tables = tuple(
             SpaprTceTable(pci_liobn(index, window), system, trace=trace) for window in range(MAX_WINDOWS)
         )

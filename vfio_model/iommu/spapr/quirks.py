@@ -53,9 +53,11 @@ QUIRKS: tuple[Quirk, ...] = (
         "window-too-large",
         "QEMU",
         "11.1",
-        "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, or no memory is left for them",
-        "the process can end: the number of TCEs has 32 bits, and memory that is not there is fatal",
-        "a guest must not be able to end the process",
+        "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, no memory is left for them, or "
+        "it would go beyond the last bus address",
+        "the process can end: the number of TCEs has 32 bits, and memory that is not there is fatal; what lies beyond "
+        "the last bus address has entries that no device can reach",
+        "a guest must not be able to end the process; a window is usable as a whole",
     ),
     Quirk(
         "refused-by-the-host",
@@ -64,6 +66,14 @@ QUIRKS: tuple[Quirk, ...] = (
         "a TCE or window that the host of an assigned device refuses is undone, and the call answers H_RESOURCE, "
         "H_HARDWARE or HW_ERROR",
         "the process ends",
+        "a guest must not be able to end the process",
+    ),
+    Quirk(
+        "window-of-no-bridge",
+        "QEMU",
+        "11.1",
+        "ibm,remove-pe-dma-window of a VIO device's LIOBN is a PARAM_ERROR",
+        "the process ends: the table's parent is no host bridge",
         "a guest must not be able to end the process",
     ),
     Quirk(

@@ -102,7 +102,7 @@ class SpaprTceTable:
         self.liobn = liobn
         self.system = system
         self.trace = trace
-        self.root = MemoryRegion(f"tce-root-{liobn:x}", U64_MAX)
+        self.root = MemoryRegion(f"tce-root-{liobn:x}", 1 << 64)
         self.iommu: SpaprTceRegion | None = None
         """The window's region while enabled."""
         self.entries = memoryview(array("Q"))
