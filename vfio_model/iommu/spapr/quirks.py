@@ -53,7 +53,7 @@ QUIRKS: tuple[Quirk, ...] = (
         "window-too-large",
         "QEMU",
         "11.1",
-        "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, no memory is left for them, or "
+        "ibm,create-pe-dma-window answers HW_ERROR when a window has 2**32 TCEs or more, no memory is left, or "
         "it would go beyond the last bus address",
         "the process can end: the number of TCEs has 32 bits, and memory that is not there is fatal; what lies beyond "
         "the last bus address has entries that no device can reach",
