@@ -35,7 +35,7 @@ def state(burst: Bench) -> tuple[int, int, int]:
 
 def test_identity_and_registry(burst: Bench) -> None:
     assert burst.device.config.read(0, 4) == 0x0B571234 and burst.read(0) == regs.IDENTIFICATION_VALUE
-    assert DEVICES["dma-burst"] is DMABurstDevice and set(DEVICES) == {"edu", "iommu-testdev", "dma-burst"}
+    assert DEVICES["dma-burst"] is DMABurstDevice
 
 
 def test_registers_are_eight_bytes_or_two_halves(burst: Bench) -> None:

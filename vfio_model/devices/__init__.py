@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from vfio_model.devices.dma_burst.device import DMABurstDevice
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
+from vfio_model.devices.nvme.device import NvmeDevice
 from vfio_model.pci.device import PCIDevice
 
 DEVICES: Mapping[str, type[PCIDevice]] = {
@@ -20,4 +21,6 @@ DEVICES: Mapping[str, type[PCIDevice]] = {
     "iommu-testdev": IOMMUTestDevice,
     # This project's DMA load generator: any number of accesses for one register write, also in the background.
     "dma-burst": DMABurstDevice,
+    # NVM Express with one namespace on a disk in memory or in a file, as QEMU's nvme.
+    "nvme": NvmeDevice,
 }

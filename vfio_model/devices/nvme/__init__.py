@@ -1,0 +1,1 @@
+"""nvme: an NVM Express controller with one namespace."""
