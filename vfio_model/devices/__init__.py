@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vfio_model.devices.dma_burst.device import DMABurstDevice
+from vfio_model.devices.e1000.device import E1000Device
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.devices.nvme.device import NvmeDevice
@@ -21,6 +22,8 @@ DEVICES: Mapping[str, type[PCIDevice]] = {
     "iommu-testdev": IOMMUTestDevice,
     # This project's DMA load generator: any number of accesses for one register write, also in the background.
     "dma-burst": DMABurstDevice,
+    # Intel's 82540EM network card, QEMU's default one.
+    "e1000": E1000Device,
     # NVM Express with one namespace on a disk in memory or in a file, as QEMU's nvme.
     "nvme": NvmeDevice,
 }

@@ -1,0 +1,1 @@
+"""What network devices have in common: checksums of what Ethernet frames carry."""
