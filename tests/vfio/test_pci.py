@@ -11,8 +11,10 @@ from vfio_model.clock import VirtualClock
 from vfio_model.errors import PeerLost
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
-from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_LINE, STATUS
+from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_LINE, STATUS, Field
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.msi import MsiCapability
+from vfio_model.pci.msix import MsixSpec
 from vfio_model.trace import ListTrace
 from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, PciIrq, PciRegion, RegionInfo
 from vfio_model.vfio.pci import VFIOPCIDevice
@@ -282,4 +284,150 @@ def test_what_a_device_refuses_ends_no_reset_and_no_configuration_write() -> Non
     connection.region_write = lambda *args: None  # type: ignore[method-assign]
     device.reset()
     assert device.dead is None
-    assert {fields["what"] for fields in host.trace.named("vfio_device_refused")} == {"interrupts", "reset"}
+    assert {fields["what"] for fields in host.trace.named("vfio_device_refused")} == {
+        "configuration",
+        "interrupts",
+        "reset",
+    }
+
+
+class Modern(Model):
+    """MSI-X with its table inside an area that can be mapped, and a capability that is nobody's but the device's."""
+
+    BARS = (BarSpec(0, 0x4000),)
+    MSI_VECTORS = 0
+    MSIX = MsixSpec(100, 0, 0x2000, 0x3000)
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        own = (Field("control", 2, 2, 0x0010, 0xFF00), Field("word", 4, 4, 0xCAFE, 0xFFFF_0000))
+        self.config.add_capability(0x09, 8, own, prefix="vendor")
+
+
+class ModernConnection(Connection):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Modern(Host())
+        self.bars = {0: bytearray(0x4000)}
+        self.accesses: list[tuple[int, int]] = []
+
+    def region_memory(self, index: int) -> list[tuple[int, memoryview]]:
+        return [(0x1000, memoryview(self.bars[0])[0x1000:0x4000])] if index == 0 else []
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        if index != CONFIG:
+            self.accesses.append((offset, size))
+        return super().region_read(index, offset, size)
+
+
+MSIX = int(PciIrq.VFIO_PCI_MSIX_IRQ_INDEX)
+
+
+@pytest.fixture
+def modern() -> tuple[VFIOPCIDevice, ModernConnection, Host]:
+    connection, host = ModernConnection(), Host()
+    device = VFIOPCIDevice(host, connection, name="nic")
+    device.realize()
+    return device, connection, host
+
+
+Modern_ = tuple[VFIOPCIDevice, ModernConnection, Host]
+
+
+def entry(device: VFIOPCIDevice, vector: int, masked: bool) -> None:
+    assert device.region_write(0, 0x2000 + 16 * vector, 8, 0xFEE0_0000 + vector) is MemTxResult.OK
+    assert device.region_write(0, 0x2008 + 16 * vector, 8, vector | masked << 32) is MemTxResult.OK
+
+
+def test_the_list_of_capabilities_is_the_devices(modern: Modern_) -> None:
+    device, connection, _ = modern
+    kinds, at = [], device.config_read(0x34, 1)
+    while at:
+        kinds.append(device.config_read(at, 1))
+        at = device.config_read(at + 1, 1)
+    assert kinds == [0x11, 0x09]
+    assert bytes(device.config)[:0x4C] == bytes(connection.model.config)[:0x4C]
+
+
+def test_what_is_not_emulated_is_the_devices_own(modern: Modern_) -> None:
+    device, connection, _ = modern
+    at = connection.model.config.field("vendor.word").offset
+    assert device.config_read(at, 4) == 0xCAFE
+    device.config_write(at, 4, 0x1234_5678)
+    assert connection.model.config.get("vendor.word") == 0x1234_CAFE == device.config_read(at, 4)
+    connection.error = errno.EIO
+    assert device.config_read(at, 2) == 0xFFFF
+    connection.error, connection.gone = 0, True
+    assert device.config_read(at, 1) == 0xFF and device.dead is not None
+
+
+def test_messages_of_the_table_signal_as_they_are_unmasked(modern: Modern_) -> None:
+    device, connection, host = modern
+    assert device.msix is not None
+    device.config_write(device.msix.offset + 2, 2, 0x8000)
+    assert connection.irqs[INTX] == () and len(connection.irqs[MSIX]) == 1
+    assert connection.model.msix is not None and connection.model.msix.enabled
+    entry(device, 5, masked=False)
+    assert len(connection.irqs[MSIX]) == 8
+    entry(device, 99, masked=False)
+    entry(device, 50, masked=True)
+    assert len(connection.irqs[MSIX]) == 100
+    for vector in (5, 99, 50):
+        connection.irqs[MSIX][vector]()
+    assert host.messages == [5, 99]
+    entry(device, 50, masked=False)
+    assert host.messages == [5, 99, 50]
+    assert device.message(50) == (0xFEE0_0000 + 50, 50)
+    device.config_write(device.msix.offset + 2, 2, 0)
+    assert connection.irqs[MSIX] == () and len(connection.irqs[INTX]) == 1
+
+
+def test_mapped_memory_is_reached_without_the_device_and_the_table_is_not_in_it(modern: Modern_) -> None:
+    device, connection, host = modern
+    assert device.region_write(0, 0x1FF8, 8, 0x1122_3344_5566_7788) is MemTxResult.OK
+    assert connection.bars[0][0x1FF8:0x2000] == bytes.fromhex("8877665544332211")
+    entry(device, 3, masked=False)
+    assert connection.bars[0][0x2000:0x2640] == bytes(0x640)
+    assert device.region_read(0, 0x3FFC, 4) == 0 and connection.accesses == []
+    assert [(part.offset, part.size) for part in device.bar_parts(0)] == [
+        (0x1000, 0x1000), (0x2000, 0x640), (0x2640, 0x9C0), (0x3000, 16), (0x3010, 0xFF0)
+    ]  # fmt: skip
+    assert device.region_read(0, 0, 4) == 0 and connection.accesses == [(0, 4)]
+    connection.irqs[INTX][0]()
+    assert host.level
+    device.region_read(0, 0x1000, 4)
+    assert not host.level and connection.unmasked == 1, "an access to mapped memory ends the interrupt too"
+
+
+@pytest.mark.parametrize("change", [{"table": 0x3F00}, {"table": 0x3001}, {"pba": 0x2008}, {"table": 0x2006}])
+def test_a_table_that_lies_nowhere_is_refused(change: dict[str, int]) -> None:
+    connection = ModernConnection()
+    for name, value in change.items():
+        connection.model.config.set(f"msix.{name}", value)
+    with pytest.raises(OSError, match="MSI-X"):
+        VFIOPCIDevice(Host(), connection, name="nic")
+
+
+@pytest.mark.parametrize("layout", [0, 0x80, 0x100, 0x180])
+def test_every_layout_of_msi(layout: int) -> None:
+    class Laid(Model):
+        def _make_msi(self) -> MsiCapability:
+            return MsiCapability(self.config, 4, layout=layout)
+
+    connection, host = Connection(), Host()
+    connection.model = Laid(Host())
+    device = VFIOPCIDevice(host, connection, name="nic")
+    device.realize()
+    assert bytes(device.config) == bytes(connection.model.config)
+    data = 12 if layout & 0x80 else 8
+    for at, size, value in ((4, 4, 0xFEE0_0000), (data, 2, 0x40), (2, 2, 0x21)):
+        device.config_write(0x40 + at, size, value)
+    assert device.message(3) == (0xFEE0_0000, 0x43)
+    if layout & 0x100:
+        device.config_write(0x40 + data + 4, 4, 1 << 2)
+    connection.irqs[MSI][2]()
+    assert host.messages == ([] if layout & 0x100 else [2])
+    if layout & 0x100:
+        assert device.config_read(0x40 + data + 8, 4) == 1 << 2
+        device.config_write(0x40 + data + 4, 4, 0)
+        assert host.messages == [2] and device.config_read(0x40 + data + 8, 4) == 0

@@ -120,23 +120,26 @@ class ConfigSpace:
         self._w1c[field.offset : end] = field.w1c.to_bytes(field.width, "little")
         self._bytes[field.offset : end] = field.reset.to_bytes(field.width, "little")
 
-    def add_capability(self, cap_id: int, size: int, fields: Iterable[Field], *, prefix: str) -> int:
+    def add_capability(
+        self, cap_id: int, size: int, fields: Iterable[Field], *, prefix: str, place: tuple[int, int] | None = None
+    ) -> int:
         """Append a capability of ``size`` bytes to the list; the offsets of ``fields`` are relative to it, their
-        names get
-        ``prefix`` and a dot. Capabilities follow each other from 0x40 in the order in which they are added.
+        names get ``prefix`` and a dot. Capabilities follow each other from 0x40 in the order in which they are added,
+        unless ``place`` gives its offset and the next one's, in a list that is linked elsewhere.
 
         :return: the capability's offset.
         """
-        offset = self._next_capability
-        self._next_capability += (size + 3) & ~3
+        offset, next_ = (self._next_capability, 0) if place is None else place
+        self._next_capability = max(self._next_capability, offset + (size + 3) & ~3)
         self._scratch[offset : offset + size] = self._writable[offset : offset + size] = bytes(size)
         self.add(Field(f"{prefix}.id", offset, 1, reset=cap_id))
-        self.add(Field(f"{prefix}.next", offset + 1, 1))
+        self.add(Field(f"{prefix}.next", offset + 1, 1, reset=next_))
         for field in fields:
-            name, place = f"{prefix}.{field.name}", offset + field.offset
-            self.add(Field(name, place, field.width, field.reset, field.writable, field.w1c, field.doc))
-        self._bytes[self._last_pointer] = offset
-        self._last_pointer = offset + 1
+            name, where = f"{prefix}.{field.name}", offset + field.offset
+            self.add(Field(name, where, field.width, field.reset, field.writable, field.w1c, field.doc))
+        if place is None:
+            self._bytes[self._last_pointer] = offset
+            self._last_pointer = offset + 1
         self._bytes[STATUS] |= STATUS_CAP_LIST
         return offset
 
@@ -180,13 +183,13 @@ class ConfigSpace:
 
     def read(self, offset: int, size: int) -> int:
         """What a guest reads: ``size`` (1, 2, 4) bytes at ``offset``; all ones for an access that is not possible."""
-        if not self._possible(offset, size):
+        if not self.possible(offset, size):
             return (1 << size * 8) - 1
         return int.from_bytes(self._bytes[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write; excess bits of ``value`` are cut off, an access that is not possible is ignored."""
-        if not self._possible(offset, size):
+        if not self.possible(offset, size):
             return
         end = offset + size
         old = int.from_bytes(self._bytes[offset:end], "little")
@@ -216,7 +219,8 @@ class ConfigSpace:
         assert self.difference(data) is None, "what is loaded was checked"
         self._bytes[:] = data
 
-    def _possible(self, offset: int, size: int) -> bool:
+    def possible(self, offset: int, size: int) -> bool:
+        """Whether there is such an access: inside the space and inside one dword."""
         return size in (1, 2, 4) and 0 <= offset <= self.size - size and (offset & 3) + size <= 4
 
     def __bytes__(self) -> bytes:

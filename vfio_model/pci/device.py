@@ -35,7 +35,7 @@ from vfio_model.pci.config_space import (
     Field,
     type0_header,
 )
-from vfio_model.pci.msi import MsiCapability
+from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
 from vfio_model.pci.parts import BarPart, BarParts
 from vfio_model.ranges import Range
@@ -131,10 +131,12 @@ class PCIDevice:
         """Set by a host that switches and masks messages itself (VFIO does); None is as the capabilities say."""
         self._intx = self._intx_driven = False
         self.config = self._build_config()
-        self.msi = MsiCapability(self.config, self.MSI_VECTORS) if self.MSI_VECTORS else None
-        self.msix = None if self.MSIX is None else MsixCapability(self.config, self.MSIX, host.msi)
-        self._parts = BarParts(self.BARS, host, self.msix)
+        self.msi = self._make_msi()
+        self.msix = self._make_msix()
+        self._parts = self._make_parts()
         self.config.on_write("command", self._command_written)
+        if self.msi is not None and self.msi.layout & CONTROL_MASKS:
+            self.config.on_write("msi.mask", self._msi_unmasked)
         for bar in self.BARS:
             self.config.on_write(f"bar{bar.index}", self._mapping_changed)
 
@@ -155,6 +157,15 @@ class PCIDevice:
         for bar in self.BARS:
             config.add(Field(f"bar{bar.index}", bar.offset, bar.width, bar.type_bits, bar.write_mask))
         return config
+
+    def _make_msi(self) -> MsiCapability | None:
+        return MsiCapability(self.config, self.MSI_VECTORS) if self.MSI_VECTORS else None
+
+    def _make_msix(self) -> MsixCapability | None:
+        return None if self.MSIX is None else MsixCapability(self.config, self.MSIX, self.host.msi)
+
+    def _make_parts(self) -> BarParts:
+        return BarParts(self.BARS, self.host, self.msix)
 
     def bar_spec(self, index: int) -> BarSpec:
         """The declaration of BAR ``index``.
@@ -276,7 +287,9 @@ class PCIDevice:
         """Interrupt the guest: a message when MSI-X or MSI is enabled, else the pin goes (and stays) up."""
         if self.irq_by_msi is None and self.msix is not None and self.msix.enabled:
             self.msix.raise_(vector)
-        elif self.uses_msi:
+        elif self.irq_by_msi is None and self.msi is not None and self.msi.enabled:
+            self.msi.raise_(vector, self.host.msi)
+        elif self.irq_by_msi:
             self.host.msi(vector)
         elif not self._intx:
             self._intx = True
@@ -288,6 +301,10 @@ class PCIDevice:
             return self.msix.message(vector)
         assert self.msi is not None, "a message from a device without the capability"
         return self.msi.message(vector)
+
+    def _msi_unmasked(self) -> None:
+        assert self.msi is not None, "it has masks"
+        self.msi.unmasked(self.host.msi)
 
     def lower_irq(self) -> None:
         """Take the pin down; nothing when it is down already. Messages have no level."""

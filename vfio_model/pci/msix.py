@@ -50,16 +50,24 @@ STATE = StateField(
 
 @dataclass(frozen=True, slots=True)
 class MsixSpec:
-    """``vectors`` (1 to 2048) messages; table and pending bits lie in BAR ``bar``, each at a multiple of 8 bytes."""
+    """``vectors`` (1 to 2048) messages; table and pending bits lie in BAR ``bar``, each at a multiple of 8 bytes; the
+    pending bits in ``pba_bar``, if that is another one.
+    """
 
     vectors: int
     bar: int
     table_offset: int
     pba_offset: int
+    pba_bar: int | None = None
 
     def __post_init__(self) -> None:
         assert 1 <= self.vectors <= MAX_VECTORS, "MSI-X has 1 to 2048 vectors"
         assert not (self.table_offset | self.pba_offset) & BIR_MASK, "the low bits of an offset name the BAR"
+
+    @property
+    def pending_bar(self) -> int:
+        """Which BAR has the pending bits."""
+        return self.bar if self.pba_bar is None else self.pba_bar
 
     @property
     def table_size(self) -> int:
@@ -75,8 +83,18 @@ class MsixSpec:
 class MsixCapability:
     """The capability with its table, added to ``config``. ``send(vector)`` carries a message out."""
 
-    def __init__(self, config: ConfigSpace, spec: MsixSpec, send: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        config: ConfigSpace,
+        spec: MsixSpec,
+        send: Callable[[int], None],
+        *,
+        place: tuple[int, int] | None = None,
+    ) -> None:
+        """``place``: as of :meth:`ConfigSpace.add_capability`."""
         self.spec = spec
+        self.on_unmask: Callable[[int], None] | None = None
+        """Told of a vector whose own mask the guest has taken away, before anything pending is sent."""
         self._config, self._send = config, send
         self.offset = config.add_capability(
             CAP_ID_MSIX,
@@ -84,9 +102,10 @@ class MsixCapability:
             (
                 Field("control", 2, 2, spec.vectors - 1, CONTROL_ENABLE | CONTROL_FUNCTION_MASK),
                 Field("table", 4, 4, spec.table_offset | spec.bar),
-                Field("pba", 8, 4, spec.pba_offset | spec.bar),
+                Field("pba", 8, 4, spec.pba_offset | spec.pending_bar),
             ),
             prefix="msix",
+            place=place,
         )
         config.on_write("msix.control", self.unmasked)
         self.table = bytearray()
@@ -177,7 +196,10 @@ class MsixTable:
         table[addr : addr + size] = value.to_bytes(size, "little")
         control = addr - addr % ENTRY_SIZE + VECTOR_CONTROL
         if addr + size > control:
-            table[control : control + 4] = bytes((table[control] & VECTOR_MASKED, 0, 0, 0))
+            masked = table[control] & VECTOR_MASKED
+            table[control : control + 4] = bytes((masked, 0, 0, 0))
+            if not masked and self._capability.on_unmask is not None:
+                self._capability.on_unmask(addr // ENTRY_SIZE)
             self._capability.unmasked()
         return MemTxResult.OK
 

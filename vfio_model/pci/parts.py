@@ -7,7 +7,7 @@ subregions, a device process through :meth:`~vfio_model.pci.device.PCIDevice.reg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from vfio_model.errors import VMStateError
@@ -67,23 +67,27 @@ class MemoryHost(Protocol):
 class BarParts:
     """The parts of one device's ``bars``."""
 
-    def __init__(self, bars: tuple[BarSpec, ...], host: object, msix: MsixCapability | None) -> None:
+    def __init__(
+        self,
+        bars: tuple[BarSpec, ...],
+        host: object,
+        msix: MsixCapability | None,
+        more: Mapping[int, Sequence[BarPart]] = {},
+    ) -> None:
+        """``more``: parts of the caller's own making, by the BAR's index."""
         self.memory = {bar.index: _memory(host, bar) for bar in bars if bar.mmap}
         """The bytes of each BAR that has mmap areas, by its index."""
         self._areas = [self.memory[bar.index][at : at + size] for bar in bars for at, size in bar.mmap]
-        self._parts = {bar.index: self._order(bar, msix) for bar in bars}
+        self._parts = {bar.index: self._of(bar, msix, more.get(bar.index, ())) for bar in bars}
 
-    def _order(self, bar: BarSpec, msix: MsixCapability | None) -> tuple[BarPart, ...]:
-        parts: list[BarPart] = [MemoryPart(at, self.memory[bar.index][at : at + size]) for at, size in bar.mmap]
+    def _of(self, bar: BarSpec, msix: MsixCapability | None, more: Sequence[BarPart]) -> tuple[BarPart, ...]:
+        parts: list[BarPart] = [*more]
+        parts += [MemoryPart(at, self.memory[bar.index][at : at + size]) for at, size in bar.mmap]
         if msix is not None and msix.spec.bar == bar.index:
-            parts += (MsixTable(msix), MsixPendingBits(msix))
-        parts.sort(key=lambda part: part.offset)
-        end = 0
-        for part in parts:
-            assert end <= part.offset, f"BAR {bar.index}: parts overlap at {part.offset:#x}"
-            end = part.offset + part.size
-        assert end <= bar.size, f"BAR {bar.index} of {bar.size:#x} bytes has a part that ends at {end:#x}"
-        return tuple(parts)
+            parts.append(MsixTable(msix))
+        if msix is not None and msix.spec.pending_bar == bar.index:
+            parts.append(MsixPendingBits(msix))
+        return in_order(bar, parts)
 
     def of(self, index: int) -> tuple[BarPart, ...]:
         """Those of BAR ``index``, by offset."""
@@ -106,6 +110,17 @@ class BarParts:
         for area in self._areas:
             area[:] = state["bytes"][at : at + len(area)]
             at += len(area)
+
+
+def in_order(bar: BarSpec, parts: list[BarPart]) -> tuple[BarPart, ...]:
+    """``parts`` by offset; they lie inside ``bar``, and apart."""
+    parts.sort(key=lambda part: part.offset)
+    end = 0
+    for part in parts:
+        assert end <= part.offset, f"BAR {bar.index}: parts overlap at {part.offset:#x}"
+        end = part.offset + part.size
+    assert end <= bar.size, f"BAR {bar.index} of {bar.size:#x} bytes has a part that ends at {end:#x}"
+    return tuple(parts)
 
 
 def _memory(host: object, bar: BarSpec) -> memoryview:

@@ -1,9 +1,12 @@
 """A PCI device of the guest whose behaviour is at the other end of a :class:`~vfio_model.vfio.region.DeviceConnection`.
 
-What the guest sees is put together as ``vfio-pci`` does it: identity, BAR sizes and the MSI capability are read
-from the device once; BAR addresses, the message's address and data, and the interrupt line are the guest side's
-own, because the device's have no meaning there; the command and status registers are both: emulated here, and
-written through, so that the device knows whether it may be a bus master. BAR accesses go to the device's regions.
+What the guest sees is put together as ``vfio-pci`` does it: identity, BAR sizes and the list of capabilities are read
+from the device once; BAR addresses, the messages of MSI and MSI-X, and the interrupt line are the guest side's own,
+because the device's have no meaning there; the command register and the message capabilities are both: emulated here,
+and written through, so that the device knows whether it may be a bus master. Everything else behind the header is the
+device's. BAR accesses go to the device's regions, or straight to what of them the connection has mapped.
+
+The device signals as many MSI-X vectors as the guest has unmasked so far: a table of 2048 costs what is used of it.
 
 INTx is signalled once and masks itself; the first BAR access after it takes the pin down and unmasks, and a device
 that still wants service signals again (QEMU's ``vfio_intx_eoi``). A device that is gone reads as all ones, writes
@@ -17,87 +20,60 @@ lands after that. What a device refuses (a reset, its interrupts) is traced and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from vfio_model.errors import PeerLost
 from vfio_model.memory.types import MemTxResult
-from vfio_model.pci.bar import BARS, BarSpec, BarType
 from vfio_model.pci.config_space import (
     CAPABILITY_POINTER,
     CLASS_DEVICE,
+    CLASS_PROG,
     COMMAND,
     COMMAND_MASTER,
-    CONFIG_SIZE,
     DEVICE_ID,
+    FIRST_CAPABILITY,
     INTERRUPT_PIN,
     REVISION_ID,
-    STATUS,
     STATUS_CAP_LIST,
     SUBSYSTEM_ID,
     SUBSYSTEM_VENDOR_ID,
     VENDOR_ID,
+    Field,
 )
 from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
-from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_MULTIPLE_CAPABLE_SHIFT
+from vfio_model.pci.msi import CAP_ID_MSI, MsiCapability
+from vfio_model.pci.msi import size as msi_size
+from vfio_model.pci.msix import CAP_ID_MSIX, MSIX_SIZE, MsixCapability
+from vfio_model.pci.parts import BarPart, BarParts, MemoryPart
 from vfio_model.uapi.vfio import PciIrq, PciRegion
+from vfio_model.vfio.pci_facts import DeviceFacts, MappedRegions
 from vfio_model.vfio.region import DeviceConnection
 from vfio_model.vmstate.fields import VMStateDescription
 
 _CONFIG: Final = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
 _INTX: Final = int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX)
 _MSI: Final = int(PciIrq.VFIO_PCI_MSI_IRQ_INDEX)
-_MAX_CAPABILITIES = 48
-"""More than fit into configuration space: where a list with a loop ends."""
+_MSIX: Final = int(PciIrq.VFIO_PCI_MSIX_IRQ_INDEX)
 
 
-class DeviceFacts:
-    """What a device says about itself: its configuration space and BARs."""
+class _Mapped(MemoryPart):
+    """Mapped memory of a region. An access to it is, as every other, the end of the interrupt."""
 
-    def __init__(self, connection: DeviceConnection) -> None:
-        """:raise OSError: when the device is not one that can be shown as a PCI function (a broken BAR or MSI size)."""
-        raw = b"".join(connection.region_read(_CONFIG, offset, 64) for offset in range(0, CONFIG_SIZE, 64))
-        self._raw = raw
-        self.bars = tuple(self._bars(connection))
+    def __init__(self, offset: int, view: memoryview, accessed: Callable[[], None]) -> None:
+        super().__init__(offset, view)
+        self._accessed = accessed
 
-    def word(self, offset: int) -> int:
-        """The 16-bit register at ``offset``."""
-        return int.from_bytes(self._raw[offset : offset + 2], "little")
+    def read(self, addr: int, size: int) -> int | None:
+        """See ``RegionOps``."""
+        self._accessed()
+        return super().read(addr, size)
 
-    def byte(self, offset: int) -> int:
-        """The 8-bit register at ``offset``."""
-        return self._raw[offset]
-
-    def _bars(self, connection: DeviceConnection) -> list[BarSpec]:
-        found: list[BarSpec] = []
-        index = 0
-        while index < BARS:
-            size = connection.get_region_info(index).size
-            low = self._raw[0x10 + 4 * index]
-            kind = BarType.IO if low & 1 else BarType.MEM64 if low & 6 == 4 else BarType.MEM32
-            if size:
-                try:
-                    found.append(BarSpec(index, size, kind, bool(low & 8) and kind is not BarType.IO))
-                except AssertionError as error:
-                    raise OSError(errno.EINVAL, f"BAR {index} of {size} bytes: {error}") from error
-            index += 2 if kind is BarType.MEM64 and size else 1
-        return found
-
-    @property
-    def msi_vectors(self) -> int:
-        """How many messages the MSI capability offers; 0 without one."""
-        if not self.word(STATUS) & STATUS_CAP_LIST:
-            return 0
-        at = self._raw[CAPABILITY_POINTER] & 0xFC
-        for _ in range(_MAX_CAPABILITIES):
-            if at < 0x40:
-                break
-            if self._raw[at] == CAP_ID_MSI:
-                return 1 << min(self.word(at + 2) >> CONTROL_MULTIPLE_CAPABLE_SHIFT & 7, 5)
-            at = self._raw[at + 1] & 0xFC
-        return 0
+    def write(self, addr: int, size: int, value: int) -> MemTxResult:
+        """See ``RegionOps``."""
+        self._accessed()
+        return super().write(addr, size, value)
 
 
 class VFIOPCIDevice(PCIDevice):
@@ -107,23 +83,77 @@ class VFIOPCIDevice(PCIDevice):
 
     def __init__(self, host: DeviceHost, connection: DeviceConnection, *, name: str) -> None:
         """:raise OSError: as :class:`DeviceFacts`. :raise PeerLost: the device went away meanwhile."""
-        facts = DeviceFacts(connection)
+        facts = self._facts = DeviceFacts(connection)
         self.VENDOR_ID, self.DEVICE_ID = facts.word(VENDOR_ID), facts.word(DEVICE_ID)
         self.REVISION, self.CLASS_ID = facts.byte(REVISION_ID), facts.word(CLASS_DEVICE)
+        self.CLASS_PROG = facts.byte(CLASS_PROG)
         self.SUBSYSTEM_VENDOR_ID, self.SUBSYSTEM_ID = facts.word(SUBSYSTEM_VENDOR_ID), facts.word(SUBSYSTEM_ID)
         self.INTERRUPT_PIN = facts.byte(INTERRUPT_PIN) if facts.byte(INTERRUPT_PIN) <= 4 else 0
         self.BARS = facts.bars
-        self.MSI_VECTORS = facts.msi_vectors
+        self.MSI_VECTORS, self.MSIX = facts.msi_vectors, facts.msix
         self.name = name
         self.connection = connection
         self.dead: PeerLost | None = None
         """Why the device is gone; None while it answers."""
         self.irqs = 0
         """Interrupts that the device has signalled."""
-        self._vectors_set = -1
+        self._set: tuple[int, int] | None = None
+        """Which interrupt index signals here, and how many of its vectors."""
+        self._unmasked = 1
+        """The vectors of MSI-X up to the highest that the guest has ever unmasked."""
         super().__init__(host)
+        if facts.capabilities:
+            self.config.add(Field("cap_ptr", CAPABILITY_POINTER, 1, reset=facts.byte(CAPABILITY_POINTER)))
+            self.config.set("status", self.config.get("status") | STATUS_CAP_LIST)
+        self._emulated = frozenset(self._emulated_dwords())
         if self.msi is not None:
             self.config.on_write("msi.control", self._irqs_written)
+        if self.msix is not None:
+            self.config.on_write("msix.control", self._irqs_written)
+            self.msix.on_unmask = self._vector_unmasked
+
+    def _make_msi(self) -> MsiCapability | None:
+        if not self.MSI_VECTORS:
+            return None
+        facts = self._facts
+        return MsiCapability(self.config, self.MSI_VECTORS, layout=facts.msi_layout, place=facts.place(CAP_ID_MSI))
+
+    def _make_msix(self) -> MsixCapability | None:
+        if self.MSIX is None:
+            return None
+        return MsixCapability(self.config, self.MSIX, self.host.msi, place=self._facts.place(CAP_ID_MSIX))
+
+    def _make_parts(self) -> BarParts:
+        mapped: dict[int, list[BarPart]] = {}
+        if isinstance(self.connection, MappedRegions):
+            for bar in self.BARS:
+                areas = self.connection.region_memory(bar.index)
+                mapped[bar.index] = [part for area in areas for part in self._around_msix(bar.index, *area)]
+        return BarParts(self.BARS, self.host, self.msix, mapped)
+
+    def _around_msix(self, bar: int, offset: int, view: memoryview) -> Iterator[BarPart]:
+        """What of a mapped area is not the MSI-X structures, which are emulated here."""
+        taken: list[tuple[int, int]] = []
+        if self.MSIX is not None and bar == self.MSIX.bar:
+            taken.append((self.MSIX.table_offset, self.MSIX.table_size))
+        if self.MSIX is not None and bar == self.MSIX.pending_bar:
+            taken.append((self.MSIX.pba_offset, self.MSIX.pba_size))
+        at, end = offset, offset + len(view)
+        for start, size in sorted(taken):
+            if start > at:
+                yield _Mapped(at, view[at - offset : min(start, end) - offset], self._end_of_interrupt)
+            at = max(at, min(start + size, end))
+            if start >= end:
+                return
+        if at < end:
+            yield _Mapped(at, view[at - offset :], self._end_of_interrupt)
+
+    def _emulated_dwords(self) -> Iterator[int]:
+        yield from range(0, FIRST_CAPABILITY, 4)
+        if self.msi is not None:
+            yield from range(self.msi.offset, self.msi.offset + msi_size(self.msi.layout), 4)
+        if self.msix is not None:
+            yield from range(self.msix.offset, self.msix.offset + MSIX_SIZE, 4)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +185,7 @@ class VFIOPCIDevice(PCIDevice):
         :raise PeerLost: it is gone again.
         """
         self.connection, self.dead = connection, None
-        self._vectors_set = -1
+        self._set = None
         with self._surviving():
             self._set_irqs()
             self._forward(COMMAND, 2)
@@ -183,12 +213,24 @@ class VFIOPCIDevice(PCIDevice):
 
     def config_read(self, offset: int, size: int) -> int:
         """All ones once the device is gone."""
-        return (1 << size * 8) - 1 if self.dead is not None else super().config_read(offset, size)
+        nothing = (1 << size * 8) - 1
+        if self.dead is not None:
+            return nothing
+        if not self._is_the_devices(offset, size):
+            return super().config_read(offset, size)
+        with self._bearing("configuration"):
+            return int.from_bytes(self.connection.region_read(_CONFIG, offset, size), "little")
+        return nothing
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        """Emulated, and written through where the device needs to know."""
+        """Emulated, and written through where the device needs to know; or the device's alone."""
         if self.dead is not None:
             return
+        if offset >= FIRST_CAPABILITY:
+            with self._bearing("configuration"):
+                self.connection.region_write(_CONFIG, offset, (value & (1 << size * 8) - 1).to_bytes(size, "little"))
+            if self._is_the_devices(offset, size):
+                return
         mastering = self.bus_master
         super().config_write(offset, size, value)
         if offset < COMMAND + 2 and offset + size > COMMAND:
@@ -196,6 +238,10 @@ class VFIOPCIDevice(PCIDevice):
                 self._forward(COMMAND, 2)
                 if mastering and not self.bus_master:
                     self._settle()
+
+    def _is_the_devices(self, offset: int, size: int) -> bool:
+        """Whether an access that is possible goes to the device's own configuration space."""
+        return self.config.possible(offset, size) and offset & ~3 not in self._emulated
 
     def _settle(self) -> None:
         """Return when the device has taken what was written to it: an answer of any kind comes after that."""
@@ -247,22 +293,33 @@ class VFIOPCIDevice(PCIDevice):
         with self._bearing("interrupts"):
             self._set_irqs()
 
+    def _vector_unmasked(self, vector: int) -> None:
+        if vector >= self._unmasked:
+            assert self.msix is not None, "it has the vector"
+            self._unmasked = min(1 << vector.bit_length(), self.msix.vectors)  # doubled: not one by one
+            self._irqs_written()
+
+    def _wanted_irqs(self) -> tuple[int, int]:
+        """The interrupt index that is to signal, and with how many vectors."""
+        if self.msix is not None and self.msix.enabled:
+            return _MSIX, self._unmasked
+        if self.msi is not None and self.msi.enabled:
+            return _MSI, self.msi.allocated
+        return _INTX, int(self.INTERRUPT_PIN > 0)
+
     def _set_irqs(self) -> None:
-        """Point the device's interrupts at this function: as many messages as the guest allocated, or the pin."""
-        vectors = self.msi.allocated if self.msi is not None and self.msi.enabled else 0
-        if vectors == self._vectors_set:
+        """Point the device's interrupts at this function: the messages that the guest uses, or the pin."""
+        wanted, before = self._wanted_irqs(), self._set
+        if wanted == before:
             return
-        before, self._vectors_set = self._vectors_set, vectors
-        if before > 0:
-            self.connection.set_irqs(_MSI, ())
-        elif before == 0 and self.INTERRUPT_PIN:
-            self.connection.set_irqs(_INTX, ())
-            self.lower_irq()
-        if vectors:
-            handlers = [functools.partial(self._signalled, vector) for vector in range(vectors)]
-            self.connection.set_irqs(_MSI, handlers)
-        elif self.INTERRUPT_PIN:
-            self.connection.set_irqs(_INTX, (functools.partial(self._signalled, 0),))
+        self._set = wanted
+        if before is not None and before[1]:
+            self.connection.set_irqs(before[0], ())
+            if before[0] == _INTX:
+                self.lower_irq()
+        index, count = wanted
+        if count:
+            self.connection.set_irqs(index, [functools.partial(self._signalled, vector) for vector in range(count)])
 
     # -- migration -----------------------------------------------------------------------------------------------
 
@@ -281,6 +338,7 @@ class VFIOPCIDevice(PCIDevice):
     def reset_hold(self) -> None:
         """Reset the device behind the connection too; its DMA has stopped with it."""
         super().reset_hold()
+        self._unmasked = 1
         if self.dead is None:
             with self._bearing("reset"):
                 self.connection.reset()

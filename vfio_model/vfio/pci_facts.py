@@ -1,0 +1,110 @@
+"""What an opened PCI device says about itself: configuration space, BARs, capabilities, memory that can be mapped."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import Final, Protocol, runtime_checkable
+
+from vfio_model.pci.bar import BARS, BarSpec, BarType
+from vfio_model.pci.config_space import CAPABILITY_POINTER, CONFIG_SIZE, FIRST_CAPABILITY, STATUS, STATUS_CAP_LIST
+from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_LAYOUT, CONTROL_MULTIPLE_CAPABLE_SHIFT
+from vfio_model.pci.msix import BIR_MASK, CAP_ID_MSIX, CONTROL_SIZE_MASK, MsixSpec
+from vfio_model.uapi.vfio import PciRegion
+from vfio_model.vfio.region import DeviceConnection
+
+_CONFIG: Final = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
+_MAX_CAPABILITIES: Final = 48
+"""More than fit into configuration space: where a list with a loop ends."""
+
+
+@runtime_checkable
+class MappedRegions(Protocol):
+    """A ``DeviceConnection`` that has mapped memory of the device's regions."""
+
+    def region_memory(self, index: int) -> list[tuple[int, memoryview]]:
+        """(offset, bytes) of each area of region ``index`` that is mapped, ascending and apart."""
+
+
+class DeviceFacts:
+    """Read once, when a device was opened."""
+
+    def __init__(self, connection: DeviceConnection) -> None:
+        """:raise OSError: when the device is not one that can be shown as a PCI function (a broken BAR, an MSI-X table
+        that lies outside its BAR)."""
+        self._raw = b"".join(connection.region_read(_CONFIG, offset, 64) for offset in range(0, CONFIG_SIZE, 64))
+        self.bars = tuple(self._bars(connection))
+        self.capabilities = dict(self._capabilities())
+        """The offset of the first of each kind, by its id."""
+
+    def word(self, offset: int) -> int:
+        """The 16-bit register at ``offset``."""
+        return int.from_bytes(self._raw[offset : offset + 2], "little")
+
+    def dword(self, offset: int) -> int:
+        """The 32-bit register at ``offset``."""
+        return int.from_bytes(self._raw[offset : offset + 4], "little")
+
+    def byte(self, offset: int) -> int:
+        """The 8-bit register at ``offset``."""
+        return self._raw[offset]
+
+    def _bars(self, connection: DeviceConnection) -> Iterator[BarSpec]:
+        index = 0
+        while index < BARS:
+            size = connection.get_region_info(index).size
+            low = self._raw[0x10 + 4 * index]
+            kind = BarType.IO if low & 1 else BarType.MEM64 if low & 6 == 4 else BarType.MEM32
+            if size:
+                try:
+                    yield BarSpec(index, size, kind, bool(low & 8) and kind is not BarType.IO)
+                except AssertionError as error:
+                    raise OSError(errno.EINVAL, f"BAR {index} of {size} bytes: {error}") from error
+            index += 2 if kind is BarType.MEM64 and size else 1
+
+    def _capabilities(self) -> Iterator[tuple[int, int]]:
+        seen: set[int] = set()
+        at = self._raw[CAPABILITY_POINTER] & 0xFC if self.word(STATUS) & STATUS_CAP_LIST else 0
+        for _ in range(_MAX_CAPABILITIES):
+            if at < FIRST_CAPABILITY:
+                return
+            kind = self._raw[at]
+            if kind not in seen:
+                seen.add(kind)
+                yield kind, at
+            at = self._raw[at + 1] & 0xFC
+
+    def place(self, kind: int) -> tuple[int, int]:
+        """Where the capability ``kind`` lies, and where the next one in the list."""
+        at = self.capabilities[kind]
+        return at, self._raw[at + 1]
+
+    @property
+    def msi_vectors(self) -> int:
+        """How many messages the MSI capability offers; 0 without one."""
+        at = self.capabilities.get(CAP_ID_MSI)
+        return 0 if at is None else 1 << min(self.word(at + 2) >> CONTROL_MULTIPLE_CAPABLE_SHIFT & 7, 5)
+
+    @property
+    def msi_layout(self) -> int:
+        """Which layout the MSI capability has."""
+        return self.word(self.capabilities[CAP_ID_MSI] + 2) & CONTROL_LAYOUT
+
+    @property
+    def msix(self) -> MsixSpec | None:
+        """The MSI-X structures; None without the capability.
+
+        :raise OSError: EINVAL when they do not lie in memory BARs, or overlap.
+        """
+        at = self.capabilities.get(CAP_ID_MSIX)
+        if at is None:
+            return None
+        table, pending = self.dword(at + 4), self.dword(at + 8)
+        offsets = table & ~BIR_MASK, pending & ~BIR_MASK
+        spec = MsixSpec((self.word(at + 2) & CONTROL_SIZE_MASK) + 1, table & BIR_MASK, *offsets, pending & BIR_MASK)
+        sizes = {bar.index: bar.size for bar in self.bars if not bar.is_io}
+        ends = spec.table_offset + spec.table_size, spec.pba_offset + spec.pba_size
+        overlap = spec.bar == spec.pba_bar and spec.table_offset < ends[1] and spec.pba_offset < ends[0]
+        if overlap or ends[0] > sizes.get(spec.bar, 0) or ends[1] > sizes.get(spec.pending_bar, 0):
+            raise OSError(errno.EINVAL, f"MSI-X table {table:#x}, pending bits {pending:#x}: not apart in memory BARs")
+        return spec
