@@ -35,6 +35,7 @@ import msgspec
 from guestd import cmdline_devices as devices
 from guestd.cmdline_devices import Globals
 from guestd.cmdline_help import ACCELERATORS, OPTIONS, HelpWanted, topic
+from guestd.cmdline_inert import READERS, hotplug_memory
 from guestd.config import GuestConfig, MachineConfig, MonitorConfig, QtestConfig
 from guestd.option_syntax import identifier, number, only, options, size, split, switch
 from guestd.text_trace import read_patterns
@@ -162,6 +163,7 @@ class _Reader:
             "parallel": _silent,
             "net": _no_network,
             "nic": _no_network,
+            **READERS,
         }
         for option, name in (
             ("qtest-log", "qtest_log"),
@@ -194,6 +196,7 @@ class _Reader:
         only(given, ("size", "slots", "maxmem"))
         if "size" in given:
             self.seen.ram = size("size", given["size"], shift=_MEBI)
+        hotplug_memory(self.seen.ram or DEFAULT_RAM, given)
 
     def _accel(self, value: str) -> None:
         for name in split(value, "accel").get("accel", "").split(":"):
@@ -216,9 +219,11 @@ class _Reader:
 
     def _device(self, value: str) -> None:
         given = options(value, "driver")
-        if "id" in given:
-            identifier(given["id"])
         text = not value.startswith("{")
+        if "id" in given:
+            name = identifier(given["id"])
+            if any(words.options.get("id") == name for words in self.seen.devices):
+                raise ConfigError(f"Duplicate ID '{name}' for device" if text else f"Duplicate device ID '{name}'")
         self.seen.devices.append(devices.DeviceWords(given, text, f"-device {value}"))
 
     # -- sockets -------------------------------------------------------------------------------------------------
@@ -229,10 +234,13 @@ class _Reader:
         name = given.pop("id", "")
         if not name:
             raise ConfigError("chardev: no id specified")
+        if identifier(name) in self.seen.chardevs:
+            raise ConfigError(f"Duplicate ID '{name}' for chardev")
         if kind == "null":
-            self.seen.chardevs[identifier(name)] = Endpoint("")
+            only(given, ("mux", "logfile", "logappend"))
+            self.seen.chardevs[name] = Endpoint("")
         elif kind == "socket":
-            self.seen.chardevs[identifier(name)] = _socket(given)
+            self.seen.chardevs[name] = _socket(given)
         else:
             raise ConfigError(f"'{kind}' is not a valid char driver name")
 
@@ -269,6 +277,7 @@ class _Reader:
     def _name(self, value: str) -> None:
         given = split(value, "guest")
         only(given, ("guest", "process", "debug-threads"))
+        switch("debug-threads", given.get("debug-threads", "off"))
         self.seen.name = given.get("guest", "")
 
     def _uuid(self, value: str) -> None:

@@ -145,6 +145,10 @@ class Globals:
         if driver == PHB:
             if name not in PHB_PROPERTIES:
                 raise ConfigError(f"can't apply global {driver}.{name}={value}: Property '{driver}.{name}' not found")
+            try:
+                _phb_value(name, value)
+            except ConfigError as error:
+                raise ConfigError(f"can't apply global {driver}.{name}={value}: {error}") from error
             self.phb[name] = value
 
     def of(self, driver: object) -> dict[str, object]:
@@ -173,31 +177,46 @@ def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWord
     :raise ConfigError: see :func:`_phb` and :func:`_vio`.
     """
     phbs = [PhbConfig(index=0)]
-    vio: list[VioConfig] = []
+    vio: dict[int, tuple[str, VioConfig]] = {}
+    machine = _machine(fields, phbs, [], "-machine")
     for words in devices:
         try:
             if words.is_phb:
                 unnamed = sum(phb.id is None for phb in phbs)
                 phbs.append(_phb(words.options, {phb.index for phb in phbs}, unnamed))
+                _machine(fields, phbs, [], words.where)
             elif words.is_vio:
-                vio.append(_vio(words.options, {each.reg for each in vio}))
+                unit = _vio(words.options, vio)
+                assert unit.reg is not None, "given one"
+                vio[unit.reg] = str(words.options["driver"]), unit
         except ConfigError as error:
-            raise ConfigError(str(error), where=words.where) from error
+            raise ConfigError(error.what, where=words.where) from error
+    return _machine(fields, phbs, [unit for _, unit in vio.values()], "-machine") if devices else machine
+
+
+def _machine(
+    fields: Mapping[str, object], phbs: Sequence[PhbConfig], vio: Sequence[VioConfig], where: str
+) -> MachineConfig:
     parts = {"phbs": msgspec.to_builtins(phbs), "vio": msgspec.to_builtins(vio)}
     try:
         return msgspec.convert({**parts, **fields}, MachineConfig)
     except (msgspec.ValidationError, ValueError) as error:
-        raise ConfigError(str(error), where="-machine") from error
+        raise ConfigError(str(error), where=where) from error
+
+
+def _phb_value(name: str, value: object) -> object:
+    """:raise ConfigError: what cannot be the property ``name`` of a bridge."""
+    if name == "ddw":
+        return switch(name, value)
+    return number(name, value, kind="uint64" if name != "index" else "uint32_t")
 
 
 def _phb(options: Mapping[str, object], taken: set[int], unnamed: int) -> PhbConfig:
     """One more bridge than those of the indices ``taken``, of which ``unnamed`` have no id."""
     fields: dict[str, object] = {}
     for name, value in options.items():
-        if name in PHB_NUMBERS:
-            fields[name] = number(name, value, kind="uint64" if name != "index" else "uint32")
-        elif name == "ddw":
-            fields[name] = switch(name, value)
+        if name in PHB_PROPERTIES:
+            fields[name] = _phb_value(name, value)
         elif name not in _PHB_NO_MEANING:
             raise ConfigError(f"Property '{PHB}.{name}' not found")
     index = fields.get("index")
@@ -215,17 +234,21 @@ def _phb(options: Mapping[str, object], taken: set[int], unnamed: int) -> PhbCon
     return msgspec.convert(fields, PhbConfig)
 
 
-def _vio(options: Mapping[str, object], taken: set[int | None]) -> VioConfig:
+def _vio(options: Mapping[str, object], taken: Mapping[int, tuple[str, VioConfig]]) -> VioConfig:
+    """One more VIO device than those ``taken``, by unit with their drivers."""
     driver = str(options["driver"])
     unit = next(unit for unit in count(_FIRST_UNIT) if unit not in taken)
     for name, value in options.items():
         if name == "reg":
-            unit = number(name, value, kind="uint32")
+            unit = number(name, value)
         elif name not in _VIO_NO_MEANING:
             raise ConfigError(f"Property '{driver}.{name}' not found")
     if unit in taken:
-        raise ConfigError(f"VIO unit {unit:#x} is taken")
-    return msgspec.convert({"kind": VIO[driver], "reg": unit}, VioConfig)
+        raise ConfigError(f"{taken[unit][0]} and {driver} devices conflict at address {unit:#x}")
+    try:
+        return msgspec.convert({"kind": VIO[driver], "reg": unit}, VioConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Property '{driver}.reg' doesn't take value '{options['reg']}'") from error
 
 
 @dataclass

@@ -80,7 +80,7 @@ OPTIONS: Final[dict[str, Option]] = {
     "name": Option("NAME", "of the guest"),
     "uuid": Option("UUID", "of the guest"),
     "S": Option(help="wait for 'cont' before time passes"),
-    "incoming": Option("unix:PATH | tcp:HOST:PORT | defer", "the machine comes from another one"),
+    "incoming": Option("unix:PATH | tcp:HOST:PORT | fd:NUMBER | defer", "the machine comes from another one"),
     "runtime-dir": Option("DIR", "sockets, lock and event log; a host's own directory for assigned devices"),
     "host-dir": Option("DIR", "the host's directory, when the guest has one of its own"),
     "display": Option("none"),

@@ -206,7 +206,45 @@ REFUSED = {
     "-device edu,addr=99": "Property 'edu.addr' doesn't take value '99'",
     "-device edu,addr=1 -device edu,addr=1": "PCI: slot 1 already occupied by edu",
     "-device edu,id=0a": "Parameter 'id' expects an identifier",
-    "-device edu,id=a -device edu,id=a": "Duplicate device ID 'a'",
+    "-device edu,id=a -device edu,id=a": "-device edu,id=a: Duplicate ID 'a' for device",
+    "-device spapr-pci-host-bridge,index=1,id=a -device edu,id=a": "-device edu,id=a: Duplicate ID 'a' for device",
+    '-device edu,id=a -device {"driver":"edu","id":"a"}': "Duplicate device ID 'a'",
+    "-device spapr-pci-host-bridge,index=1,id=a -device spapr-pci-host-bridge,index=2,id=a": (
+        "-device spapr-pci-host-bridge,index=2,id=a: Duplicate ID 'a' for device"
+    ),
+    "-device spapr-pci-host-bridge,index=-1": "Parameter 'index' expects uint32_t",
+    "-device spapr-pci-host-bridge,index=1,dma_win_size=0": "bridge,index=1,dma_win_size=0: dma_",
+    "-device spapr-pci-host-bridge,index=1,dma_win_addr=1": "bridge,index=1,dma_win_addr=1: dma_",
+    "-machine dma_win_size=0": "-machine: dma_",
+    "-device spapr-vlan,reg=-1": "-device spapr-vlan,reg=-1: Parameter 'reg' expects integer",
+    "-device spapr-vlan,reg=0x80000000": "Property 'spapr-vlan.reg' doesn't take value '0x80000000'",
+    "-global spapr-pci-host-bridge.pgsz=x": (
+        "can't apply global spapr-pci-host-bridge.pgsz=x: Parameter 'pgsz' expects uint64"
+    ),
+    "-smp 0": "-smp 0: Invalid CPU topology: CPU topology parameters must be greater than zero",
+    "-smp cpus=2,threads=0": "CPU topology parameters must be greater than zero",
+    "-smp cores=-1": "CPU topology parameters must be greater than zero",
+    "-smp -1": "Invalid SMP CPUs -1. The max CPUs supported by machine 'pseries' is 4096",
+    "-smp 4,maxcpus=2": "maxcpus must be equal to or greater than smp",
+    "-smp x": "-smp x: Parameter 'smp.cpus' expects integer",
+    "-smp 2,foo=3": "Parameter 'smp.foo' is unexpected",
+    "-m 1G,slots=x": "-m 1G,slots=x: Parameter 'slots' expects a number",
+    "-m 1G,maxmem=x": "Parameter 'maxmem' expects a non-negative number below 2^64",
+    "-m 1G,slots=2": "slots specified but no max-size",
+    "-m 2G,maxmem=1G": "maximum memory size (0x40000000) must be at least the initial memory size (0x80000000)",
+    "-m 1G,slots=1,maxmem=1G": "is equal to the initial memory size",
+    "-m -1": "Parameter 'size' expects a non-negative number",
+    "-rtc foo": "-rtc foo: Invalid parameter 'foo'",
+    "-rtc base=foo": "invalid datetime format",
+    "-rtc clock=foo": "invalid option value 'foo'",
+    "-boot foo=1": "Parameter 'boot.foo' is unexpected",
+    "-boot zz": "Invalid boot device 'z'",
+    "-msg foo=1": "Invalid parameter 'foo'",
+    "-msg timestamp=x": "Parameter 'timestamp' expects 'on' or 'off'",
+    "-sandbox foo": "Parameter 'enable' expects 'on' or 'off'",
+    "-name a,debug-threads=x": "Parameter 'debug-threads' expects 'on' or 'off'",
+    "-chardev null,id=a -chardev null,id=a": "Duplicate ID 'a' for chardev",
+    "-chardev null,id=a,foo=1": "Invalid parameter 'foo'",
     "-device vfio-pci": "No provided host device",
     "-device vfio-pci,host=0:1:0.0": "No IOMMU group",
     "-device vfio-user-pci": "No socket specified",
@@ -235,6 +273,7 @@ REFUSED = {
     "-display gtk": "Parameter 'type' does not accept value 'gtk'",
     "-serial stdio": "'stdio' is not a valid char driver",
     "-incoming foo": "'foo' is not a valid migration URI",
+    "-incoming exec:cat": "-incoming exec:cat: 'exec:cat': migration over exec: is not supported",
     "-device foo,help": "Device 'foo' not found",
 }
 
@@ -244,6 +283,25 @@ def test_what_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(text)
     assert REFUSED[text] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-smp 4,maxcpus=8,sockets=2",
+        "-m 1G,slots=2,maxmem=2G",
+        "-m 1G,maxmem=1G",
+        "-rtc base=2026-01-01T00:00:00,clock=vm",
+        "-boot order=cd,menu=on",
+        "-boot c",
+        "-msg timestamp=on",
+        "-sandbox on,spawn=deny",
+        "-name a,debug-threads=on",
+        "-device spapr-pci-host-bridge,index=1,pgsz=0",
+    ],
+)
+def test_what_has_no_effect_is_taken_where_qemu_takes_it(text: str) -> None:
+    assert config(text).machine.type == "pseries"
 
 
 def test_a_global_for_nothing_is_a_warning() -> None:

@@ -18,7 +18,10 @@ def test_vio_devices_have_the_units_that_qemu_gives_them() -> None:
     ("words", "what"),
     [
         (["-device", "spapr-vlan,foo=1"], "Property 'spapr-vlan.foo' not found"),
-        (["-device", "spapr-vlan,reg=1", "-device", "spapr-vscsi,reg=1"], "taken"),
+        (
+            ["-device", "spapr-vlan,reg=1", "-device", "spapr-vscsi,reg=1"],
+            "spapr-vscsi devices conflict at address 0x1",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_option(words: list[str], what: str) -> None:
