@@ -74,6 +74,8 @@ class OpenFile:
     path: str
     client: Client
     closing: bool = False
+    left: int = 0
+    """The container that a group is or was in: taking it out may still be under way."""
 
     def __post_init__(self) -> None:
         self.is_container = self.path == CONTAINER_PATH

@@ -30,6 +30,7 @@ from hostd.events import (
     Effect,
     Event,
     FileMessage,
+    NextSlice,
     Note,
     PortMessage,
     SendFile,
@@ -117,7 +118,7 @@ class ContainerServer:
         self._timer: LoopTimer | None = None
         self._sweep = False
         self._events: deque[Event] = deque()
-        self._busy = False
+        self._busy = self._slice_due = self._ended = False
         self.counters = {"ioctls": 0, "hcalls": 0, "refused": 0}
         self._open_sockets(directory, lock)
 
@@ -150,6 +151,15 @@ class ContainerServer:
                     self._do(effect)
         finally:
             self._busy = False
+        if self.service.working and not self._slice_due:
+            self._slice_due = True
+            self._loop.call_soon(self._slice)
+
+    def _slice(self) -> None:
+        """At the next turn of the loop: long work goes on, after whoever has sent something was served."""
+        self._slice_due = False
+        if not self._ended:
+            self.handle(NextSlice())
 
     def _do(self, effect: Effect) -> None:
         match effect:
@@ -307,6 +317,7 @@ class ContainerServer:
 
     def close(self) -> None:
         """End every device, close every socket, remove the socket files. Harmless twice."""
+        self._ended = True
         if self._timer is not None:
             self._timer.cancel()
         for number in list(self._channels):

@@ -138,11 +138,17 @@ class Tick:
     now: float
 
 
+@dataclass(frozen=True, slots=True)
+class NextSlice:
+    """Everybody was served meanwhile: go on with long work. Wanted while :attr:`ContainerService.working`."""
+
+
 Event = (
     Connected
     | FileMessage
     | Closed
     | PortMessage
+    | NextSlice
     | DeviceReady
     | DeviceFailed
     | DeviceQuiet

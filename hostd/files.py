@@ -243,8 +243,10 @@ class FileService:
 
     def _exit_steps(self, client: Client) -> Steps:
         state = self._state
-        yield Until("the release of its files", lambda: not state.clients.files_of(client))
-        yield from state.settle(state.host.mm_gone(client.mm))
+        yield Until(
+            "the release of its files", lambda: not state.clients.files_of(client) and not state.jobs.works_for(client)
+        )
+        yield from state.settle(state.host.mm_gone(client.mm), client)
         for segment, _ in client.memory.values():
             state.host.forget_segment(segment.id)
         client.close_memory()
@@ -262,7 +264,7 @@ class FileService:
     def _release_steps(self, file: OpenFile) -> Steps:
         state = self._state
         yield Until(f"the end of the devices of {file.path}", lambda: not state.devices.of_group(file.handle))
-        yield from state.settle(state.host.close(file.handle))
+        yield from state.settle(state.host.close(file.handle), file.client)
         del state.clients.files[file.handle]
         state.emit(Disconnect(file.connection))
         state.note("hostd_release", path=file.path, pid=file.client.pid)

@@ -28,7 +28,7 @@ _SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = (
     int(Ioctl.VFIO_GROUP_UNSET_CONTAINER),
     int(Ioctl.VFIO_GROUP_GET_DEVICE_FD),
 )
-Begun = bytes | Batch | Pending[bytes] | Pending[Batch]
+Begun = bytes | Batch | Pending[bytes | Batch]
 """What the host says when an ioctl begins."""
 
 
@@ -75,9 +75,9 @@ class IoctlService:
         try:
             result = self._begin(message, file)
             if isinstance(result, Pending):
-                wait = state.begin_revoke(result.lane_devices)
-                if wait is not None:
-                    steps = self._revoked_steps(peer, message, wait, result)
+                wait = None if result.long else state.begin_revoke(result.lane_devices)
+                if wait is not None or result.long:
+                    steps = self._rest_steps(peer, message, file, wait, result)
                     state.jobs.submit(key, Job(ioctl_name(message.cmd), steps, file.client.pid))
                     return
                 result = result.finish()
@@ -88,12 +88,21 @@ class IoctlService:
             return
         self._answer(peer, message, result)
 
-    def _revoked_steps(
-        self, peer: bytes, message: IoctlMessage, wait: DmaWait, pending: Pending[bytes] | Pending[Batch]
+    def _rest_steps(
+        self,
+        peer: bytes,
+        message: IoctlMessage,
+        file: OpenFile,
+        wait: DmaWait | None,
+        pending: Pending[bytes | Batch],
     ) -> Steps:
-        yield wait
+        """What :meth:`_at_once` has left: the wait alone, or work and then perhaps a wait."""
         try:
-            result = pending.finish()
+            if wait is None:
+                result: bytes | Batch = yield from self._settled(pending, message, file)
+            else:
+                yield wait
+                result = pending.finish()
         except OSError as error:
             self._failed(peer, message, error)
             return
@@ -108,7 +117,7 @@ class IoctlService:
             if message.cmd == _GET_DEVICE_FD and message.count == 1 and not file.is_container:
                 result: bytes | Batch = yield from self._open_device(message, file)
             else:
-                result = yield from self._settled(self._begin(message, file))
+                result = yield from self._settled(self._begin(message, file), message, file)
         except OSError as error:
             if message.cmd == _SET_IOMMU:
                 state.emit(DomainsChanged())
@@ -118,11 +127,11 @@ class IoctlService:
             state.emit(DomainsChanged())
         self._answer(peer, message, result)
 
-    def _settled(self, result: Begun) -> Generator[Wait, None, bytes | Batch]:
-        if isinstance(result, Pending):
-            yield from self._state.wait_for(result.lane_devices)
-            return result.finish()
-        return result
+    def _settled(self, result: Begun, message: IoctlMessage, file: OpenFile) -> Generator[Wait, None, bytes | Batch]:
+        if not isinstance(result, Pending):
+            return result
+        client = self._state.clients.mms[message.mm]
+        return (yield from self._state.carry_out(result, client, lambda: not file.closing and not client.leaving))
 
     def _begin(self, message: IoctlMessage, file: OpenFile) -> Begun:
         """:raise OSError: with the errno of the uapi."""
@@ -173,11 +182,13 @@ class IoctlService:
         old = state.devices.named(name)
         if old is not None and (old.state is DeviceState.STOPPING or not old.alive):
             yield Until(f"the end of {name}'s last process", lambda: state.devices.get(old.key) is None)
-        token = yield from state.settle(state.host.ioctl(self._mm(message), file.handle, message.cmd, message.arg))
+        token = yield from state.settle(
+            state.host.ioctl(self._mm(message), file.handle, message.cmd, message.arg), file.client
+        )
         try:
             device = self._start(name, file, _HANDLE.unpack(token)[0])
         except OSError:
-            yield from state.settle(state.host.device_closed(_HANDLE.unpack(token)[0]))
+            yield from state.settle(state.host.device_closed(_HANDLE.unpack(token)[0]), None)
             raise
         yield Until(f"the start of {name}", lambda: device.state is not DeviceState.STARTING)
         if device.state is DeviceState.STOPPING or device.stream is None or device.pidfd is None:
@@ -216,8 +227,13 @@ def _duplicates(descriptors: list[Descriptor]) -> tuple[Descriptor, ...]:
 
 
 def queue_key(state: ServiceState, file: OpenFile) -> Hashable:
-    """Operations with the same key run one after the other: those of one container and its groups."""
+    """Operations with the same key run one after the other: those of one container and its groups, and what a group is
+    asked while it is still being taken out.
+    """
     if not file.is_group:
         return file.handle
     container = state.host.groups[file.group].container
-    return file.handle if container is None else container.handle
+    if container is None:
+        return file.handle if state.jobs.idle(file.left) else file.left
+    file.left = container.handle
+    return file.left

@@ -3,7 +3,8 @@
 An operation is a generator that does its work and yields what it waits for (:class:`Wait`). What concerns the same
 container runs in the order of its arrival: a pending operation keeps those behind it waiting, those of other
 containers go on. Nothing here blocks or looks at a clock: :meth:`JobQueue.poll` asks the waits and resumes what can
-go on.
+go on. Long work is done in slices: an operation yields :class:`Turn` between two of them, and the owner calls
+:meth:`JobQueue.turn` for one slice of one of them, whenever it has served everybody else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from hostd.clients import Client
 from vfio_model.memory.revoke import LaneSet, Revoke
 
 
@@ -89,6 +91,20 @@ class Until:
         return self._condition()
 
 
+class Turn:
+    """Others are served before the next slice of the work. ``client`` is for whom it is done."""
+
+    what = "its turn"
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.come = False
+
+    def over(self) -> bool:
+        """Whether :meth:`JobQueue.turn` has come to it."""
+        return self.come
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One operation: ``label`` is its name for a person, ``client`` the pid that it serves."""
@@ -121,6 +137,8 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._queues: dict[Hashable, deque[Job]] = {}
+        self._turns: dict[Hashable, Turn] = {}
+        """Who has work to go on with; the first is whose turn is next."""
 
     def submit(self, key: Hashable, job: Job) -> None:
         """Run ``job`` now, as far as it goes, or behind those that are pending for ``key``."""
@@ -138,6 +156,22 @@ class JobQueue:
         """Whether nothing is pending at all."""
         return not self._queues
 
+    @property
+    def working(self) -> bool:
+        """Whether slices of work are left, see :meth:`turn`."""
+        return bool(self._turns)
+
+    def works_for(self, client: Client) -> bool:
+        """Whether some of them are this client's."""
+        return any(turn.client is client for turn in self._turns.values())
+
+    def turn(self) -> None:
+        """One slice of the operation whose turn it is."""
+        if self._turns:
+            key = next(iter(self._turns))
+            self._turns.pop(key).come = True
+            self._drain(key)
+
     def poll(self) -> None:
         """Resume everything that can go on."""
         for key in list(self._queues):
@@ -147,6 +181,9 @@ class JobQueue:
         queue = self._queues[key]
         while queue:
             if not queue[0].advance():
+                wait = queue[0].wait
+                if isinstance(wait, Turn):
+                    self._turns[key] = wait
                 return
             queue.popleft()
         del self._queues[key]

@@ -13,7 +13,7 @@ Rules that must not be broken:
 - EOF of a connection is ``release()``: devices end, the group leaves its container, tables go, memory is unpinned.
   Whatever a client does, its locked memory is back at its start value in the end.
 - A client's mistake is an errno, or costs it its connection; it never raises out of :meth:`ContainerService.handle`.
-- A revoke is pending state; nothing here blocks.
+- A revoke is pending state; nothing here blocks. Long work is done a slice at a time, others are served in between.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from hostd.events import (
     Event,
     FileMessage,
     Late,
+    NextSlice,
     PortMessage,
     ServerDied,
     Tick,
@@ -131,6 +132,8 @@ class ContainerService:
             self._device_died(event)
         elif isinstance(event, ServerDied):
             self._files.server_died(event.name)
+        elif isinstance(event, NextSlice):
+            self.state.jobs.turn()
 
     # -- devices -----------------------------------------------------------------------------------------------------
 
@@ -176,7 +179,7 @@ class ContainerService:
         state.jobs.submit(("device", device.key), Job(f"close of {device.name}", self._close_steps(device.token)))
 
     def _close_steps(self, token: int) -> Steps:
-        yield from self.state.settle(self.state.host.device_closed(token))
+        yield from self.state.settle(self.state.host.device_closed(token), None)
 
     # -- what is pending ---------------------------------------------------------------------------------------------
 
@@ -185,6 +188,11 @@ class ContainerService:
         """Whether a Tick could end something, or find it late: an operation waits for DMA sections."""
         jobs = self.state.jobs
         return not jobs.empty and any(isinstance(job.wait, DmaWait) for job in jobs.pending())
+
+    @property
+    def working(self) -> bool:
+        """Whether long work is under way: :class:`NextSlice` goes on with it."""
+        return self.state.jobs.working
 
     def _look_for_late(self, now: float) -> None:
         """Name the devices that are inside one section, or owe an answer, past the deadline. The lane is read again

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
-from hostd.clients import Clients
+from hostd.clients import Client, Clients
 from hostd.device_table import DeviceTable
 from hostd.events import Descriptor, Effect, Note, SendDevice
-from hostd.jobs import DmaWait, JobQueue, QuiesceWait, RevokeWait, Wait
+from hostd.jobs import DmaWait, JobQueue, QuiesceWait, RevokeWait, Turn, Wait
 from protocols.port.device import Quiesce
 from vfio_model.host.host import Host
 from vfio_model.host.pending import Pending
@@ -61,21 +61,33 @@ class ServiceState:
         """A trace event."""
         self.effects.append(Note(event, fields, self.cause))
 
-    def settle(self, result: T | Pending[T]) -> Generator[Wait, None, T]:
-        """The end of a host operation: at once, or after the revocation that it asks for.
+    def settle(self, result: T | Pending[T], client: Client | None) -> Generator[Wait, None, T]:
+        """The end of a host operation: at once, or as :meth:`carry_out` says.
 
         :raise OSError: what the operation's end raises.
         """
         if not isinstance(result, Pending):
             return result
-        yield from self.wait_for(result.lane_devices)
-        return cast(Pending[T], result).finish()
+        return (yield from self.carry_out(cast(Pending[T], result), client))
 
-    def wait_for(self, lane_devices: tuple[str, ...]) -> Generator[Wait, None, None]:
-        """Until no DMA section of these devices that began before now is still open."""
-        wait = self.begin_revoke(lane_devices)
+    def carry_out(
+        self, pending: Pending[T], client: Client | None, wanted: Callable[[], bool] = lambda: True
+    ) -> Generator[Wait, None, T]:
+        """The work of a host operation, then the revocation that it asks for, and its end. Others are served between
+        the slices of what is done for ``client``; without one it is done in one go. When it is not ``wanted`` any more,
+        no further struct of a batch is begun.
+
+        :raise OSError: what the operation's end raises.
+        """
+        while client is not None and pending.long:
+            yield Turn(client)
+            if not wanted():
+                pending.stop()
+            pending.step()
+        wait = self.begin_revoke(pending.lane_devices)
         if wait is not None:
             yield wait
+        return pending.finish()
 
     def begin_revoke(self, lane_devices: tuple[str, ...]) -> DmaWait | None:
         """Begin a revocation over these devices; the new entries are stored.

@@ -32,7 +32,10 @@ def state(rig: Rig) -> State:
 
 def end(outcome: Batch | Pending[Batch]) -> tuple[Batch, bool]:
     """The result of a batch, and whether it had to wait."""
-    return (outcome.finish(), True) if isinstance(outcome, Pending) else (outcome, False)
+    if not isinstance(outcome, Pending):
+        return outcome, False
+    waited = bool(outcome.lane_devices)
+    return outcome.finish(), waited
 
 
 def singly(host: Host, rig: Rig, cmd: int, args: bytes, count: int) -> tuple[Batch, bool]:

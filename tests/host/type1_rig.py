@@ -92,6 +92,8 @@ class Type1Rig:
         return done
 
     def settle(self, revocation: Revocation) -> None:
+        while revocation.work:
+            revocation.step()
         if not revocation.actions:
             return
         self.on_wait()

@@ -26,6 +26,7 @@ from vfio_model.host.pe import PE_SIZE, PeBlock, Stop
 from vfio_model.host.pending import Batch, Pending, Revocation
 from vfio_model.host.spapr_tce import SpaprTceContainer
 from vfio_model.host.spapr_v1 import SpaprV1Container
+from vfio_model.host.struct_batch import StructBatch
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.topology import HostTopology
 from vfio_model.host.type1 import Type1Container
@@ -239,10 +240,10 @@ class Host:
         try:
             result = self._ioctl(mm, handle, cmd, arg, revocation)
         except OSError as error:
-            if not revocation.actions:
+            if not revocation.actions and not revocation.work:
                 raise
             return revocation.settle(_raiser(error))
-        if not revocation.actions:
+        if not revocation.actions and not revocation.work:
             return result
         return revocation.settle(lambda: result if revocation.answer is None else revocation.answer)
 
@@ -267,22 +268,13 @@ class Host:
         view = memoryview(args).cast("B")
         if size is None or count < 0 or len(view) < count * size:
             raise OSError(EINVAL, f"ioctl {cmd:#x} takes no batch of {count} structs in {len(view)} bytes")
-        revocation = Revocation()
         driver = file.driver if isinstance(file, VfioContainer) else None
-        if driver is not None and driver.ioctl_many(mm, cmd, view, count, revocation):
-            return revocation.settle(lambda: Batch(count))
-        result = self._one_by_one(mm, handle, cmd, view, count, size, revocation)
-        return revocation.settle(lambda: result)
-
-    def _one_by_one(
-        self, mm: Mm, handle: int, cmd: int, view: memoryview, count: int, size: int, revocation: Revocation
-    ) -> Batch:
-        for done in range(count):
-            try:
-                self._ioctl(mm, handle, cmd, bytes(view[done * size : (done + 1) * size]), revocation)
-            except OSError as error:
-                return Batch(done, error.errno or EINVAL, error.strerror or "")
-        return Batch(count)
+        batch = StructBatch(
+            mm, cmd, size, view[: count * size], driver, lambda arg, more: self._ioctl(mm, handle, cmd, arg, more)
+        )
+        revocation = Revocation()
+        revocation.run(batch.carry_out(revocation))
+        return revocation.settle(lambda: batch.result)
 
     # Virtual machines
 
@@ -309,7 +301,7 @@ class Host:
         """A hypercall of machine ``vm``, see :meth:`KvmVm.hcall`. :raise OSError: EBADF, EIO."""
         revocation = Revocation()
         ret = self._vm(mm, vm).hcall(nr, args, links, revocation)
-        return revocation.settle(lambda: ret) if revocation.actions else ret
+        return revocation.settle(lambda: ret)
 
     def linked_containers(self, vm: int, liobn: int) -> list[int]:
         """Handles of the containers that a hypercall about ``liobn`` concerns."""

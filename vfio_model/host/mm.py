@@ -228,6 +228,6 @@ class Mm:
         if region.used == 0 and region.mapped == 0:
             del self.regions[region.id]
             if region.pages:
-                at = self._regions.index(region)
+                at = bisect_left(self._region_starts, region.ua)
                 del self._regions[at], self._region_starts[at]
                 self.unaccount(region.pages)

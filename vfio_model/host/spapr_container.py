@@ -26,10 +26,10 @@ from vfio_model.host.container import fields_in, pack_int
 from vfio_model.host.eeh import pe_op
 from vfio_model.host.group import Group
 from vfio_model.host.mm import Mm, Region, Run
-from vfio_model.host.pending import Revocation
+from vfio_model.host.pending import Revocation, Work
 from vfio_model.host.platform import PlatformName, table_geometry, table_pages
 from vfio_model.host.spapr_batch import map_pages, unmap_pages
-from vfio_model.host.spapr_map import MapRequest, map_range
+from vfio_model.host.spapr_map import MapRequest, mapping
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.tce_table import Dropped, TceTable, give_back
 from vfio_model.host.topology import MAX_WINDOWS, GroupSpec
@@ -227,11 +227,15 @@ class SpaprTables(ABC):
             raise OSError(EINVAL, "neither READ nor WRITE")
         if iova & low or iova + size - 1 > table.last:
             raise OSError(EINVAL, f"iova {iova:#x} is misaligned or the end is beyond the window")
-        dropped, error = map_range(table, mm, MapRequest(flags, vaddr, iova, size), self._find_page)
-        self._give_back_later(dropped, revocation)
-        if error is not None:
-            raise error
+        revocation.run(self._mapping(table, mm, MapRequest(flags, vaddr, iova, size), revocation))
         return arg
+
+    def _mapping(self, table: TceTable, mm: Mm, request: MapRequest, revocation: Revocation) -> Work:
+        dropped: Dropped = {}
+        try:
+            yield from mapping(table, mm, request, dropped, revocation, self._find_page)
+        finally:
+            self._give_back_later(dropped, revocation)
 
     def _unmap(self, mm: Mm, arg: bytes, revocation: Revocation) -> bytes:
         if not self.enabled:
@@ -244,9 +248,17 @@ class SpaprTables(ABC):
             raise OSError(ENXIO, f"{iova:#x} lies in no window")
         if (size | iova) & table.page - 1 or iova + size - 1 > table.last:
             raise OSError(EINVAL, f"{iova:#x}, {size:#x} bytes: not whole pages of the window")
-        dropped = table.clear(iova - table.start >> table.page_shift, size >> table.page_shift)
-        self._give_back_later(dropped, revocation)
+        first, count = iova - table.start >> table.page_shift, size >> table.page_shift
+        if count == 1:
+            self._give_back_later(table.clear(first, 1), revocation)
+        else:
+            revocation.run(self._unmapping(table, first, count, revocation))
         return arg
+
+    def _unmapping(self, table: TceTable, first: int, count: int, revocation: Revocation) -> Work:
+        dropped: Dropped = {}
+        yield from table.clearing(first, count, dropped, revocation)
+        self._give_back_later(dropped, revocation)
 
     # Windows
 
@@ -287,7 +299,8 @@ class SpaprTables(ABC):
         for group in self.groups:
             group.set_window(table.slot, 0)
         self.tables[table.slot] = None
-        dropped = table.clear_all()
+        dropped: Dropped = {}
+        revocation.run(table.clearing(0, table.entries, dropped, revocation))
 
         def finish() -> None:
             give_back(mm, dropped)

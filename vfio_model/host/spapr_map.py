@@ -1,7 +1,8 @@
 """MAP_DMA of one range: the TCEs of many pages, each checked as the kernel checks it, stored a stretch at a time.
 
 A stretch is as many pages as lie in one region and in one segment of memory. What holds for its first page then holds
-for all of it, so that the result is that of going page by page.
+for all of it, so that the result is that of going page by page. Between two slices of the work memory may be unmapped
+and regions may go: what was found before is not relied upon after.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from errno import EINVAL, ENXIO
 from typing import NamedTuple
 
 from vfio_model.host.mm import Mm, Region, Run
+from vfio_model.host.pending import CALL, Revocation, Work
 from vfio_model.host.tce_table import Dropped, PageRun, TceTable, add, take
 
 
@@ -48,20 +50,34 @@ FindPage = Callable[[Mm, int, TceTable], tuple[Region, Run]]
 def map_range(
     table: TceTable, mm: Mm, request: MapRequest, find: FindPage = find_page
 ) -> tuple[Dropped, OSError | None]:
-    """Store the TCEs of ``request``, whose alignment, flags and window are checked already. ``find`` says what holds a
-    page in place, or raises the OSError for which it cannot be mapped.
+    """All of :func:`mapping` at once: what TCEs were dropped, and the error that stopped it, if any."""
+    dropped = Dropped()
+    try:
+        for _ in mapping(table, mm, request, dropped, Revocation(), find):
+            pass
+    except OSError as error:
+        return dropped, error
+    return dropped, None
 
-    :return: what TCEs were replaced, and the error that stopped it, if any: that of ``find``, or ENOMEM without table
-        memory. After an error the entries stored before it are cleared and part of what was dropped.
+
+def mapping(
+    table: TceTable, mm: Mm, request: MapRequest, dropped: Dropped, revocation: Revocation, find: FindPage = find_page
+) -> Work:
+    """Store the TCEs of ``request``, whose alignment, flags and window are checked already. ``find`` says what holds a
+    page in place, or raises the OSError for which it cannot be mapped. What TCEs were replaced is counted in
+    ``dropped``; after an error the entries stored before it are cleared and counted there too.
+
+    :raise OSError: that of ``find``, or ENOMEM without table memory.
     """
     first = (request.iova - table.start) >> table.page_shift
-    total, done, dropped = request.size >> table.page_shift, 0, Dropped()
+    total, done, spend = request.size >> table.page_shift, 0, revocation.spend
     try:
         while done < total:
             ua = request.vaddr + (done << table.page_shift)
             region, run = find(mm, ua, table)
             stop = min(total, done + (min(region.end, run.end) - ua >> table.page_shift))
-            while done < stop:
+            used_up = False
+            while done < stop and not used_up:
                 count = min(stop - done, table.chunk_room(first + done))
                 offset = request.vaddr + (done << table.page_shift) + run.delta
                 if count == 1:
@@ -73,7 +89,9 @@ def map_range(
                     add(dropped, table.fill(first + done, count, pages, region.id))
                 take(region, count)
                 done += count
-    except OSError as error:
-        add(dropped, table.clear(first, done))
-        return dropped, error
-    return dropped, None
+                used_up = spend(CALL + count)
+            if used_up:
+                yield
+    except OSError:
+        yield from table.clearing(first, done, dropped, revocation)
+        raise

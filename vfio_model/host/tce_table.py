@@ -20,6 +20,7 @@ from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import TCE_PERM
 from vfio_model.host.mm import Mm, Region
+from vfio_model.host.pending import Revocation, Work
 from vfio_model.host.platform import Geometry
 from vfio_model.host.table_memory import TableMemory
 
@@ -127,17 +128,27 @@ class TceTable:
             return self._clear_one(index)
         dropped: Dropped = {}
         for at, length in self._stretches(index, count):
-            regions = self._regions[at >> self._chunk_shift]
-            low = at & (1 << self._chunk_shift) - 1
-            before = regions[low : low + length]
-            zeros = bytes(4 * length)
-            if before.tobytes() == zeros:
-                continue
-            word = self._word(at)
-            self.memory.words[word : word + length] = memoryview(bytes(8 * length)).cast("Q")
-            regions[low : low + length] = array("I", zeros)
-            add(dropped, _count(before))
+            self._clear_stretch(at, length, dropped)
         return dropped
+
+    def clearing(self, index: int, count: int, dropped: Dropped, revocation: Revocation) -> Work:
+        """As :meth:`clear`, in slices; counts in ``dropped``."""
+        for at, length in self._stretches(index, count):
+            self._clear_stretch(at, length, dropped)
+            if revocation.spend(length):
+                yield
+
+    def _clear_stretch(self, index: int, length: int, dropped: Dropped) -> None:
+        regions = self._regions[index >> self._chunk_shift]
+        low = index & (1 << self._chunk_shift) - 1
+        before = regions[low : low + length]
+        zeros = bytes(4 * length)
+        if before.tobytes() == zeros:
+            return
+        word = self._word(index)
+        self.memory.words[word : word + length] = memoryview(bytes(8 * length)).cast("Q")
+        regions[low : low + length] = array("I", zeros)
+        add(dropped, _count(before))
 
     def _clear_one(self, index: int) -> Dropped:
         regions = self._regions.get(index >> self._chunk_shift)
@@ -148,10 +159,6 @@ class TceTable:
         self.memory.words[self._word(index)] = 0
         regions[at] = 0
         return {region: 1}
-
-    def clear_all(self) -> Dropped:
-        """Zero every entry."""
-        return self.clear(0, self.entries)
 
     def read(self, index: int) -> int:
         """The TCE at ``index``; 0 where nothing is mapped. For tests and inspection."""

@@ -22,7 +22,7 @@ from errno import EACCES, EBUSY, EEXIST, EFAULT, EINVAL, ENODEV, ENOENT, ENOSPC,
 from vfio_model.host.container import fields_in
 from vfio_model.host.group import Group
 from vfio_model.host.mm import Mm, Region
-from vfio_model.host.pending import Revocation
+from vfio_model.host.pending import Revocation, Work
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.type1_batch import batch_block, batch_range, store_block
 from vfio_model.host.type1_dirty import DirtyTracking, bitmap_of_unmap
@@ -197,34 +197,38 @@ class Type1Container:
             raise OSError(ENOSPC, f"{DMA_ENTRY_LIMIT} mappings are all that there may be")
         if not self._reachable(iova, last):
             raise OSError(EINVAL, f"{iova:#x}..{last:#x} is not in the valid IOVA ranges")
-        self._store(mm, Block(iova, size, 1, perm, (), mm), vaddr, revocation)
+        revocation.run(self._storing(mm, Block(iova, size, 1, perm, (), mm), vaddr, revocation))
         return arg
 
-    def _store(self, mm: Mm, block: Block, vaddr: int, revocation: Revocation) -> None:
+    def _storing(self, mm: Mm, block: Block, vaddr: int, revocation: Revocation) -> Work:
+        """What is pinned stays so between the slices."""
         pages = block.size // mm.host_page
         mm.account(pages)
         try:
             block.regions = _regions(mm, vaddr, vaddr + block.size)
-            self._store_runs(block, vaddr)
         except OSError:
             mm.unaccount(pages)
-            self._retire(revocation)
             raise
         for region in block.regions:
             region.mapped += 1
+        try:
+            yield from self._store_runs(block, vaddr, revocation)
+        except OSError:
+            _unpin(block)
+            self._retire(revocation)
+            raise
         self._bind(mm)
         self.mappings.add(block)
 
-    def _store_runs(self, block: Block, vaddr: int) -> None:
+    def _store_runs(self, block: Block, vaddr: int, revocation: Revocation) -> Work:
         done = 0
         for region in block.regions:
             count = min(region.end - vaddr, block.size) - done
             run, at = region.runs[0], vaddr + done
             try:
-                self.table.store(block.iova + done, count, run.hpa, at + run.delta, block.perm)
+                yield from self.table.store(block.iova + done, count, run.hpa, at + run.delta, block.perm, revocation)
             except OSError:
-                if done:
-                    self.table.clear(block.iova, done)
+                yield from self.table.clearing(block.iova, done, revocation)
                 raise
             done += count
 
@@ -290,22 +294,29 @@ class Type1Container:
         """Clear the entries of ``blocks`` now; unpin when no device can be in the middle of using them."""
         if not blocks:
             return
+        revocation.run(self._clearing(blocks, self.lanes, revocation))
+
+    def _clearing(self, blocks: list[Block], lanes: list[str], revocation: Revocation) -> Work:
         for block in blocks:
-            self.table.clear(block.iova, block.bytes)
-        self._retire(revocation)
+            yield from self.table.clearing(block.iova, block.bytes, revocation)
+        self._retire(revocation, lanes)
 
         def finish() -> None:
             for block in blocks:
-                block.mm.unaccount(block.bytes // block.mm.host_page)
-                for region in block.regions:
-                    block.mm.unmapped(region, block.count)
+                _unpin(block)
 
-        revocation.later(self.lanes, finish)
+        revocation.later(lanes, finish)
 
-    def _retire(self, revocation: Revocation) -> None:
+    def _retire(self, revocation: Revocation, lanes: Sequence[str] | None = None) -> None:
         retired = self.table.take_retired()
         if retired:
-            revocation.later(self.lanes, lambda: self.table.give_back(retired))
+            revocation.later(self.lanes if lanes is None else lanes, lambda: self.table.give_back(retired))
+
+
+def _unpin(block: Block) -> None:
+    block.mm.unaccount(block.bytes // block.mm.host_page)
+    for region in block.regions:
+        block.mm.unmapped(region, block.count)
 
 
 def _regions(mm: Mm, ua: int, end: int) -> tuple[Region, ...]:

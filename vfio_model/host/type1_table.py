@@ -21,6 +21,7 @@ from typing import NamedTuple
 from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.host.hpa import HpaMap
 from vfio_model.host.layout import TCE_LEAF, TCE_PERM
+from vfio_model.host.pending import TABLE, Revocation, Work
 from vfio_model.host.table_memory import TableMemory
 from vfio_model.host.walk import Window, decode
 
@@ -76,17 +77,23 @@ class IoPageTable:
 
     # Storing
 
-    def store(self, iova: int, size: int, hpa: HpaMap, offset: int, perm: int) -> None:
+    def store(self, iova: int, size: int, hpa: HpaMap, offset: int, perm: int, revocation: Revocation) -> Work:
         """Map ``size`` bytes of the segment at ``hpa`` from ``offset`` on, with ``perm``; nothing is mapped there.
 
         :raise OSError: ENOMEM without memory for tables; then nothing is mapped, and tables may be retired.
         """
         self._check_room(iova, size, hpa, offset)
-        pieces = list(_pieces(iova, size, hpa, offset, self.levels))
-        self._prepare(pieces)
-        for piece in pieces:
-            bits = perm | TCE_LEAF if piece.level else perm
-            self._put(piece, _entries(hpa, piece, bits))
+        done = iova
+        try:
+            for piece in _pieces(iova, size, hpa, offset, self.levels):
+                self._prepare([piece])
+                self._put(piece, _entries(hpa, piece, perm | TCE_LEAF if piece.level else perm))
+                done += piece.leaves << PAGE_SHIFT + LEVEL_SHIFT * piece.level
+                if revocation.spend(TABLE + piece.leaves):
+                    yield
+        except OSError:
+            yield from self.clearing(iova, done - iova, revocation)
+            raise
 
     def store_pages(self, iova: int, tces: memoryview) -> None:
         """Store consecutive entries of 4 KiB pages (format ``Q``); nothing is mapped there. :raise OSError: as
@@ -148,13 +155,15 @@ class IoPageTable:
 
     # Clearing
 
-    def clear(self, iova: int, size: int) -> None:
+    def clearing(self, iova: int, size: int, revocation: Revocation) -> Work:
         """Zero the entries of whole mappings that fill ``size`` bytes from ``iova``; empty tables are retired."""
         for index, key, word, count in self._runs(iova, size):
             self.memory.words[word : word + count] = memoryview(bytes(8 * count)).cast("Q")
             self._used[key] -= count
             if not self._used[key]:
                 self._retire(key, index)
+            if revocation.spend(TABLE + count):
+                yield
 
     def _runs(self, iova: int, size: int) -> Iterator[tuple[int, _Key, int, int]]:
         """Page number, table, word and number of the entries of one table that map a part of ``size`` bytes from
