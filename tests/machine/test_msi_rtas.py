@@ -11,7 +11,10 @@ from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.regs import RtasToken
 from vfio_model.machine.msi import MsiNumbers
 from vfio_model.machine.pseries import PseriesMachine
+from vfio_model.memory.types import MemTxResult
+from vfio_model.pci.bar import BarSpec
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.msix import MsixSpec
 from vfio_model.ranges import U32_MAX
 
 pytestmark = pytest.mark.machine
@@ -123,3 +126,32 @@ def test_numbers_end_somewhere() -> None:
     numbers.free(first)
     assert numbers.allocate(3) == (regs.MSI_BASE, 3)
     assert numbers.allocate(4) == (regs.MSI_BASE + 4, 4)
+
+
+class Table(PCIDevice):
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x4445
+    MSIX = MsixSpec(8, 0, 0, 0x800)
+    BARS = (BarSpec(0, 4096),)
+
+
+def test_a_table_gets_a_number_for_each_vector(machine: PseriesMachine) -> None:
+    where = 5 << 11
+    device = machine.phb().bus.plug(Table, where >> 8)
+    assert change(machine, where, 4, function=3) == [PARAM_ERROR]
+    assert change(machine, where, 9, function=4) == [0, 8, 8, 2]
+    assert change(machine, where, 4, function=4) == [0, 4, 8, 2]
+    assert change(machine, where, 4, function=1) == [0, 4, 8, 2]
+    first = source(machine, where, 0)[1]
+    assert source(machine, where, 3) == [0, first + 3, 1]
+    assert device.msix is not None
+    assert [device.msix.message(vector) for vector in (0, 3, 4)] == [
+        (regs.MSI_WINDOW, first), (regs.MSI_WINDOW, first + 3), (0, 0)
+    ]  # fmt: skip
+    bus = machine.phb().bus
+    bus.config_write(where >> 8, 4, 2, 4)
+    bus.config_write(where >> 8, device.msix.offset + 2, 2, 0x8000)
+    assert device.region_write(0, 3 * 16 + 12, 4, 0) is MemTxResult.OK
+    device.raise_irq(3)
+    assert dict(machine.irqs.raised) == {first + 3: 1}
+    assert change(machine, where, 0, function=4) == [0, 0]
+    assert device.msix.message(3) == (0, 0)
