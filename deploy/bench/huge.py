@@ -42,10 +42,10 @@ HOST_PAGE = 1 << 16
 HVA = 0x7F00_0000_0000
 LIST = regs.INDIRECT_MAX_TCES
 ALONE = 2048
-"""At least so many calls (or all there are) are made one at a time, as a guest makes them, and a bare round trip
-follows each. The others go in batches, which takes half as long; as many bare round trips follow each batch, so that
-what is compared was at work equally long ago.
+"""So many calls (or all there are) are made one at a time, as a guest makes them, and a bare round trip follows each:
+what is compared was at work equally long ago. The others go in batches, which takes half as long.
 """
+_BATCH = 128
 SIZES = {16: "64 KiB", 24: "16 MiB"}
 _DEVFN = 2 << 3
 _PATTERN = 0x0123_4567_89AB_CDEF
@@ -202,16 +202,16 @@ class Times:
 def _map_all(bench: Bench, window: TceWindow) -> Times:
     """Map bus address ``bus_offset`` + n to n for all of the memory."""
     make, calls, times = _calls(window), (RAM >> window.page_shift) // LIST, Times()
-    step = max(calls // ALONE, 1)
-    for first in range(0, calls, step):
-        batch = [command for number in range(first, first + step - 1) for command in make(number)]
-        times.calls += bench.timed(batch)[1::2]
-        bench.trips.times(step - 1)
-        write, call = make(first + step - 1)
+    alone = min(calls, ALONE)
+    for number in range(alone):
+        write, call = make(number)
         bench.timed([write])
         times.alone += bench.timed([call])
         times.bare.append(bench.trips.once())
     times.calls += times.alone
+    for first in range(alone, calls, _BATCH):
+        batch = [command for number in range(first, min(first + _BATCH, calls)) for command in make(number)]
+        times.calls += bench.timed(batch)[1::2]
     return times
 
 
