@@ -86,7 +86,8 @@ class Engine:
         cq.head = head
         self._controller.interrupts.consumed()
         self._wake(cq)
-        self.work()
+        if self._ready or not cq.id:
+            self.work()
 
     def resume(self) -> None:
         """Go on with what the queues hold, when the process is idle: they were loaded."""
@@ -214,8 +215,10 @@ class Engine:
 
     def _tell_events(self) -> None:
         """Answer requests for events, as far as there are events and room."""
-        controller = self._controller
-        events, cq = controller.events, controller.queues.completion.get(0)
+        controller, events = self._controller, self._controller.events
+        if not events.queue and not events.aborted:
+            return
+        cq = controller.queues.completion.get(0)
         sq = controller.queues.submission.get(0)
         while cq is not None and sq is not None and cq.room and not controller.failed:
             answer = events.next()
