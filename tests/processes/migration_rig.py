@@ -29,21 +29,23 @@ from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, pr
 from vfio_model.iommu.spapr import regs
 
 RAM = 64 << 20
-NIC, EDU, OWN, REMOTE = "nic", "edu", "own", "remote"
-"""An assigned dma-burst, an assigned edu, an edu of guestd's own, and one that is remote."""
-ADDRESSES = {NIC: 0x10, EDU: 0x18, OWN: 0x20, REMOTE: 0x28}
+NIC, EDU, OWN, REMOTE, FAR = "nic", "edu", "own", "remote", "far"
+"""An assigned dma-burst, an assigned edu, an edu of guestd's own, one that is remote; and instead of the assigned edu a
+dma-burst behind another host bridge.
+"""
+ADDRESSES = {NIC: 0x10, EDU: 0x18, OWN: 0x20, REMOTE: 0x28, FAR: 0x10}
 SOURCE, TARGET = "source", "target"
 PAGE_SIZES = 0x11_1000 | 1 << 24
 
 
-def topology(kind: str) -> dict[str, object]:
-    """A host with one group for each assigned device of either guest."""
+def topology(*kinds: str, second: str = "edu") -> dict[str, object]:
+    """A host with one group for each assigned device of either guest: a dma-burst and a ``second``."""
     window = {"pgsizes": 1 << 12 | 1 << 16 | 1 << 24, "max_windows": 2}
     groups = [
         {"id": 26 + n, "devices": [{"name": f"0000:01:{n:02x}.0", "model": model}], **window}
-        for n, model in enumerate(["dma-burst", "edu", "dma-burst", "edu"])
+        for n, model in enumerate(["dma-burst", second, "dma-burst", second])
     ]
-    return {"groups": groups, "host_page_size": 1 << 12, "containers": [kind]}
+    return {"groups": groups, "host_page_size": 1 << 12, "containers": list(dict.fromkeys(kinds))}
 
 
 class GuestProcess:
@@ -54,10 +56,12 @@ class GuestProcess:
     def __init__(self, host: HostProcess, name: str, number: int, **options: Any) -> None:
         self.directory = host.directory / name
         self.directory.mkdir(mode=0o700)
+        bridges = options.pop("bridges", 1)
+        second = (EDU, "edu", "") if bridges == 1 else (FAR, "dma-burst", "phb1.0")
         assigned = [
-            {"id": name, "model": model, "attach": "assigned", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
+            {"id": name, "model": model, "bus": bus, "attach": "assigned", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
             | {"group": 26 + 2 * number + n, "host": f"0000:01:{2 * number + n:02x}.0"}
-            for n, (name, model) in enumerate(((NIC, "dma-burst"), (EDU, "edu")))
+            for n, (name, model, bus) in enumerate(((NIC, "dma-burst", ""), second))
         ]
         tracking = options.pop("dirty_tracking", True)
         remote = options.pop("remote", False)
@@ -73,7 +77,7 @@ class GuestProcess:
         devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *far]
         kvm = acceleration.kvm(options.pop("kvm", None))
         config = {
-            "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm},
+            "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm, "phbs": [{"index": n} for n in range(bridges)]},
             "devices": devices,
             "host_dir": str(host.directory),
             "host_page_size": 1 << 12,
@@ -129,8 +133,9 @@ class GuestProcess:
     # -- devices -------------------------------------------------------------------------------------------------
 
     def bring_up(self, *names: str) -> None:
-        """What firmware does."""
-        window, config = MmioWindow.pseries(), RtasConfig(self.cpu, regs.phb_buid(0))
+        """What firmware does; of one bridge."""
+        index = int(names[0] == FAR)
+        window, config = MmioWindow.pseries(index), RtasConfig(self.cpu, regs.phb_buid(index))
         for name in names:
             function = probe(config, ADDRESSES[name])
             assert function is not None, f"{name} answers"
