@@ -29,6 +29,7 @@ class Lazy:
 
 COMMANDS = {
     "run": Lazy("deploy.commands.run:command", "Run a scenario against live processes and print a verdict."),
+    "serve": Lazy("deploy.commands.serve:command", "Serve a device model by vfio-user: QEMU attaches it."),
     "scenarios": Lazy("deploy.commands.scenarios:command", "List the scenarios that come with vfio-model."),
     "check": Lazy(
         "deploy.commands.check:command", "Replay a QEMU trace through the model and report every difference."

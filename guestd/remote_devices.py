@@ -75,6 +75,7 @@ class RemoteDevices:
             config.id, endpoint, self._loop, process=process, services=services, trace=self._trace
         )
         try:
+            connection.reset()  # it may have served another guest
             guest.clock.attach(connection)
             if publisher is not None and connection.extensions.ats:
                 connection.dma_map(self._ram_map, guest.ram.fd)

@@ -11,8 +11,9 @@ import click
 from hostd.container import ContainerOptions, ContainerServer
 from hostd.daemon import DaemonContext, arm, run
 from hostd.device_shell import OnStuck
+from hostd.model_name import find_class, read_props
 from hostd.notifier import serve_notifier
-from hostd.remote_server import serve_listening
+from hostd.serve import Announce, serve_device
 from hostd.topology_file import read_topology
 from protocols.transport.runtime import check_private
 from vfio_model.errors import ConfigError, PeerLost
@@ -96,25 +97,33 @@ def notifier(directory: Path, die_with_parent: bool) -> None:
 
 
 @cli.command()
-@click.option("--model", required=True, help="Device model, for example edu.")
-@click.option(
-    "--socket", "path", required=True, help="Where to listen for vfio-user clients (a path of at most 107 bytes)."
-)
+@click.option("--model", required=True, help="Device model: a name, for example edu, or path/to/file.py:Class.")
+@click.option("--socket", "path", help="Where to listen for vfio-user clients (a path of at most 107 bytes).")
+@click.option("--fd", type=int, help="Instead: a socket that listens, or the connection to one client.")
 @click.option("--prop", "props", multiple=True, metavar="K=V", help="A property of the model; may be repeated.")
 @click.option("--props", "props_json", default="{}", metavar="JSON", help="Properties as one JSON object.")
 @click.option(
     "--dir", "directory", type=click.Path(path_type=Path), help="Runtime directory for the trace; none: no trace."
 )
+@click.option("--announce", type=click.Choice(["text", "json", "nothing"]), default="text", hidden=True)
 @_DIE
 def device(
-    model: str, path: str, props: tuple[str, ...], props_json: str, directory: Path | None, die_with_parent: bool
+    model: str,
+    path: str | None,
+    fd: int | None,
+    props: tuple[str, ...],
+    props_json: str,
+    directory: Path | None,
+    announce: Announce,
+    die_with_parent: bool,
 ) -> None:
     """A remote emulated device: a vfio-user server in the foreground.
 
     Its DMA goes through a cache of the guest's translations, or through what the client maps, or by message.
     """
     arm(die_with_parent)
-    serve_listening(model, path, props, props_json, directory)
+    values = read_props(find_class(model), props, props_json)
+    serve_device(model, socket=path, fd=fd, announce=announce, directory=directory, **values)
 
 
 def main() -> None:

@@ -104,6 +104,13 @@ class DeviceMigration:
         self.state = DeviceState.RUNNING
         self._forget()
 
+    def abandon(self) -> None:
+        """The client that migrated or logged is gone: nothing is logged, and the device runs unless it is in ERROR."""
+        self._log = None
+        if self.state is not DeviceState.ERROR:
+            self.state = DeviceState.RUNNING
+        self._forget()
+
     def feature(self, flags: int, data: bytes) -> bytes:
         """``VFIO_DEVICE_FEATURE``: the data of the answer.
 

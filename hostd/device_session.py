@@ -9,6 +9,7 @@ A client that breaks the protocol, or goes away, ends the session; :attr:`Device
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -86,6 +87,12 @@ class DeviceSession:
         self.expected: set[int] = set()
         """Ids of commands of ours whose replies somebody waits for."""
         self.closed = False
+        self._taking: dict[type[wire.Payload] | type[None], Callable[..., None]] = {
+            wire.SetIrqs: regions.set_irqs,
+            wire.DmaMap: memory.dma_map,
+            wire.ClockSetup: lambda _request, fds: self._set_clock(fds),
+        }
+        """Requests whose descriptors are taken over."""
         loop.register(endpoint, self.receive, served=True)
 
     def receive(self) -> None:
@@ -105,6 +112,8 @@ class DeviceSession:
             return
         self.closed = True
         self._loop.unregister(self.endpoint)
+        if self.endpoint.twin is not None:
+            self._loop.unregister(self.endpoint.twin)
         self.endpoint.close()
         self._drop_clock()
         self._on_end(reason)
@@ -137,41 +146,50 @@ class DeviceSession:
     def _command(self, event: CommandReceived) -> None:
         if event.command == Command.VERSION:
             if self._on_start():
-                self.endpoint.accept(event)
+                self._accept(event)
             else:
                 self.endpoint.reply_error(event, errno.EBUSY)
                 self.end("the device serves another client")
             return
         try:
-            payload = self._carry_out(event)
+            payload, fds = self._carry_out(event)
         except OSError as error:
             self.endpoint.reply_error(event, error.errno or errno.EIO)
             return
         if self.closed:
             return
         try:
-            self.endpoint.reply(event, payload)
+            self.endpoint.reply(event, payload, fds)
         except LocalProtocolError as error:
             raise RemoteProtocolError(f"a request that cannot be answered: {error}") from error
 
-    def _carry_out(self, event: CommandReceived) -> wire.Payload:
-        request, fds, regions = event.payload, event.fds, self._regions
-        if isinstance(request, wire.SetIrqs):
-            regions.set_irqs(request, fds)
-            return wire.Empty()
-        if isinstance(request, wire.DmaMap):
-            self._memory.dma_map(request, fds)
-            return wire.Empty()
-        if isinstance(request, wire.ClockSetup):
-            self._set_clock(fds)
-            return wire.Empty()
+    def _accept(self, event: CommandReceived) -> None:
+        self.endpoint.accept(event)
+        if self.endpoint.twin is not None:
+            self._loop.register(self.endpoint.twin, self.receive, served=True)
+
+    def _carry_out(self, event: CommandReceived) -> tuple[wire.Payload, tuple[int, ...]]:
+        """The answer and its descriptors, which stay the device's. :raise OSError: the errno of a refusal."""
+        request, fds = event.payload, event.fds
+        taking = self._taking.get(type(request))
+        if taking is not None:
+            taking(request, fds)
+            return wire.Empty(), ()
         close_fds(fds)
+        if isinstance(request, wire.RegionInfo):
+            return self._regions.region_info(request.index, request.argsz)
+        if isinstance(request, wire.RegionIoFds):
+            return self._regions.io_fds(request.index, request.argsz, self.endpoint.state.peer.max_msg_fds)
+        return self._answer(event.command, request), ()
+
+    def _answer(self, command: int, request: wire.Payload | None) -> wire.Payload:
+        regions = self._regions
         if isinstance(request, wire.RegionAccess):
-            return self._access(event.command, request)
+            return self._access(command, request)
+        if isinstance(request, wire.RegionWriteMulti):
+            return self._write_multi(request)
         if isinstance(request, wire.DeviceInfo):
             return regions.info()
-        if isinstance(request, wire.RegionInfo):
-            return regions.region_info(request.index)
         if isinstance(request, wire.IrqInfo):
             return regions.irq_info(request.index)
         if isinstance(request, wire.DmaUnmap):
@@ -180,16 +198,32 @@ class DeviceSession:
         if isinstance(request, wire.NotifierSetup):
             self._memory.notifier(request)
             return wire.Empty()
-        if event.command == Command.DEVICE_RESET:
+        if command == Command.DEVICE_RESET:
             regions.reset()
             if self._migration is not None:
                 self._migration.reset()
             return wire.Empty()
         if self._migration is not None and isinstance(request, wire.DeviceFeature | wire.MigData):
-            return _migrate(self._migration, event.command, request)
-        raise OSError(errno.ENOTSUP, f"command {event.command}")
+            return _migrate(self._migration, command, request)
+        raise OSError(errno.ENOTSUP, f"command {command}")
+
+    def _write_multi(self, request: wire.RegionWriteMulti) -> wire.RegionWriteMultiReply:
+        """The first write that is refused ends it; how many were done says which."""
+        self._around.free_clock.catch_up()
+        done = 0
+        with contextlib.suppress(OSError):
+            for write in request.writes():
+                self._regions.write(write.region, write.offset, write.data)
+                done += 1
+        return wire.RegionWriteMultiReply(done)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the client brought the guest's clock."""
+        return self._clock is not None
 
     def _access(self, command: int, request: wire.RegionAccess) -> wire.RegionAccess:
+        self._around.free_clock.catch_up()
         if command == Command.REGION_READ:
             data = self._regions.read(request.region, request.offset, request.count)
             return wire.RegionAccess(request.offset, request.region, len(data), data)
@@ -203,6 +237,7 @@ class DeviceSession:
             close_fds(fds)
             raise OSError(errno.EINVAL, f"X_CLOCK with {len(fds)} descriptors, or without its eventfds")
         self._drop_clock()
+        self._around.free_clock.run(False)
         for fd in fds[2:]:
             os.set_blocking(fd, False)
         step, done = EventFd(fds[2]), EventFd(fds[3])

@@ -8,14 +8,21 @@ interrupt is visible to who reads the eventfd.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from protocols.transport.kernel import EventFd
-from protocols.transport.shm import MappedMemory
+from protocols.transport.shm import MappedMemory, create_memory
 from vfio_model.clock import VirtualClock
 from vfio_model.memory.clock_area import read_time, write_time
 from vfio_model.trace import Trace
+from vfio_model.uapi.vfio import PciIrq
+
+_MSI = int(PciIrq.VFIO_PCI_MSI_IRQ_INDEX)
+_MSIX = int(PciIrq.VFIO_PCI_MSIX_IRQ_INDEX)
+_EVENTS = (int(PciIrq.VFIO_PCI_ERR_IRQ_INDEX), int(PciIrq.VFIO_PCI_REQ_IRQ_INDEX))
 
 
 class Bell(Protocol):
@@ -35,6 +42,8 @@ class IntxLine:
         self.level = False
         self.masked = False
         self._event: Bell | None = None
+        self._mask_event: Bell | None = None
+        self._unmask_event: Bell | None = None
 
     def set_event(self, event: Bell | None) -> None:
         """Signal on ``event`` (taken over) from now on; None disables."""
@@ -52,11 +61,27 @@ class IntxLine:
     def mask(self) -> None:
         """Signal nothing until :meth:`unmask`."""
         self.masked = True
+        if self._mask_event is not None:
+            self._mask_event.ring()
 
     def unmask(self) -> None:
         """Signal again, at once if the pin is up."""
         self.masked = False
+        if self._unmask_event is not None:
+            self._unmask_event.ring()
         self._signal()
+
+    def on_mask(self, event: Bell | None) -> None:
+        """Ring ``event`` (taken over) whenever the client masks; None: nothing."""
+        if self._mask_event is not None:
+            self._mask_event.close()
+        self._mask_event = event
+
+    def on_unmask(self, event: Bell | None) -> None:
+        """Ring ``event`` (taken over) whenever the client unmasks; None: nothing."""
+        if self._unmask_event is not None:
+            self._unmask_event.close()
+        self._unmask_event = event
 
     def trigger(self) -> None:
         """Signal as if the pin had gone up."""
@@ -70,10 +95,15 @@ class IntxLine:
 
 
 class Vectors:
-    """The bells of the messages; a vector without one is lost, as a message to nowhere is."""
+    """The bells of one kind of interrupt; a vector without one is lost, as a message to nowhere is.
 
-    def __init__(self) -> None:
+    With ``wraps`` a number past the last one that has a bell starts again, as MSI does when the guest allotted fewer
+    vectors than the device has.
+    """
+
+    def __init__(self, *, wraps: bool = False) -> None:
         self._events: dict[int, Bell] = {}
+        self._wraps = wraps
 
     def __len__(self) -> int:
         return len(self._events)
@@ -96,11 +126,12 @@ class Vectors:
             self.clear(number)
 
     def trigger(self, number: int) -> None:
-        """Signal ``number``; past the last vector it wraps, as the guest gave fewer than the device has."""
-        if self._events:
-            event = self._events.get(number % (max(self._events) + 1))
-            if event is not None:
-                event.ring()
+        """Signal ``number``."""
+        if self._wraps and self._events:
+            number %= max(self._events) + 1
+        event = self._events.get(number)
+        if event is not None:
+            event.ring()
 
 
 class SharedClock:
@@ -109,12 +140,16 @@ class SharedClock:
     def __init__(self, clock: MappedMemory, ticks: MappedMemory, step: EventFd, done: EventFd) -> None:
         self.step = step
         self._clock, self._ticks, self._done = clock, ticks, done
+        self._ahead_ns: int | None = None
+        """By how much the device is older than this guest: it may have served another one."""
 
     def take(self, virtual: VirtualClock) -> None:
         """A step was signalled: run what is due by the shared time, then say that it is done."""
         self.step.drain()
         now = read_time(self._clock.words)
-        virtual.advance_to(now)
+        if self._ahead_ns is None:
+            self._ahead_ns = max(virtual.now_ns - now, 0)
+        virtual.advance_to(now + self._ahead_ns)
         if self.step.fd < 0:
             return  # a timer did DMA by message, and found its client gone: this clock is closed
         write_time(self._ticks.words, now)
@@ -128,14 +163,44 @@ class SharedClock:
         self._ticks.close()
 
 
+class FreeRunningClock:
+    """Lets ``virtual`` follow CLOCK_MONOTONIC, for a client that brings no clock; it stands unless :attr:`runs`."""
+
+    def __init__(self, virtual: VirtualClock) -> None:
+        self._virtual = virtual
+        self._offset_ns = 0
+        self.runs = False
+
+    def run(self, on: bool) -> None:
+        """Start, or stand still. Nothing when it does that already."""
+        if on and not self.runs:
+            self._offset_ns = self._virtual.now_ns - time.monotonic_ns()
+        self.runs = on
+
+    def catch_up(self) -> None:
+        """Set the time, so that the device reads what it is now; timers wait for :meth:`run_due`."""
+        if self.runs:
+            self._virtual.now_ns = max(self._virtual.now_ns, time.monotonic_ns() + self._offset_ns)
+
+    def run_due(self) -> float | None:
+        """Run the timers that are due; seconds until the next one, or None when there is none."""
+        if not self.runs:
+            return None
+        self._virtual.advance_to(time.monotonic_ns() + self._offset_ns)
+        due = self._virtual.next_expiry_ns()
+        return None if due is None else max(due - self._virtual.now_ns, 0) / 1e9
+
+
 class ProcessSurroundings:
     """A ``DeviceHost`` with an idle hook."""
 
     def __init__(self, trace: Trace) -> None:
         self.clock = VirtualClock()
+        self.free_clock = FreeRunningClock(self.clock)
         self.trace = trace
         self.intx = IntxLine()
-        self.vectors = Vectors()
+        self._vectors = {index: Vectors(wraps=index == _MSI) for index in (_MSI, _MSIX, *_EVENTS)}
+        self._bars: dict[int, MappedMemory] = {}
         self.idle_work: list[Callable[[], bool]] = []
 
     def set_intx(self, level: bool) -> None:
@@ -144,7 +209,28 @@ class ProcessSurroundings:
 
     def msi(self, vector: int) -> None:
         """See ``DeviceHost``."""
-        self.vectors.trigger(vector)
+        msix = self._vectors[_MSIX]
+        (msix if len(msix) else self._vectors[_MSI]).trigger(vector)
+
+    def vectors_of(self, index: int) -> Vectors:
+        """The bells of interrupt index ``index``, which is not INTx."""
+        return self._vectors[index]
+
+    @property
+    def by_message(self) -> bool:
+        """Whether the client has set up messages of either kind."""
+        return any(len(self._vectors[index]) for index in (_MSI, _MSIX))
+
+    def bar_memory(self, index: int, size: int) -> memoryview:
+        """See ``vfio_model.pci.parts.MemoryHost``: a memfd that the client can map."""
+        if index not in self._bars:
+            self._bars[index] = create_memory(f"bar{index}", size)
+        return self._bars[index].view
+
+    def bar_fd(self, index: int) -> int | None:
+        """The memfd behind BAR ``index``, if the device has mmap areas there."""
+        memory = self._bars.get(index)
+        return None if memory is None else memory.fd
 
     def idle(self, callback: Callable[[], bool]) -> None:
         """Call ``callback()`` whenever there is nothing else to do, until it returns False."""
@@ -157,4 +243,14 @@ class ProcessSurroundings:
     def drop_irqs(self) -> None:
         """The client is gone: nothing is signalled any more."""
         self.intx.set_event(None)
-        self.vectors.clear_all()
+        self.intx.on_mask(None)
+        self.intx.on_unmask(None)
+        for vectors in self._vectors.values():
+            vectors.clear_all()
+
+    def close(self) -> None:
+        """The device is gone, too."""
+        for memory in self._bars.values():
+            with contextlib.suppress(BufferError):  # the device still holds its views
+                memory.close()
+        self._bars.clear()

@@ -1,11 +1,10 @@
-"""How a remote device's DMA travels where no cache answers: by message, or straight through what the client mapped."""
+"""How a remote device's DMA travels by message, and how its translations are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
-from vfio_model.memory.atc_entries import GuestRam
 from vfio_model.memory.dma import Iovas, OnInvalidate
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.mapping import BounceBudget, DMAMapping
@@ -101,40 +100,6 @@ class MessageDma(PiecewiseDma):
             if not isinstance(answer, DmaAccess) or answer.count != len(part):
                 return MemTxResult.DECODE_ERROR
             done += len(part)
-        return MemTxResult.OK
-
-
-class MappedDma(PiecewiseDma):
-    """A client without translation requests maps by DMA address what the device may reach; the rest goes by message."""
-
-    def __init__(self, ram: GuestRam, rest: MessageDma) -> None:
-        super().__init__()
-        self._ram, self._rest = ram, rest
-
-    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
-        """See ``DMAImpl``."""
-        view, done = memoryview(out), 0
-        while done < len(view):
-            found = self._ram.segment(iova + done & _U64)
-            if found is None:
-                return self._rest.read(iova + done & _U64, view[done:])
-            at = (iova + done & _U64) - found[0]
-            count = min(len(view) - done, len(found[1]) - at)
-            view[done : done + count] = found[1][at : at + count]
-            done += count
-        return MemTxResult.OK
-
-    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
-        """See ``DMAImpl``."""
-        view, done = memoryview(data), 0
-        while done < len(view):
-            found = self._ram.segment(iova + done & _U64)
-            if found is None:
-                return self._rest.write(iova + done & _U64, view[done:])
-            at = (iova + done & _U64) - found[0]
-            count = min(len(view) - done, len(found[1]) - at)
-            found[1][at : at + count] = view[done : done + count]
-            done += count
         return MemTxResult.OK
 
 

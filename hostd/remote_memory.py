@@ -1,131 +1,119 @@
-"""Guest RAM as a remote device's client gives it: DMA_MAP with descriptors, mapped once per file and sliced.
+"""Guest RAM as a remote device's client gives it: DMA_MAP with descriptors, each file mapped once and sliced.
 
 An address is guest-physical where the device has an ATC (the client's RAM, translations come by X_TRANSLATE), and the
 device's own DMA address where it has none (a client that maps what its IOMMU allows). DMA_UNMAP takes away every map
 that lies inside its range; clients send ranges that cover many maps, or none. Only the bisection of a map is refused.
+
+A file may be a memfd, sealed or not, or any regular file; one that can only be read serves reads, and writes go by
+message.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-from dataclasses import dataclass
 
-from protocols.transport.shm import MappedMemory, map_memory
+from protocols.transport.file_memory import FileId, FileMemory, identify
 from protocols.transport.unix import close_fds
 from protocols.vfio_user.messages import DmaMap, DmaUnmap
-from vfio_model.errors import RemoteProtocolError
-from vfio_model.memory.atc_entries import GuestRam
+from vfio_model.memory.iova_maps import MAX_MAPS, READ, WRITE, IovaMap, IovaMaps
+from vfio_model.ranges import U64_MAX
 
-MAX_MAPS = 65535
-_READ, _WRITE = 1, 2
+UNMAP_ALL = 2
+"""``VFIO_DMA_UNMAP_FLAG_ALL``."""
 
 
-@dataclass(eq=False)
-class Mapping:
-    """``size`` bytes at ``address``; ``file`` is None for memory that can be reached by message only."""
+class _File:
+    """One mapped file and how many maps are cut from it."""
 
-    address: int
-    size: int
-    flags: int
-    file: tuple[int, int] | None
+    def __init__(self, memory: FileMemory) -> None:
+        self.memory, self.users, self.told = memory, 0, False
 
     @property
-    def last(self) -> int:
-        """Inclusive."""
-        return self.address + self.size - 1
+    def view(self) -> memoryview:
+        return self.memory.view
 
 
 class RemoteMemory:
-    """The maps of one client. :attr:`ram` holds those with bytes behind them, readable and writable ones."""
+    """The maps of one client."""
 
-    def __init__(self) -> None:
-        self.ram = GuestRam()
-        self._maps: dict[int, Mapping] = {}
-        self._files: dict[tuple[int, int], tuple[MappedMemory, int]] = {}
+    def __init__(self, limit: int = MAX_MAPS) -> None:
+        self.maps: IovaMaps[_File | None] = IovaMaps(limit)
+        self._files: dict[FileId, _File] = {}
 
     def add(self, request: DmaMap, fds: list[int]) -> None:
         """DMA_MAP; ``fds`` are taken over.
 
-        :raise OSError: EINVAL for a range that is empty, wraps or leaves the file; EEXIST for an overlap; ENOSPC;
-        EPERM for a
-            descriptor that is no sealed memfd or not writable.
+        :raise OSError: EINVAL for a range that is empty, wraps or leaves the file; EEXIST for an overlap; ENOSPC; EPERM
+            for a descriptor of what cannot be mapped.
         """
         try:
-            self._check(request, fds)
-        except OSError:
+            if request.flags & ~(READ | WRITE) or len(fds) > 1:
+                raise OSError(errno.EINVAL, f"flags {request.flags:#x}, {len(fds)} descriptors")
+            self.maps.check(request.address, request.size)
+            file = self._file(fds[0], request.offset + request.size) if fds else None
+        finally:
             close_fds(fds)
-            raise
-        # A map that the device may not write is not for zero copy: everything cached here can be written.
-        if not fds or request.flags & (_READ | _WRITE) != _READ | _WRITE:
-            close_fds(fds)
-            self._maps[request.address] = Mapping(request.address, request.size, request.flags, None)
-            return
-        key, memory = self._file(fds[0])
-        if request.offset + request.size > memory.size:
-            self._put(key)
-            raise OSError(errno.EINVAL, f"the descriptor has {memory.size:#x} bytes")
-        view = memory.view[request.offset : request.offset + request.size]
-        self._maps[request.address] = Mapping(request.address, request.size, request.flags, key)
-        self.ram.add(request.address, view)
+        view = None if file is None else file.view[request.offset : request.offset + request.size]
+        self.maps.add(IovaMap(request.address, request.size, request.flags, view, file, request.offset))
+        if file is not None:
+            file.users += 1
 
-    def _check(self, request: DmaMap, fds: list[int]) -> None:
-        last = request.address + request.size - 1
-        if request.size == 0 or last >= 1 << 64 or len(fds) > 1 or request.flags & ~(_READ | _WRITE):
-            raise OSError(errno.EINVAL, f"DMA_MAP of {request.size:#x} bytes at {request.address:#x}")
-        if any(known.address <= last and request.address <= known.last for known in self._maps.values()):
-            raise OSError(errno.EEXIST, f"{request.address:#x} is mapped already")
-        if len(self._maps) >= MAX_MAPS:
-            raise OSError(errno.ENOSPC, f"{MAX_MAPS} maps")
+    def _file(self, fd: int, end: int) -> _File:
+        key, size = identify(fd)
+        if end > size:
+            raise OSError(errno.EINVAL, f"bytes up to {end:#x} of a descriptor that has {size:#x}")
+        known = self._files.get(key)
+        if known is None or end > known.memory.size:  # the file has grown
+            known = self._files[key] = _File(FileMemory(fd))
+        return known
 
-    def _file(self, fd: int) -> tuple[tuple[int, int], MappedMemory]:
-        status = os.fstat(fd)
-        key = (status.st_dev, status.st_ino)
-        if key in self._files:
-            os.close(fd)
-            memory, users = self._files[key]
-        else:
-            try:
-                memory, users = map_memory(fd, writable=True, what="guest RAM"), 0
-            except RemoteProtocolError as error:
-                raise OSError(errno.EPERM, str(error)) from error
-        self._files[key] = (memory, users + 1)
-        return key, memory
+    def touched(self, request: DmaUnmap) -> tuple[int, int]:
+        """First and last address (inclusive) of DMA_UNMAP.
+
+        :raise OSError: EINVAL for flags, or when a map would be cut in two.
+        """
+        if request.flags == UNMAP_ALL and request.address == request.size == 0:
+            return 0, U64_MAX
+        if request.flags or request.size == 0:
+            raise OSError(errno.EINVAL, f"DMA_UNMAP of {request.size:#x} bytes with flags {request.flags:#x}")
+        last = min(request.address + request.size - 1, U64_MAX)
+        self.maps.inside(request.address, last)
+        return request.address, last
 
     def remove(self, request: DmaUnmap) -> int:
-        """DMA_UNMAP; returns how many maps went.
+        """DMA_UNMAP; returns how many bytes were mapped there. :raise OSError: as :meth:`touched`."""
+        gone = self.maps.remove(*self.touched(request))
+        self._drop(gone)
+        return sum(known.size for known in gone)
 
-        :raise OSError: EINVAL when a map would be cut in two; then nothing has changed.
-        """
-        last = request.address + request.size - 1
-        touched = [known for known in self._maps.values() if known.address <= last and request.address <= known.last]
-        if any(known.address < request.address or known.last > last for known in touched):
-            raise OSError(
-                errno.EINVAL, f"DMA_UNMAP of {request.size:#x} bytes at {request.address:#x} cuts a map in two"
-            )
-        for known in touched:
-            self._drop(known)
-        return len(touched)
+    @property
+    def guarded(self) -> bool:
+        """Whether any of the files may shrink."""
+        return any(file.memory.may_shrink for file in self._files.values())
 
-    def _drop(self, known: Mapping) -> None:
-        del self._maps[known.address]
-        if known.file is not None:
-            self.ram.remove(known.address)
-            self._put(known.file)
+    def shrunk(self) -> list[IovaMap[_File | None]]:
+        """Maps of files that turned out shorter than they were; each file is named once."""
+        files = {id(file): file for file in self._files.values() if file.memory.shrunk and not file.told}
+        for file in files.values():
+            file.told = True
+        return [known for known in self.maps if id(known.memory) in files]
 
-    def _put(self, key: tuple[int, int]) -> None:
-        memory, users = self._files[key]
-        self._files[key] = (memory, users - 1)
-        if users == 1:
-            del self._files[key]
-            with contextlib.suppress(BufferError):
-                memory.close()
+    def _drop(self, gone: list[IovaMap[_File | None]]) -> None:
+        for known in gone:
+            file, known.readable, known.writable = known.memory, None, None
+            if file is None:
+                continue
+            file.users -= 1
+            if not file.users:
+                if self._files.get(file.memory.id) is file:
+                    del self._files[file.memory.id]
+                with contextlib.suppress(BufferError):  # a mapping that was not given back holds a piece
+                    file.memory.close()
 
     def close(self) -> None:
         """Unmap everything."""
-        for known in list(self._maps.values()):
-            self._drop(known)
+        self._drop(self.maps.clear())
 
     def __len__(self) -> int:
-        return len(self._maps)
+        return len(self.maps)

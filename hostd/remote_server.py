@@ -1,48 +1,51 @@
 """The process of a remote emulated device: a vfio-user server, by its listening socket.
 
-Several clients may be connected: one that says nothing keeps nobody out. The device is the first one's that negotiates,
-until it goes; the others are told EBUSY.
+The device lives as long as the server. Several clients may be connected: one that says nothing keeps nobody out. The
+device is the first one's that negotiates, until it goes; the others are told EBUSY.
 """
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import resource
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
-
-from hostd.device_server import Model, device_factory, find_model
 from hostd.device_surroundings import ProcessSurroundings
 from hostd.log import log
+from hostd.remote_client import RemoteClient
 from hostd.remote_device import RemoteDevice
-from protocols.transport.eventfile import EventFile
-from protocols.transport.heap import settle
 from protocols.transport.kernel import probe
 from protocols.transport.loop import Loop
 from protocols.transport.unix import StreamConnection, StreamListener
-from vfio_model.errors import ConfigError
-from vfio_model.trace import NULL_TRACE, Trace
+from vfio_model.pci.device import PCIDevice
+from vfio_model.trace import Trace
 
 MAX_CLIENTS = 64
 """Connections at a time, silent ones included; the oldest silent one makes room."""
 
 
 class RemoteServer:
-    """Serves ``listener`` (or one ``connection``) with devices of ``model`` until :meth:`stop`."""
+    """Serves the device that ``make`` makes, by a listener or one connection, until :meth:`stop`.
 
-    def __init__(self, model: Model, props: dict[str, object], name: str, trace: Trace) -> None:
-        factory = device_factory(model)
-        self._make = lambda around: factory(around, dict(props))
-        self._name, self._trace = name, trace
+    :raise ConfigError: when the device's properties do not fit.
+    """
+
+    def __init__(self, make: Callable[[ProcessSurroundings], PCIDevice], name: str, trace: Trace) -> None:
+        self.name, self._trace = name, trace
         self.loop = Loop()
-        self._clients: list[RemoteDevice] = []
-        self._owner: RemoteDevice | None = None
+        try:
+            self.unit = RemoteDevice(make, trace)
+        except BaseException:
+            self.loop.close()
+            raise
+        self._clients: list[RemoteClient] = []
+        self._owner: RemoteClient | None = None
         self._listener: StreamListener | None = None
         self._done = False
         fence = probe()
         if fence is not None:
             fence.register()
+        _raise_descriptor_limit()
 
     def listen(self, listener: StreamListener) -> None:
         """Take clients from ``listener``, taken over."""
@@ -55,7 +58,7 @@ class RemoteServer:
 
     def _accept(self) -> None:
         assert self._listener is not None, "registered with its listener"
-        connection = self._listener.accept(f"client of {self._name}")
+        connection = self._listener.accept(f"client of {self.name}")
         if connection is None:
             return
         if len(self._clients) >= MAX_CLIENTS:
@@ -65,21 +68,41 @@ class RemoteServer:
         self._add(connection)
 
     def _add(self, connection: StreamConnection) -> None:
-        self._clients.append(RemoteDevice(self.loop, connection, self._make, self._admit, self._ended, self._trace))
+        self._clients.append(RemoteClient(self.loop, connection, self.unit, self, self._trace))
 
-    def _admit(self, client: RemoteDevice) -> bool:
+    # -- hostd.remote_client.Owner -----------------------------------------------------------------------------------
+
+    def admit(self, client: RemoteClient) -> bool:
+        """See ``Owner``."""
         if self._owner is not None:
+            log(self.name, "a second client is refused (EBUSY): the device serves another one")
             return False
         self._owner = client
+        with contextlib.suppress(OSError):
+            log(self.name, f"client connected (pid {client.session.endpoint.stream.peer().pid})")
         return True
 
-    def _ended(self, client: RemoteDevice) -> None:
+    def ended(self, client: RemoteClient, reason: str) -> None:
+        """See ``Owner``."""
         if client in self._clients:
             self._clients.remove(client)
         if self._owner is client:
             self._owner = None
+            log(self.name, f"client disconnected: {reason}; the device keeps its state")
+        else:
+            log(self.name, f"a connection without the device ended: {reason}")
         if self._listener is None and not self._clients:
             self.stop()
+
+    def let_work(self) -> float | None:
+        """See ``Owner``."""
+        owner = self._owner
+        if owner is None:
+            return None
+        owner.look()
+        return self.unit.work(clock=not owner.session.has_clock)
+
+    # -- life --------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """End :meth:`run`."""
@@ -89,87 +112,21 @@ class RemoteServer:
     def run(self) -> None:
         """Serve until :meth:`stop`. An exception of the device class passes through."""
         while not self._done:
-            self.loop.run_once(0.0 if self._busy is not None else None)
-            owner = self._busy  # what was served may have stopped it
-            if owner is not None and not self._done:
-                owner.around.run_idle()
-
-    @property
-    def _busy(self) -> RemoteDevice | None:
-        """Whoever owns the device, when that has something to do by itself."""
-        owner = self._owner
-        return owner if owner is not None and owner.around.idle_work and owner.migration.runs else None
+            self.loop.run_once(self.let_work())
 
     def close(self) -> None:
-        """End every client and remove the socket file."""
+        """End every client and the device, and remove the socket file."""
         for client in list(self._clients):
             client.session.end("the server ends")
+        self.unit.close()
         if self._listener is not None:
             self.loop.unregister(self._listener)
             self._listener.close()
         self.loop.close()
 
 
-def serve_listening(model: str, path: str, props: tuple[str, ...], props_json: str, directory: Path | None) -> None:
-    """``hostd device``: serve at ``path`` until SIGTERM.
-
-    :raise ConfigError: for an unknown model, a property that does not fit, or a path that cannot be served.
-    """
-    find_model(model)
-    values = read_props(model, props, props_json)
-    name = Path(path).stem
-    events = None if directory is None else EventFile(directory / f"{name}.events")
-    try:
-        server = RemoteServer(model, values, name, NULL_TRACE if events is None else events.trace)
-        device_factory(model)(
-            ProcessSurroundings(NULL_TRACE), dict(values)
-        )  # properties are refused now, not at the first client
-        if events is not None:
-            server.loop.on_idle(events.flush)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            server.loop.on_signal(number, server.stop)
-        server.listen(StreamListener(path))
-        log(name, f"{model} serves {path}")
-        try:
-            settle()
-            server.run()
-        finally:
-            server.close()
-    finally:
-        if events is not None:
-            events.close()
-
-
-def read_props(model: str, pairs: tuple[str, ...], text: str) -> dict[str, object]:
-    """Properties from ``k=v`` pairs, converted to the type that the model declares, over those of a JSON object.
-
-    :raise ConfigError: when one does not fit.
-    """
-    try:
-        values: dict[str, object] = msgspec.json.decode(text, type=dict[str, object])
-    except msgspec.MsgspecError as error:
-        raise ConfigError(str(error), where="--props") from error
-    declared = find_model(model).PROPS
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"{pair!r} is not K=V", where="--prop")
-        if key not in declared:
-            raise ConfigError(f"{model} has no property {key!r}", where="--prop", hint=", ".join(sorted(declared)))
-        values[key] = _convert(declared[key].type, value, pair)
-    return values
-
-
-_CONVERTERS: dict[type, Callable[[str], object]] = {
-    bool: lambda text: {"on": True, "true": True, "off": False, "false": False}[text],
-    int: lambda text: int(text, 0),
-    float: float,
-}
-
-
-def _convert(kind: type, text: str, pair: str) -> object:
-    convert = _CONVERTERS.get(kind, str)
-    try:
-        return convert(text)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{pair!r}: not a {kind.__name__}", where="--prop") from error
+def _raise_descriptor_limit() -> None:
+    """A client's memory may be many files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

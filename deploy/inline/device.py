@@ -103,7 +103,7 @@ class InlineConnection:
 
     def get_region_info(self, index: int) -> RegionInfo:
         """See :class:`~vfio_model.vfio.region.DeviceConnection`."""
-        info = self._regions.region_info(index)
+        info, _ = self._regions.region_info(index)
         return RegionInfo(info.argsz, info.flags, info.index, info.cap_offset, info.size, info.offset)
 
     def get_irq_info(self, index: int) -> IrqInfo:

@@ -23,8 +23,8 @@ from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateR
 from vfio_model.errors import InternalGuestError
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.memory.atc import CachedImpl
-from vfio_model.memory.atc_entries import GuestRam
 from vfio_model.memory.dma import DMAImpl
+from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps
 from vfio_model.memory.lane import LaneArea
 from vfio_model.memory.revoke import NoFence, Revoke
 from vfio_model.memory.ring import RingReader, RingWriter, init_ring, ring_size
@@ -128,8 +128,8 @@ class InlineGuest(Guest):
         if phb.buid not in self._followers:
             follower = self._followers[phb.buid] = SpaceFollower(self._notifier, phb.buid)
             phb.address_space.register_listener(follower)
-        ram = GuestRam()
-        ram.add(0, self.ram.view)
+        ram: IovaMaps[None] = IovaMaps()
+        ram.add(IovaMap(0, len(self.ram.view), READ | WRITE, self.ram.view, None))
         ring = self._notifier.subscribe(unit.name, unit.lanes)
         cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=phb.buid, fallback=MessageDma(call))
         cache.arm()

@@ -21,6 +21,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from vfio_model.errors import ConfigError, LocalProtocolError, PeerLost, RemoteProtocolError
 
@@ -417,6 +418,17 @@ class _Listener:
         except OSError as error:
             self._sock.close()
             raise ConfigError(f"cannot listen: {error.strerror}", where=self.path) from error
+        self._ready()
+
+    @classmethod
+    def adopt(cls, sock: socket.socket) -> Self:
+        """Take a socket over that listens already; its file, if it has one, is not removed at the end."""
+        self = cls.__new__(cls)
+        self.path, self._sock = "", sock
+        self._ready()
+        return self
+
+    def _ready(self) -> None:
         self._sock.setblocking(False)
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -452,7 +464,8 @@ class _Listener:
             self._sock.close()
             if self._spare >= 0:
                 os.close(self._spare)
-            Path(self.path).unlink(missing_ok=True)
+            if self.path:
+                Path(self.path).unlink(missing_ok=True)
 
 
 def _remove_stale(path: str, kind: socket.SocketKind) -> None:

@@ -8,10 +8,20 @@ message comes back, …).
 from __future__ import annotations
 
 import errno
+import socket
 
 from protocols.transport.unix import StreamConnection, close_fds
-from protocols.vfio_user.messages import Capabilities, Command, Empty, Payload, Role
-from protocols.vfio_user.state import CommandReceived, Event, State, VfioUserState
+from protocols.vfio_user.messages import (
+    Capabilities,
+    Command,
+    Empty,
+    Extensions,
+    MigrationCapability,
+    Payload,
+    Role,
+    TwinSocket,
+)
+from protocols.vfio_user.state import CommandReceived, Event, ReplyReceived, State, VfioUserState
 from vfio_model.errors import RemoteProtocolError
 
 MAX_MSG_FDS = 16
@@ -23,6 +33,8 @@ class VfioUserEndpoint:
 
     def __init__(self, stream: StreamConnection, role: Role, capabilities: Capabilities) -> None:
         self.stream = stream
+        self.twin: StreamConnection | None = None
+        """The second socket, once negotiated: a source of its own, whose frames :meth:`receive` returns, too."""
         self.state = VfioUserState(role, capabilities)
         stream.max_frame = self.state.max_frame
 
@@ -60,9 +72,19 @@ class VfioUserEndpoint:
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the peer broke the protocol; the caller closes the endpoint.
         """
-        while (frame := self.stream.receive()) is not None:
+        while True:
+            twin = self.twin
+            frame = self.stream.receive()
+            if frame is None and twin is not None and not twin.closed:
+                frame = twin.receive()
+            else:
+                twin = None
+            if frame is None:
+                return None
             try:
-                event = self.state.receive(frame.header, frame.body, frame.fds)
+                event = self.state.receive(frame.header, frame.body, frame.fds, twin=twin is not None)
+                if isinstance(event, ReplyReceived) and event.command == Command.VERSION:
+                    self._adopt(event)
             except RemoteProtocolError:
                 close_fds(frame.fds)
                 raise
@@ -70,7 +92,25 @@ class VfioUserEndpoint:
                 return event
             close_fds(event.fds)
             self.reply_error(event, errno.ENOTSUP)
-        return None
+
+    def _adopt(self, event: ReplyReceived) -> None:
+        """Take the second socket that came with the server's VERSION. :raise RemoteProtocolError: there is none."""
+        if not self.state.twin:
+            return
+        agreed = self.state.peer.twin_socket
+        index = None if agreed is None else agreed.fd_index
+        if index is None or index >= len(event.fds):
+            raise RemoteProtocolError(f"{self.name}: a second socket without its descriptor")
+        try:
+            sock = socket.socket(fileno=event.fds[index])
+        except OSError as error:
+            raise RemoteProtocolError(f"{self.name}: the second socket is none") from error
+        del event.fds[index]
+        self._open_twin(sock)
+
+    def _open_twin(self, sock: socket.socket) -> None:
+        self.twin = StreamConnection(sock, self.name)
+        self.twin.max_frame = self.state.max_frame
 
     def command(
         self,
@@ -85,7 +125,8 @@ class VfioUserEndpoint:
         :raise PeerLost: when the peer is gone.
         """
         number, data = self.state.command(command, payload, len(fds), no_reply=no_reply)
-        self.stream.send(data, fds)
+        twin = self.twin if self.state.role is Role.SERVER else None
+        (twin or self.stream).send(data, fds)
         return number
 
     def version(self) -> int:
@@ -95,8 +136,15 @@ class VfioUserEndpoint:
         return number
 
     def accept(self, event: CommandReceived) -> None:
-        """Answer VERSION as a server."""
-        self.stream.send(self.state.accept(event))
+        """Answer VERSION as a server; opens the second socket if both sides want one."""
+        data = self.state.accept(event)
+        if not self.state.twin:
+            self.stream.send(data)
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._open_twin(ours)
+        with theirs:
+            self.stream.send(data, (theirs.fileno(),))
 
     def reply(self, event: CommandReceived, payload: Payload = Empty(), fds: list[int] | tuple[int, ...] = ()) -> None:
         """Answer ``event``; nothing is sent when it wants no reply. ``fds`` stay the caller's.
@@ -104,17 +152,34 @@ class VfioUserEndpoint:
         :raise PeerLost: when the peer is gone.
         """
         if not event.no_reply:
-            self.stream.send(self.state.reply(event, payload, len(fds)), fds)
+            self._of(event).send(self.state.reply(event, payload, len(fds)), fds)
+
+    def _of(self, event: CommandReceived) -> StreamConnection:
+        assert not event.twin or self.twin is not None, "it came on the second socket"
+        return self.twin if event.twin and self.twin is not None else self.stream
 
     def reply_error(self, event: CommandReceived, number: int) -> None:
         """Answer ``event`` with errno ``number``; nothing is sent when it wants no reply."""
         if not event.no_reply:
-            self.stream.send(self.state.reply_error(event, number))
+            self._of(event).send(self.state.reply_error(event, number))
 
     def close(self) -> None:
-        """Close the stream. Harmless twice."""
+        """Close the stream, and the second one. Harmless twice."""
         self.state.close()
         self.stream.close()
+        if self.twin is not None:
+            self.twin.close()
+
+
+def server_capabilities(extensions: Extensions) -> Capabilities:
+    """What our servers can do."""
+    return Capabilities(
+        max_msg_fds=MAX_MSG_FDS,
+        write_multiple=True,
+        migration=MigrationCapability(),
+        twin_socket=TwinSocket(True),
+        extensions=extensions,
+    )
 
 
 def connect(path: str, name: str, capabilities: Capabilities) -> VfioUserEndpoint:

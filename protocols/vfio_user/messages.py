@@ -39,6 +39,7 @@ class Command(IntEnum):
     DMA_UNMAP = 3
     DEVICE_GET_INFO = 4
     DEVICE_GET_REGION_INFO = 5
+    DEVICE_GET_REGION_IO_FDS = 6
     DEVICE_GET_IRQ_INFO = 7
     DEVICE_SET_IRQS = 8
     REGION_READ = 9
@@ -46,6 +47,7 @@ class Command(IntEnum):
     DMA_READ = 11
     DMA_WRITE = 12
     DEVICE_RESET = 13
+    REGION_WRITE_MULTI = 15
     DEVICE_FEATURE = 16
     MIG_DATA_READ = 17
     MIG_DATA_WRITE = 18
@@ -166,40 +168,89 @@ class Extensions(Struct, frozen=True, omit_defaults=True):
         return Extensions(self.ats and other.ats, self.clock and other.clock, self.notifier and other.notifier)
 
 
-Positive = Annotated[int, Meta(ge=1, le=1 << 62)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+DEFAULT_MAX_BITMAP = 256 << 20
+"""``max_bitmap_size`` of a peer that does not say."""
 
 
-class Capabilities(Struct, frozen=True, omit_defaults=True):
-    """``capabilities`` of VERSION; defaults are what an absent key means. Unknown keys (``migration``, …) are
-    skipped."""
+class MigrationCapability(Struct, frozen=True):
+    """``migration``: the pages of dirty bitmaps in bytes, and the longest bitmap in bytes."""
 
-    max_msg_fds: Positive = 1
+    pgsize: Positive = 4096
+    max_bitmap_size: Positive = DEFAULT_MAX_BITMAP
+
+
+class TwinSocket(Struct, frozen=True, omit_defaults=True):
+    """``twin_socket``; in a server's answer ``fd_index`` says which descriptor is the second socket."""
+
+    supported: bool = False
+    fd_index: Count | None = None
+
+
+class Capabilities(Struct, frozen=True):
+    """``capabilities`` of VERSION; defaults are what an absent key means. Unknown keys are skipped."""
+
+    max_msg_fds: Count = 1
     max_data_xfer_size: Positive = DEFAULT_MAX_DATA
     max_dma_maps: Positive = 65535
     pgsizes: Positive = 4096
     write_multiple: bool = False
+    migration: MigrationCapability | None = None
+    twin_socket: TwinSocket | None = None
     extensions: Extensions = msgspec.field(default=Extensions(), name="x-vfio-model")
+
+    @property
+    def twin(self) -> bool:
+        """Whether a second socket for the server's commands is offered or taken."""
+        return self.twin_socket is not None and self.twin_socket.supported
+
+    def common(self, proposed: Capabilities) -> Capabilities:
+        """What a server with these answers to a client that proposed ``proposed``: each side's own limits on what it
+        takes stay its own, the rest is what both have.
+        """
+        migration = None
+        if self.migration is not None and proposed.migration is not None:
+            bitmap = min(self.migration.max_bitmap_size, proposed.migration.max_bitmap_size)
+            migration = MigrationCapability(self.migration.pgsize, bitmap)
+        return msgspec.structs.replace(
+            self,
+            max_dma_maps=min(self.max_dma_maps, proposed.max_dma_maps),
+            pgsizes=self.pgsizes & proposed.pgsizes or self.pgsizes,
+            write_multiple=self.write_multiple and proposed.write_multiple,
+            migration=migration,
+            twin_socket=TwinSocket(True, 0) if self.twin and proposed.twin else None,
+            extensions=self.extensions.both(proposed.extensions),
+        )
+
+
+_KEYS = frozenset(field.encode_name for field in msgspec.structs.fields(Capabilities))
+_VERSION = struct.Struct("=HH")
 
 
 class _VersionData(Struct, frozen=True):
-    capabilities: Capabilities = Capabilities()
+    capabilities: dict[str, msgspec.Raw] = {}
 
 
-_VERSION = struct.Struct("=HH")
 _VERSION_DECODER = msgspec.json.Decoder(_VersionData)
 
 
 class Version(Payload, frozen=True):
-    """VERSION and its reply: numbers, then JSON that ends in NUL (or nothing at all)."""
+    """VERSION and its reply: numbers, then JSON that ends in NUL (or nothing at all).
+
+    ``named`` is which keys of the capabilities are said; a server says none that the client did not.
+    """
 
     major: int = 0
     minor: int = 0
     capabilities: Capabilities = Capabilities()
+    named: frozenset[str] = _KEYS
 
     def pack(self) -> bytes:
         """As on the wire."""
-        data = msgspec.json.encode({"capabilities": self.capabilities})
-        return _VERSION.pack(self.major, self.minor) + data + b"\0"
+        said = msgspec.to_builtins(self.capabilities)
+        said = {key: value for key, value in said.items() if key in self.named and value is not None and value != {}}
+        return _VERSION.pack(self.major, self.minor) + msgspec.json.encode({"capabilities": said}) + b"\0"
 
     @classmethod
     def unpack(cls, body: bytes) -> Self:
@@ -212,11 +263,14 @@ class Version(Payload, frozen=True):
         major, minor = _VERSION.unpack_from(body)
         text = body[_VERSION.size :].removesuffix(b"\0")
         if not text:
-            return cls(major, minor)
+            return cls(major, minor, Capabilities(), frozenset())
         try:
-            return cls(major, minor, _VERSION_DECODER.decode(text).capabilities)
+            raw = _VERSION_DECODER.decode(text).capabilities
+            known = {key: value for key, value in raw.items() if key in _KEYS}
+            capabilities = msgspec.json.decode(msgspec.json.encode(known), type=Capabilities)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise RemoteProtocolError(f"VERSION: {error}") from error
+        return cls(major, minor, capabilities, frozenset(known))
 
 
 @layout("IIQQQ", 32)
@@ -266,6 +320,56 @@ class RegionInfo(Payload, frozen=True):
     caps: bytes = b""
 
 
+@layout("IIII", 16, tail=True)
+class RegionIoFds(Payload, frozen=True):
+    """DEVICE_GET_REGION_IO_FDS and its reply, with ``count`` sub-regions of 40 bytes (:class:`IoFd`) as ``areas``."""
+
+    argsz: int = 16
+    flags: int = 0
+    index: int = 0
+    count: int = 0
+    areas: bytes = b""
+
+
+class IoFdType(IntEnum):
+    """How a sub-region's descriptor is to be used: ``VFIO_USER_IO_FD_TYPE_``."""
+
+    IOEVENTFD = 0
+    IOREGIONFD = 1
+
+
+IOEVENTFD_DATAMATCH = 1
+"""``KVM_IOEVENTFD_FLAG_DATAMATCH``."""
+
+
+class IoFd(Struct, frozen=True, array_like=True):
+    """A sub-region whose writes signal descriptor ``fd_index`` of the reply. ``size`` 0: of any size."""
+
+    offset: int
+    size: int
+    fd_index: int
+    type: int = int(IoFdType.IOEVENTFD)
+    flags: int = 0
+    datamatch: int = 0
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("=QQIII4xQ")
+
+    def pack(self) -> bytes:
+        """As on the wire."""
+        return self.FORMAT.pack(*msgspec.structs.astuple(self))
+
+    @classmethod
+    def unpack_all(cls, areas: bytes) -> list[IoFd]:
+        """Those of a reply. :raise RemoteProtocolError: for a broken array."""
+        try:
+            return [cls(*values) for values in cls.FORMAT.iter_unpack(areas)]
+        except struct.error as error:
+            raise RemoteProtocolError(f"sub-regions: {error}") from error
+
+
+assert IoFd.FORMAT.size == 40
+
+
 @layout("IIII", 16)
 class IrqInfo(Payload, frozen=True):
     """DEVICE_GET_IRQ_INFO and its reply."""
@@ -297,6 +401,55 @@ class RegionAccess(Payload, frozen=True):
     region: int = 0
     count: int = 0
     data: bytes = b""
+
+
+_WRITE_ENTRY = struct.Struct("=QII")
+MULTI_WRITE_SIZE = _WRITE_ENTRY.size + 8
+"""Bytes of one write in REGION_WRITE_MULTI: 8 bytes of data follow."""
+assert MULTI_WRITE_SIZE == 24
+
+
+@layout("Q", 8, tail=True)
+class RegionWriteMulti(Payload, frozen=True):
+    """REGION_WRITE_MULTI: ``wr_cnt`` writes of up to 8 bytes each."""
+
+    wr_cnt: int = 0
+    wrs: bytes = b""
+
+    @classmethod
+    def of(cls, writes: list[RegionAccess]) -> RegionWriteMulti:
+        """The request that carries ``writes``.
+
+        :raise LocalProtocolError: when one is longer than 8 bytes.
+        """
+        if any(len(write.data) > 8 for write in writes):
+            raise LocalProtocolError("REGION_WRITE_MULTI with a write of more than 8 bytes")
+        packed = (
+            _WRITE_ENTRY.pack(write.offset, write.region, len(write.data)) + write.data.ljust(8, b"\0")
+            for write in writes
+        )
+        return cls(len(writes), b"".join(packed))
+
+    def writes(self) -> list[RegionAccess]:
+        """What :meth:`of` was given.
+
+        :raise RemoteProtocolError: when one says more than 8 bytes.
+        """
+        found = []
+        for at in range(0, len(self.wrs), MULTI_WRITE_SIZE):
+            offset, region, count = _WRITE_ENTRY.unpack_from(self.wrs, at)
+            if count > 8:
+                raise RemoteProtocolError(f"REGION_WRITE_MULTI with a write of {count} bytes")
+            data = self.wrs[at + _WRITE_ENTRY.size : at + _WRITE_ENTRY.size + count]
+            found.append(RegionAccess(offset, region, count, data))
+        return found
+
+
+@layout("Q", 8)
+class RegionWriteMultiReply(Payload, frozen=True):
+    """How many writes were done: those before the first that failed."""
+
+    wr_cnt: int = 0
 
 
 @layout("QQ", 16, tail=True)
@@ -398,11 +551,12 @@ class CommandSpec(Struct, frozen=True):
 
 
 COMMANDS: dict[int, CommandSpec] = {
-    Command.VERSION: CommandSpec(Role.CLIENT, Version, Version),
+    Command.VERSION: CommandSpec(Role.CLIENT, Version, Version, reply_fds=1),
     Command.DMA_MAP: CommandSpec(Role.CLIENT, DmaMap, Empty, fds=1),
     Command.DMA_UNMAP: CommandSpec(Role.CLIENT, DmaUnmap, DmaUnmap),
     Command.DEVICE_GET_INFO: CommandSpec(Role.CLIENT, DeviceInfo, DeviceInfo),
     Command.DEVICE_GET_REGION_INFO: CommandSpec(Role.CLIENT, RegionInfo, RegionInfo, reply_fds=1),
+    Command.DEVICE_GET_REGION_IO_FDS: CommandSpec(Role.CLIENT, RegionIoFds, RegionIoFds, reply_fds=253),
     Command.DEVICE_GET_IRQ_INFO: CommandSpec(Role.CLIENT, IrqInfo, IrqInfo),
     Command.DEVICE_SET_IRQS: CommandSpec(Role.CLIENT, SetIrqs, Empty, fds=253),
     Command.REGION_READ: CommandSpec(Role.CLIENT, RegionAccess, RegionAccess),
@@ -410,6 +564,7 @@ COMMANDS: dict[int, CommandSpec] = {
     Command.DMA_READ: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
     Command.DMA_WRITE: CommandSpec(Role.SERVER, DmaAccess, DmaAccess),
     Command.DEVICE_RESET: CommandSpec(Role.CLIENT, Empty, Empty),
+    Command.REGION_WRITE_MULTI: CommandSpec(Role.CLIENT, RegionWriteMulti, RegionWriteMultiReply),
     Command.DEVICE_FEATURE: CommandSpec(Role.CLIENT, DeviceFeature, DeviceFeature),
     Command.MIG_DATA_READ: CommandSpec(Role.CLIENT, MigData, MigData),
     Command.MIG_DATA_WRITE: CommandSpec(Role.CLIENT, MigData, MigData),

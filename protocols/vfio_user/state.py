@@ -25,6 +25,7 @@ from protocols.vfio_user.messages import (
     HEADER_SIZE,
     MAX_PATH,
     MAX_TRANSLATIONS,
+    MULTI_WRITE_SIZE,
     Capabilities,
     Command,
     CommandSpec,
@@ -39,6 +40,9 @@ from protocols.vfio_user.messages import (
     Payload,
     RegionAccess,
     RegionInfo,
+    RegionIoFds,
+    RegionWriteMulti,
+    RegionWriteMultiReply,
     Role,
     SetIrqs,
     TranslateReply,
@@ -49,6 +53,8 @@ from vfio_model.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_UNANSWERED = 4096
 """Commands of the peer that wait for our reply; a peer that sends more is cut off."""
+MINOR = 0
+"""The newest minor version that is spoken here; all older ones are, too."""
 MAX_CAPS = 64 << 10
 """Bytes of a region's capability chain."""
 
@@ -115,6 +121,8 @@ class CommandReceived:
     payload: Payload | None
     no_reply: bool
     fds: list[int] = field(default_factory=list)
+    twin: bool = False
+    """Whether it came on the second socket, as its answer must."""
 
 
 @dataclass(slots=True)
@@ -139,6 +147,10 @@ class VfioUserState:
         self.state = State.IDLE
         self.peer = Capabilities()
         self.extensions = Extensions()
+        self.write_multiple = False
+        """Whether REGION_WRITE_MULTI may be used."""
+        self.twin = False
+        """Whether the server's commands and their replies travel on a second socket."""
         self._outstanding: dict[int, tuple[Command, Payload]] = {}
         self._unanswered: dict[int, CommandReceived] = {}
         self._next_id = 0
@@ -176,6 +188,8 @@ class VfioUserState:
             raise LocalProtocolError(f"{command_name(command)} with {type(payload).__name__} from a {self.role.value}")
         if spec.extension and not getattr(self.extensions, spec.extension):
             raise LocalProtocolError(f"{command_name(command)} is not negotiated")
+        if command is Command.REGION_WRITE_MULTI and not self.write_multiple:
+            raise LocalProtocolError(f"{command_name(command)} is not negotiated")
         if command is Command.VERSION and no_reply:
             raise LocalProtocolError("VERSION needs its reply")
         if fds > min(spec.fds, max(self.peer.max_msg_fds, 1)):
@@ -198,20 +212,18 @@ class VfioUserState:
 
     def version(self) -> tuple[int, bytes]:
         """The client's first command."""
-        return self.command(Command.VERSION, Version(0, 0, self.capabilities))
+        return self.command(Command.VERSION, Version(0, MINOR, self.capabilities))
 
     def accept(self, event: CommandReceived) -> bytes:
-        """The server's answer to VERSION: our capabilities, of the extensions those that both have."""
-        mine = self.capabilities
-        common = Capabilities(
-            max_msg_fds=mine.max_msg_fds,
-            max_data_xfer_size=mine.max_data_xfer_size,
-            max_dma_maps=mine.max_dma_maps,
-            pgsizes=mine.pgsizes,
-            write_multiple=mine.write_multiple and self.peer.write_multiple,
-            extensions=self.extensions,
-        )
-        return self.reply(event, Version(0, 0, common))
+        """The server's answer to VERSION: our capabilities as far as the client named them, of what both must have that
+        which both have. When :attr:`twin` holds afterwards, the client's end of the second socket goes with it.
+        """
+        proposal = event.payload
+        assert isinstance(proposal, Version), "the state has seen VERSION"
+        common = self.capabilities.common(self.peer)
+        self.twin, self.write_multiple = common.twin, common.write_multiple
+        answer = Version(0, min(proposal.minor, MINOR), common, proposal.named)
+        return self.reply(event, answer, int(self.twin))
 
     def reply(self, event: CommandReceived, payload: Payload = Empty(), fds: int = 0) -> bytes:
         """The bytes of the answer to ``event``.
@@ -250,8 +262,9 @@ class VfioUserState:
 
     # --------------------------------------------------------------------------------------------------- receiving
 
-    def receive(self, header_bytes: bytes, body: bytes, fds: list[int]) -> Event:
-        """The event in one frame of the peer's; its descriptors go with it.
+    def receive(self, header_bytes: bytes, body: bytes, fds: list[int], *, twin: bool = False) -> Event:
+        """The event in one frame of the peer's, which came on the ``twin`` socket or the first one; its descriptors go
+        with it.
 
         :raise RemoteProtocolError: when the frame is not allowed. The caller closes ``fds`` and the connection.
         """
@@ -259,13 +272,15 @@ class VfioUserState:
         if header.size != HEADER_SIZE + len(body):
             raise RemoteProtocolError(f"a frame of {HEADER_SIZE + len(body)} bytes says {header.size}")
         kind = header.flags & _TYPE_MASK
+        if self.twin and kind <= _REPLY and (kind == _REPLY) is not (twin is (self.role is Role.SERVER)):
+            raise RemoteProtocolError(f"{command_name(header.command)} on the wrong one of two sockets")
         if kind == _REPLY:
             return self._receive_reply(header, body, fds)
         if kind != 0:
             raise RemoteProtocolError(f"message type {kind}")
-        return self._receive_command(header, body, fds)
+        return self._receive_command(header, body, fds, twin)
 
-    def _receive_command(self, header: Header, body: bytes, fds: list[int]) -> CommandReceived:
+    def _receive_command(self, header: Header, body: bytes, fds: list[int], twin: bool) -> CommandReceived:
         version = header.command == Command.VERSION
         self._step(Step.RECEIVE_VERSION if version else Step.RECEIVE_COMMAND, RemoteProtocolError)
         no_reply = bool(header.flags & _NO_REPLY)
@@ -274,7 +289,7 @@ class VfioUserState:
         if version:
             self._propose(payload, no_reply)
         self._next_serial += 1
-        event = CommandReceived(self._next_serial, header.id, header.command, payload, no_reply, fds)
+        event = CommandReceived(self._next_serial, header.id, header.command, payload, no_reply, fds, twin)
         if not no_reply:
             if len(self._unanswered) >= MAX_UNANSWERED:
                 raise RemoteProtocolError(f"{MAX_UNANSWERED} commands wait already")
@@ -284,6 +299,8 @@ class VfioUserState:
     def _known(self, command: int) -> CommandSpec | None:
         spec = COMMANDS.get(command)
         if spec is None or (spec.extension and not getattr(self.extensions, spec.extension)):
+            return None
+        if command == Command.REGION_WRITE_MULTI and not self.write_multiple:
             return None
         if spec.sender is self.role:
             raise RemoteProtocolError(f"{command_name(command)} from a {self.role.other.value}")
@@ -325,10 +342,15 @@ class VfioUserState:
         return ReplyReceived(header.id, command, payload, (header.errno or errno.EIO) if failed else 0, fds)
 
     def _agree(self, payload: Payload | None) -> None:
-        if not isinstance(payload, Version) or payload.major != 0 or payload.minor != 0:
-            raise RemoteProtocolError("the server does not speak version 0.0")
+        if not isinstance(payload, Version) or payload.major != 0 or payload.minor > MINOR:
+            raise RemoteProtocolError(f"the server does not speak version 0.{MINOR} or an older one")
+        agreed = payload.capabilities
+        if agreed.twin and not self.capabilities.twin:
+            raise RemoteProtocolError("the server opens a second socket that was not asked for")
         self._step(Step.RECEIVE_VERSION_REPLY, RemoteProtocolError)
-        self.peer = payload.capabilities
+        self.peer = agreed
+        self.twin = agreed.twin
+        self.write_multiple = self.capabilities.write_multiple and agreed.write_multiple
         self.extensions = self.capabilities.extensions.both(self.peer.extensions)
 
 
@@ -344,7 +366,10 @@ def _unpack_reply(kind: type[Payload], body: bytes) -> Payload:
     pass."""
     if kind is DmaAccess and len(body) == _SHORT_COUNT.size:
         return DmaAccess(*_SHORT_COUNT.unpack(body))
-    return kind.unpack(body)
+    payload = kind.unpack(body)
+    if isinstance(payload, MigData) and len(payload.data) > payload.size:
+        return MigData(payload.argsz, payload.size, payload.data[: payload.size])  # padded to what was asked for
+    return payload
 
 
 Wrong = type[LocalProtocolError | RemoteProtocolError]
@@ -370,6 +395,12 @@ def _check_request(command: int, payload: Payload, max_data: int, error: Wrong) 
         raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
     elif isinstance(payload, RegionInfo) and payload.caps:
         raise error(f"{command_name(command)} with capabilities in the request")
+    elif isinstance(payload, RegionIoFds) and payload.areas:
+        raise error(f"{command_name(command)} with sub-regions in the request")
+    elif isinstance(payload, RegionWriteMulti):
+        if len(payload.wrs) != MULTI_WRITE_SIZE * payload.wr_cnt or len(payload.wrs) > max_data:
+            raise error(f"{command_name(command)}: {payload.wr_cnt} writes in {len(payload.wrs)} bytes")
+        payload.writes()
 
 
 def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
@@ -392,3 +423,11 @@ def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
         raise error(f"{reply.count} translations in {len(reply.data)} bytes")
     elif isinstance(reply, RegionInfo) and len(reply.caps) > MAX_CAPS:
         raise error(f"{len(reply.caps)} bytes of region capabilities")
+    elif isinstance(reply, RegionIoFds) and len(reply.areas) > MAX_CAPS:
+        raise error(f"{len(reply.areas)} bytes of sub-regions")
+    elif (
+        isinstance(reply, RegionWriteMultiReply)
+        and isinstance(request, RegionWriteMulti)
+        and reply.wr_cnt > request.wr_cnt
+    ):
+        raise error(f"{reply.wr_cnt} writes of {request.wr_cnt} are done")

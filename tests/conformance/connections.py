@@ -5,6 +5,7 @@ An implementation is a context that opens a device of a given model: each test h
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -77,28 +78,29 @@ def inline(model: str) -> Iterator[Opened]:
 
 
 class DeviceServer:
-    """``hostd device``: each client gets a fresh device."""
+    """``hostd device``: one device, which each client resets."""
 
     def __init__(self, base: Path, model: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="vm-", dir=base))
         self.path = self.directory / "d.sock"
         command = [sys.executable, "-m", "hostd", "device", "--die-with-parent"]
         self._process = subprocess.Popen(
-            [*command, "--model", model, "--socket", str(self.path)],
+            [*command, "--model", model, "--socket", str(self.path), "--announce", "json"],
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
         self.pid = self._process.pid
-        assert self._process.stderr is not None
-        assert "serves" in self._process.stderr.readline()
+        assert self._process.stdout is not None
+        assert json.loads(self._process.stdout.readline())["device"] == model
 
     def close(self) -> None:
         """End it in order."""
         self._process.terminate()
         assert self._process.wait(SECONDS) == 0
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         shutil.rmtree(self.directory)
 
 
@@ -118,6 +120,7 @@ class DeviceServers:
         stream = StreamConnection.connect(server.path, model)
         connection = client_of(os.dup(stream.fileno()), loop, model, Pidfd.open(server.pid))
         stream.close()
+        connection.reset()
         yield Opened(connection, lambda: _settle(connection, loop))
         connection.close()
         loop.close()

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_model.memory.atc import MAX_ASKS, CachedImpl
-from vfio_model.memory.atc_entries import EntryTable, GuestRam
+from vfio_model.memory.atc_entries import EntryTable
 from vfio_model.memory.dma import BLOCKED, DMASpace
 from vfio_model.memory.iotlb import IOMMUTLBEntry
+from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps
 from vfio_model.memory.lane import LANES_SIZE, SECTION_BYTES, Lane, LaneArea, init_lanes
 from vfio_model.memory.revoke import NoFence, Revoke
 from vfio_model.memory.ring import RecordFlags, RingReader, RingWriter, init_ring, pasid_flags, ring_size
@@ -25,6 +26,13 @@ AS_ID = 7
 RW, RO, NONE = IOMMUAccessFlags.RW, IOMMUAccessFlags.RO, IOMMUAccessFlags.NONE
 IOVA = 0x8000_0000
 OK, DECODE_ERROR = MemTxResult.OK, MemTxResult.DECODE_ERROR
+
+
+def ram_at(gpa: int, view: memoryview) -> IovaMaps[None]:
+    """Guest RAM of one segment."""
+    maps: IovaMaps[None] = IovaMaps()
+    maps.add(IovaMap(gpa, len(view), READ | WRITE, view, None))
+    return maps
 
 
 class Guest:
@@ -43,8 +51,7 @@ class Guest:
         init_lanes(lanes)
         self.lanes = LaneArea("device", lanes)
         self.lane = Lane(lanes, 0)
-        self.memory = GuestRam()
-        self.memory.add(0, self.ram)
+        self.memory = ram_at(0, self.ram)
         self.fallback = RecordingFallback()
         self.impl = CachedImpl(self.ask, RingReader(words), self.lane, self.memory, as_id=AS_ID, fallback=self.fallback)
 
@@ -360,8 +367,7 @@ def test_a_map_is_a_bounce_buffer_that_translates_again_when_it_goes_back(guest:
 
 
 def test_an_entry_larger_than_its_ram_is_kept_as_the_part_that_fits() -> None:
-    memory, ram = GuestRam(), memoryview(bytearray(0x30000))
-    memory.add(0x10000, ram)
+    memory = ram_at(0x10000, memoryview(bytearray(0x30000)))
     table = EntryTable()
     identity = IOMMUTLBEntry(None, 0, 0, U64_MAX, RW)
     assert table.insert(0x25000, identity, memory)
@@ -369,19 +375,6 @@ def test_an_entry_larger_than_its_ram_is_kept_as_the_part_that_fits() -> None:
     assert hit is not None and (hit[0], hit[1]) == (0x20000, 0x40000)
     assert table.find(0x1F000, True) is None
     assert not table.insert(0x40000, identity, memory)
-
-
-def test_segments_of_ram_are_found_and_taken_away() -> None:
-    memory = GuestRam()
-    high, low = memoryview(bytearray(PAGE)), memoryview(bytearray(PAGE))
-    memory.add(0x10000, high)
-    memory.add(0, low)
-    assert memory.segment(0xFFF) == (0, low) and memory.segment(0x10000) == (0x10000, high)
-    assert memory.segment(0x1000) is None
-    with pytest.raises(AssertionError, match="overlap"):
-        memory.add(0x10FFF, low)
-    memory.remove(0)
-    assert memory.segment(0) is None
 
 
 PAGES = 32
@@ -395,8 +388,7 @@ SIZES = (0, 1, 3)  # entries of 1, 2 and 8 pages
     )
 )
 def test_the_table_against_a_dict_of_pages(steps: list[tuple[str, int, int]]) -> None:
-    memory = GuestRam()
-    memory.add(0, memoryview(bytearray(PAGES * PAGE)))
+    memory = ram_at(0, memoryview(bytearray(PAGES * PAGE)))
     table, oracle = EntryTable(), dict[int, tuple[int, int]]()
 
     def forget(first: int, last: int) -> None:

@@ -26,6 +26,7 @@ from protocols.vfio_user.messages import (
     Extensions,
     Header,
     HeaderFlags,
+    MigrationCapability,
     Payload,
     RegionAccess,
     Role,
@@ -97,7 +98,7 @@ def test_qemus_proposal_is_understood() -> None:
     server = VfioUserState(Role.SERVER, OURS)
     body = struct.pack("=HH", 0, 0) + QEMU
     event = command(server, Header(1, 1, 16 + len(body), 0, 0).pack() + body)
-    assert server.peer == Capabilities(max_msg_fds=16, write_multiple=True)
+    assert server.peer == Capabilities(max_msg_fds=16, write_multiple=True, migration=MigrationCapability())
     reply = server.accept(event)
     assert b'x-vfio-model":{}' in reply or b"x-vfio-model" not in reply
     assert server.state is State.READY and server.extensions == Extensions()

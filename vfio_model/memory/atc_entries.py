@@ -11,11 +11,10 @@ cached.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from typing import Protocol
 
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.types import IOMMUAccessFlags
-from vfio_model.ranges import U64_MAX
 
 PAGE_SHIFT = 12
 """The smallest page that is cached (ATS: 4 KiB)."""
@@ -24,36 +23,11 @@ Hit = tuple[int, int, memoryview]
 """First address, address behind the last (exclusive), and the bytes from the first on."""
 
 
-class GuestRam:
+class GuestRam(Protocol):
     """Guest RAM by guest-physical address, as this process has it mapped."""
 
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._views: list[memoryview] = []
-
-    def add(self, gpa: int, view: memoryview) -> None:
-        """Show ``view`` (item size 1, writable) at ``gpa``; segments do not overlap."""
-        at = bisect_right(self._starts, gpa)
-        before = self._starts[at - 1] + len(self._views[at - 1]) if at else 0
-        after = self._starts[at] if at < len(self._starts) else U64_MAX + 1
-        assert before <= gpa and gpa + len(view) <= after, "RAM segments do not overlap"
-        self._starts.insert(at, gpa)
-        self._views.insert(at, view)
-
-    def remove(self, gpa: int) -> None:
-        """Take the segment that begins at ``gpa`` away. Caches over it are flushed first.
-
-        :raise ValueError: when none begins there.
-        """
-        at = self._starts.index(gpa)
-        del self._starts[at], self._views[at]
-
-    def segment(self, gpa: int) -> tuple[int, memoryview] | None:
-        """Start and bytes of the segment that holds ``gpa``, or None."""
-        at = bisect_right(self._starts, gpa) - 1
-        if at < 0 or gpa - self._starts[at] >= len(self._views[at]):
-            return None
-        return self._starts[at], self._views[at]
+    def segment(self, address: int) -> tuple[int, memoryview] | None:
+        """Start and bytes (writable) of the segment that holds ``address``, or None."""
 
 
 class CachedEntry:

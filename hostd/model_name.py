@@ -1,0 +1,92 @@
+"""Device classes by what a person writes: a model's name, ``package.module:Class``, or ``path/to/file.py:Class``.
+
+Only a command line may name a module: what comes over a wire, or stands in a topology, names models that are here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+
+from vfio_model.devices import DEVICES
+from vfio_model.errors import ConfigError
+from vfio_model.pci.device import PCIDevice
+
+
+def find_class(name: str) -> type[PCIDevice]:
+    """The device class that ``name`` stands for.
+
+    :raise ConfigError: when there is none.
+    """
+    known = DEVICES.get(name)
+    if known is not None:
+        return known
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        hint = "known: " + ", ".join(sorted(DEVICES)) + "; one of your own is path/to/file.py:Class"
+        raise ConfigError(f"no device model {name!r}", hint=hint)
+    found = getattr(_module(place), attribute, None)
+    if not isinstance(found, type) or not issubclass(found, PCIDevice):
+        raise ConfigError(f"{attribute!r} is no subclass of PCIDevice", where=place)
+    return found
+
+
+def _module(place: str) -> ModuleType:
+    path = Path(place)
+    if path.suffix != ".py":
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ConfigError(str(error), where=place, hint="a file is named with its .py") from error
+    if not path.is_file():
+        raise ConfigError("no such file", where=place)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_props(cls: type[PCIDevice], pairs: tuple[str, ...], text: str) -> dict[str, object]:
+    """Properties from ``k=v`` pairs, converted to the type that ``cls`` declares, over those of a JSON object.
+
+    :raise ConfigError: when one does not fit.
+    """
+    try:
+        values: dict[str, object] = msgspec.json.decode(text, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ConfigError(str(error), where="--props") from error
+    declared = cls.PROPS
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r} is not K=V", where="--prop")
+        if key not in declared:
+            known = ", ".join(sorted(declared)) or "it has none"
+            raise ConfigError(f"{cls.__name__} has no property {key!r}", where="--prop", hint=known)
+        values[key] = _convert(declared[key].type, value, pair)
+    return values
+
+
+_CONVERTERS: dict[type, Callable[[str], object]] = {
+    bool: lambda text: {"on": True, "true": True, "off": False, "false": False}[text],
+    int: lambda text: int(text, 0),
+    float: float,
+}
+
+
+def _convert(kind: type, text: str, pair: str) -> object:
+    convert = _CONVERTERS.get(kind, str)
+    try:
+        return convert(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{pair!r}: not a {kind.__name__}", where="--prop") from error

@@ -1,0 +1,169 @@
+"""What a device may reach by DMA address, as its user maps it: ``VFIO_IOMMU_MAP_DMA`` by message.
+
+One table serves every kind of access. A map is {iova, size, permissions, bytes}: the bytes are a view of the user's
+memory, or None where it can be reached by message only. Maps do not overlap; an unmap takes away every map that lies
+inside its range, and may not cut one in two. Lookup is a bisection over the sorted first addresses.
+
+Source: ``include/uapi/linux/vfio.h`` ("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA"); QEMU
+``docs/interop/vfio-user.rst`` ("VFIO_USER_DMA_MAP").
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+from vfio_model.batch.lazy import lazy_numpy
+from vfio_model.ranges import U64_MAX
+
+MAX_MAPS = 65535
+"""Maps that are valid at a time."""
+
+READ, WRITE = 1, 2
+"""What a device may do: ``VFIO_DMA_MAP_FLAG_READ``, ``VFIO_DMA_MAP_FLAG_WRITE``."""
+
+Memory = TypeVar("Memory")
+
+
+class IovaMap(Generic[Memory]):
+    """``size`` bytes from ``iova``, which the device may read (``perm`` 1) and write (2).
+
+    ``view`` holds exactly them (item size 1), or is None. :attr:`readable` and :attr:`writable` are the view where it
+    serves that way; where they are None and ``perm`` allows the access, it goes by message. ``memory`` is whatever the
+    owner remembers of where the bytes come from, and ``offset`` where in it.
+    """
+
+    __slots__ = ("iova", "last", "memory", "offset", "perm", "readable", "size", "writable")
+
+    def __init__(
+        self, iova: int, size: int, perm: int, view: memoryview | None, memory: Memory, offset: int = 0
+    ) -> None:
+        self.iova, self.size, self.perm, self.memory, self.offset = iova, size, perm, memory, offset
+        self.last = iova + size - 1
+        """Inclusive."""
+        self.readable = view if view is not None and perm & READ else None
+        self.writable = view if view is not None and perm & WRITE and not view.readonly else None
+
+    def __repr__(self) -> str:
+        kind = "direct" if self.readable is not None or self.writable is not None else "by message"
+        return f"{self.iova:#x}..{self.last:#x} {permission(self.perm)} {kind}"
+
+
+def permission(perm: int) -> str:
+    """``rw``, ``r-``, ``-w`` or ``--``."""
+    return ("r" if perm & READ else "-") + ("w" if perm & WRITE else "-")
+
+
+class IovaMaps(Generic[Memory]):
+    """The maps of one device's user, in order of their addresses."""
+
+    def __init__(self, limit: int = MAX_MAPS) -> None:
+        self.limit = limit
+        self._starts: list[int] = []
+        self._maps: list[IovaMap[Memory]] = []
+        self._arrays: tuple[Any, Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __iter__(self) -> Iterator[IovaMap[Memory]]:
+        return iter(self._maps)
+
+    def find(self, iova: int) -> IovaMap[Memory] | None:
+        """The map that holds ``iova``, or None."""
+        at = bisect_right(self._starts, iova) - 1
+        if at < 0:
+            return None
+        known = self._maps[at]
+        return known if iova <= known.last else None
+
+    def segment(self, address: int) -> tuple[int, memoryview] | None:
+        """Start and bytes of the map that holds ``address`` when it can be read and written directly, or None."""
+        known = self.find(address)
+        if known is None or known.readable is None or known.writable is None:
+            return None
+        return known.iova, known.writable
+
+    def check(self, iova: int, size: int) -> None:
+        """Whether ``size`` bytes from ``iova`` can be mapped.
+
+        :raise OSError: EINVAL for a range that is empty or wraps, EEXIST for an overlap, ENOSPC for too many.
+        """
+        last = iova + size - 1
+        if size <= 0 or iova < 0 or last > U64_MAX:
+            raise OSError(errno.EINVAL, f"{size:#x} bytes at {iova:#x} are no range of addresses")
+        at = bisect_right(self._starts, last) - 1
+        if at >= 0 and self._maps[at].last >= iova:
+            raise OSError(errno.EEXIST, f"{iova:#x}..{last:#x} overlaps the map {self._maps[at]!r}")
+        if len(self._maps) >= self.limit:
+            raise OSError(errno.ENOSPC, f"{self.limit} maps are there already")
+
+    def add(self, new: IovaMap[Memory]) -> None:
+        """Add ``new``. :raise OSError: as :meth:`check`."""
+        self.check(new.iova, new.size)
+        at = bisect_left(self._starts, new.iova)
+        self._starts.insert(at, new.iova)
+        self._maps.insert(at, new)
+        self._arrays = None
+
+    def inside(self, start: int, last: int) -> list[IovaMap[Memory]]:
+        """The maps in ``start``..``last`` (inclusive).
+
+        :raise OSError: EINVAL when one lies there in part only: it would be cut in two.
+        """
+        low, high = self._span(start, last)
+        found = self._maps[low:high]
+        for known in (*found[:1], *found[-1:]):
+            if known.iova < start or known.last > last:
+                raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {known!r} in two")
+        return found
+
+    def remove(self, start: int, last: int) -> list[IovaMap[Memory]]:
+        """Remove the maps in ``start``..``last`` (inclusive) and return them. :raise OSError: as :meth:`inside`."""
+        found = self.inside(start, last)
+        if found:
+            low, high = self._span(start, last)
+            del self._starts[low:high], self._maps[low:high]
+            self._arrays = None
+        return found
+
+    def _span(self, start: int, last: int) -> tuple[int, int]:
+        """Places of the maps that share a byte with the range: from the first, to behind the last."""
+        low = bisect_right(self._starts, start) - 1
+        if low < 0 or self._maps[low].last < start:
+            low += 1
+        return low, bisect_right(self._starts, last)
+
+    def clear(self) -> list[IovaMap[Memory]]:
+        """Remove all, and return them."""
+        gone, self._maps, self._starts, self._arrays = self._maps, [], [], None
+        return gone
+
+    def nearest(self, iova: int) -> IovaMap[Memory] | None:
+        """The map with the least distance to ``iova``; None when there is none at all. For messages about failures."""
+        at = bisect_right(self._starts, iova)
+        around = self._maps[max(at - 1, 0) : at + 1]
+        return min(around, key=lambda known: max(known.iova - iova, iova - known.last, 0), default=None)
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """First addresses and sizes of all maps, and how they serve directly (:data:`READ`, :data:`WRITE`), as numpy
+        arrays (u64, u64, u8), in order.
+        """
+        if self._arrays is None:
+            np, maps = lazy_numpy(), self._maps
+            self._arrays = (
+                np.array(self._starts, dtype=np.uint64),
+                np.fromiter((known.size for known in maps), np.uint64, len(maps)),
+                np.fromiter((_direct(known) for known in maps), np.uint8, len(maps)),
+            )
+        return self._arrays
+
+    def at(self, place: int) -> IovaMap[Memory]:
+        """The map at ``place`` in the order of addresses."""
+        return self._maps[place]
+
+
+def _direct(known: IovaMap[Any]) -> int:
+    return (READ if known.readable is not None else 0) | (WRITE if known.writable is not None else 0)

@@ -1,0 +1,227 @@
+"""DMA through the maps of a device's user (:mod:`vfio_model.memory.iova_maps`): scalar, in place, and many at once.
+
+An access is made of pieces, one for each map that it touches. A map without bytes goes by message: the *rest* is asked.
+The first piece that fails ends the access; what it was, where, and which map is nearest is told to ``refused``.
+
+A mapping is shown in place when it lies in one map and the device wants to hear of its end (``on_invalidate``): who
+cannot be told gets a bounce buffer, because its memory may be taken away at any time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from vfio_model.batch import pages
+from vfio_model.batch.lazy import lazy_numpy
+from vfio_model.memory.dma import DMAImpl, Iovas, OnInvalidate
+from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps, permission
+from vfio_model.memory.mapping import BounceBudget, DMAMapping, MappingTable
+from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, WriteBuffer
+from vfio_model.ranges import U64_MAX
+
+VECTOR_MIN: Final = 64
+"""Pieces from which arrays pay."""
+BOUNCE_BYTES: Final = 1 << 20
+"""Of all bounce buffers of one device."""
+
+Refused = Callable[[int, int, bool, str], None]
+"""``refused(iova, length, is_write, why)``: an access failed."""
+
+
+class Backed(Protocol):
+    """What a map's bytes are part of."""
+
+    @property
+    def view(self) -> memoryview:
+        """All of it; a map's ``offset`` counts from its start."""
+
+
+class MappedDma:
+    """A :class:`~vfio_model.memory.dma.DMAImpl` over ``maps``. ``rest`` carries what has no bytes here.
+
+    With ``ask_always`` the user answers for addresses that it did not map, too.
+    """
+
+    def __init__(
+        self,
+        maps: IovaMaps[Any],
+        rest: DMAImpl,
+        refused: Refused = lambda iova, length, is_write, why: None,
+        *,
+        ask_always: bool = False,
+    ) -> None:
+        self.maps, self._rest, self._refused, self._ask_always = maps, rest, refused, ask_always
+        self.mappings = MappingTable()
+        """Mappings in place, by their addresses."""
+        self.bounce = BounceBudget(BOUNCE_BYTES)
+
+    # -- one ---------------------------------------------------------------------------------------------------------
+
+    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        size = len(out)
+        known = self.maps.find(iova)
+        if known is not None and (view := known.readable) is not None and iova + size - 1 <= known.last:
+            at = iova - known.iova
+            out[:] = view[at : at + size]
+            return MemTxResult.OK
+        return self._in_pieces(iova, memoryview(out), is_write=False)
+
+    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        size = len(data)
+        known = self.maps.find(iova)
+        if known is not None and (view := known.writable) is not None and iova + size - 1 <= known.last:
+            at = iova - known.iova
+            view[at : at + size] = data
+            return MemTxResult.OK
+        return self._in_pieces(iova, memoryview(data), is_write=True)
+
+    def _in_pieces(self, iova: int, buffer: memoryview, *, is_write: bool) -> MemTxResult:
+        done = 0
+        while done < len(buffer):
+            here = (iova + done) & U64_MAX
+            known = self.maps.find(here)
+            count = len(buffer) - done if known is None else min(len(buffer) - done, known.last - here + 1)
+            result = self._piece(known, here, buffer[done : done + count], is_write=is_write)
+            if result:
+                if not is_write:
+                    buffer[done:] = bytes(len(buffer) - done)
+                return result
+            done += count
+        return MemTxResult.OK
+
+    def _piece(self, known: IovaMap[Any] | None, iova: int, buffer: memoryview, *, is_write: bool) -> MemTxResult:
+        if known is None and not self._ask_always:
+            return self._refuse(iova, len(buffer), is_write, "not mapped", MemTxResult.DECODE_ERROR)
+        wanted = WRITE if is_write else READ
+        if known is not None and not known.perm & wanted:
+            why = f"the map {known!r} does not permit it ({permission(known.perm)})"
+            return self._refuse(iova, len(buffer), is_write, why, MemTxResult.ACCESS_ERROR)
+        view = None if known is None else known.writable if is_write else known.readable
+        if view is None or known is None:
+            result = self._rest.write(iova, buffer) if is_write else self._rest.read(iova, buffer)
+            if result:
+                self._refuse(iova, len(buffer), is_write, "by message, and its user refused or did not answer", result)
+            return result
+        at = iova - known.iova
+        if is_write:
+            view[at : at + len(buffer)] = buffer
+        else:
+            buffer[:] = view[at : at + len(buffer)]
+        return MemTxResult.OK
+
+    def _refuse(self, iova: int, length: int, is_write: bool, why: str, result: MemTxResult) -> MemTxResult:
+        if why == "not mapped":
+            near = self.maps.nearest(iova)
+            why += "; nothing is" if near is None else f"; the nearest map is {near!r}"
+        self._refused(iova, length, is_write, why)
+        return result
+
+    # -- many --------------------------------------------------------------------------------------------------------
+
+    def read_many(self, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view, count, done = memoryview(out), len(iovas), 0
+        assert len(view) == count * size, "the buffer holds exactly the pieces"
+        if count >= VECTOR_MIN and size:
+            done = self._vectors(iovas, size, view, READ)
+        for number in range(done, count):
+            result = self.read(int(iovas[number]), view[number * size : (number + 1) * size])
+            if result:
+                view[(number + 1) * size :] = bytes(len(view) - (number + 1) * size)
+                return result
+        return MemTxResult.OK
+
+    def write_many(self, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
+        """See ``DMAImpl``."""
+        view, count, done = memoryview(data), len(iovas), 0
+        assert len(view) == count * size, "the buffer holds exactly the pieces"
+        if count >= VECTOR_MIN and size:
+            done = self._vectors(iovas, size, view, WRITE)
+        for number in range(done, count):
+            result = self.write(int(iovas[number]), view[number * size : (number + 1) * size])
+            if result:
+                return result
+        return MemTxResult.OK
+
+    def _vectors(self, iovas: Iovas, size: int, buffer: memoryview, wanted: int) -> int:
+        """Move as many leading pieces as arrays can; returns how many."""
+        if not self.maps:
+            return 0
+        np = lazy_numpy()
+        try:
+            addresses = np.asarray(iovas, dtype=np.uint64)
+        except OverflowError:  # an address that has still to wrap
+            return 0
+        starts, sizes, perms = self.maps.arrays()
+        places = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
+        good = places >= 0
+        places[~good] = 0
+        offsets = addresses - starts[places]
+        room = sizes[places]
+        good &= (perms[places] & wanted).astype(bool) & (room >= size)
+        good &= offsets <= np.where(good, room - np.uint64(size), np.uint64(0))
+        count = len(good) if good.all() else int(good.argmin())
+        return self._runs(places[:count], offsets[:count], size, buffer, wanted)
+
+    def _runs(self, places: Any, offsets: Any, size: int, buffer: memoryview, wanted: int) -> int:
+        """Move pieces that lie in maps, as far as these have bytes: one go for each run in the same memory."""
+        np = lazy_numpy()
+        used, numbers = np.unique(places, return_inverse=True)
+        maps = [self.maps.at(int(place)) for place in used]
+        owners: dict[int, int] = {}
+        owner = np.array([owners.setdefault(id(known.memory), len(owners)) for known in maps])[numbers]
+        in_memory = offsets + np.array([known.offset for known in maps], dtype=np.uint64)[numbers]
+        edges = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(places)] if len(places) else [0]
+        for first, stop in itertools.pairwise(edges):
+            memory: Backed = maps[int(numbers[first])].memory
+            part = buffer[first * size : stop * size]
+            if wanted == READ:
+                pages.gather(memory.view, in_memory[first:stop], size, part)
+            else:
+                pages.scatter(memory.view, in_memory[first:stop], size, part)
+        return len(places)
+
+    # -- mappings ----------------------------------------------------------------------------------------------------
+
+    def map(
+        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None = None
+    ) -> DMAMapping | None:
+        """In place as far as one map goes, or a bounce buffer; see the module's head. None when nothing decodes there,
+        the direction is not permitted, or the budget for bounce buffers is empty.
+        """
+        wanted = WRITE if direction is DMADirection.FROM_DEVICE else READ
+        length = min(length, U64_MAX - iova + 1)
+        known = self.maps.find(iova)
+        view = None if known is None else known.writable if wanted == WRITE else known.readable
+        if known is not None and view is not None and on_invalidate is not None:
+            at = iova - known.iova
+            mapping = DMAMapping(iova, view[at : at + length], direction, on_invalidate)
+            mapping.release = lambda mapping, access_len: self.mappings.remove(mapping)
+            self.mappings.add(mapping)
+            return mapping
+        if (known is None and not self._ask_always) or (known is not None and not known.perm & wanted):
+            why = "not mapped" if known is None else f"the map {known!r} does not permit it"
+            self._refuse(iova, length, direction is DMADirection.FROM_DEVICE, why, MemTxResult.DECODE_ERROR)
+            return None
+        room = length if known is None else min(length, known.last - iova + 1)
+        return self._map_bounce(iova, room, direction, on_invalidate)
+
+    def _map_bounce(
+        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
+    ) -> DMAMapping | None:
+        size = self.bounce.take(length)
+        buffer = bytearray(size)
+        if not size or (direction is DMADirection.TO_DEVICE and self.read(iova, buffer)):
+            self.bounce.give_back(size)
+            return None
+
+        def release(mapping: DMAMapping, access_len: int) -> None:
+            if direction is DMADirection.FROM_DEVICE:
+                self.write(iova, memoryview(buffer)[:access_len])
+            self.bounce.give_back(size)
+
+        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
