@@ -98,6 +98,7 @@ class WirePort:
         self._answer: messages.Return | None = None
         self._pong = 0
         self._client = DealerClient(port_path or directory / "hostd.zmq")
+        self._zmq_socket = self._client.zmq_socket
         loop.register(self._client, self._zmq_readable, served=True)
         try:
             self._mm = self._open_file(files.OpenMm(memlock, name))
@@ -317,8 +318,8 @@ class WirePort:
         if self._client.send(messages.REQUESTS.encode(message)) is not Sent.OK:
             raise self._lose("sending: it takes no more requests")
         # The usual case, without a turn of the loop: the answer is the next thing that happens.
-        if self._loop.wakes(self._client.zmq_socket, SHORT_WAIT_MS):
-            self._zmq_readable()
+        if self._loop.wakes(self._zmq_socket, SHORT_WAIT_MS) and (data := self._client.receive()) is not None:
+            self._take(data)
         if self._answer is None:
             self._wait(self._answered, request)
         answer, self._answer = self._answer, None

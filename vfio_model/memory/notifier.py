@@ -60,7 +60,8 @@ class IOMMUNotifier:
         first, last = run.iova, run.last
         if last < self.start or first > self.last:
             return
-        if self.fn_run is not None and not int(run.types) & ~self._wanted:
+        kinds = run.type if isinstance(run.perms, int) else run.types
+        if self.fn_run is not None and not int(kinds) & ~self._wanted:
             part = run if self.start <= first and last <= self.last else self._part(run)
             if part is not None:
                 self.fn_run(self, part)
