@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Generator, Hashable
-from errno import EBADF, EIO
+from errno import EBADF, EIO, ENOMEM
 
 from hostd.clients import OpenFile
 from hostd.device_table import DeviceState, OpenDevice
@@ -28,6 +28,8 @@ _SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = (
     int(Ioctl.VFIO_GROUP_UNSET_CONTAINER),
     int(Ioctl.VFIO_GROUP_GET_DEVICE_FD),
 )
+MAX_BEHIND = 256
+"""Ioctls that may wait behind a pending one: each holds its argument, up to a megabyte."""
 Begun = bytes | Batch | Pending[bytes | Batch]
 """What the host says when an ioctl begins."""
 
@@ -58,6 +60,9 @@ class IoctlService:
         key = self._key(file, message)
         if file.is_container and state.jobs.idle(key):
             self._at_once(key, peer, message, file)
+            return
+        if state.jobs.depth(key) > MAX_BEHIND:
+            self._failed(peer, message, OSError(ENOMEM, f"{MAX_BEHIND} requests of this container wait already"))
             return
         state.jobs.submit(key, Job(ioctl_name(message.cmd), self._steps(peer, message, file), file.client.pid))
 

@@ -151,6 +151,10 @@ class JobQueue:
         """Whether nothing is pending for ``key``."""
         return key not in self._queues
 
+    def depth(self, key: Hashable) -> int:
+        """How many jobs there are for ``key``."""
+        return len(self._queues.get(key, ()))
+
     @property
     def empty(self) -> bool:
         """Whether nothing is pending at all."""
