@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop import guest_scripts as scripts
+from tests.interop.pc import vfio_user
 from tests.interop.pc_guest import boot
 from tests.interop.served import Served, qemu_folder
 
@@ -25,12 +25,6 @@ def where() -> Iterator[Path]:
     path = tempfile.mkdtemp(prefix="vm-", dir="/tmp")
     yield Path(path)
     shutil.rmtree(path)
-
-
-def vfio_user(served: Served) -> tuple[str, str]:
-    """QEMU's options for a device behind a socket."""
-    socket = {"type": "unix", "path": str(served.socket)}
-    return "-device", json.dumps({"driver": "vfio-user-pci", "socket": socket})
 
 
 def cable(where: Path, near: str, far: str) -> str:
@@ -49,7 +43,7 @@ def test_disk_and_network_of_a_linux_guest(where: Path, iommu: bool) -> None:
             Served("e1000", where / "e1000.sock", netdev=f"unix:{where}/a@{where}/b", mac="52:54:00:00:00:01")
         )
         devices = [
-            *(IOMMU if iommu else ()), *vfio_user(nvme), *vfio_user(e1000),
+            *(IOMMU if iommu else ()), *vfio_user(nvme.socket), *vfio_user(e1000.socket),
             "-netdev", f"{cable(where, 'b', 'a')},id=n1", "-device", "e1000,netdev=n1,mac=52:54:00:00:00:02",
         ]  # fmt: skip
         said, seconds = boot(
