@@ -24,6 +24,28 @@ def zeroed_words(count: int) -> memoryview:
     return memoryview(lazy_numpy().zeros(count, dtype=lazy_numpy().uint64)).cast("B").cast("Q")
 
 
+def fill_words(words: memoryview, value: int) -> memoryview | None:
+    """Store ``value`` in all of ``words`` (u64): the words that were there, None when every one had it already.
+
+    In that case nothing is written, so that memory which was never used stays so.
+    """
+    np = lazy_numpy()
+    there = np.frombuffer(words, dtype=np.uint64)
+    if bool((there == np.uint64(value)).all()):
+        return None
+    before = memoryview(there.copy()).cast("B").cast("Q")
+    there[:] = value
+    return before
+
+
+def changed_stretches(before: memoryview, now: memoryview) -> list[tuple[int, int]]:
+    """Stretches ``(start, end)`` (end exclusive) of indices at which two arrays of u64 differ, in order."""
+    np = lazy_numpy()
+    differ = np.frombuffer(before, dtype=np.uint64) != np.frombuffer(now, dtype=np.uint64)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], differ, [False])).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
 def split_tces(tces: memoryview, page_shift: int) -> tuple[Any, Any]:
     """Page addresses, and permissions: ``[t & page_mask for t in tces], [t & 3 for t in tces]``.
 

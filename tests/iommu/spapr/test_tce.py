@@ -7,9 +7,12 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.machine.boards import LIOBN, LIOBN64, PE, Follower, pseries
-from vfio_model.iommu.spapr.regs import HCall, RtasToken
+from vfio_model.iommu.spapr import tce as tce_module
+from vfio_model.iommu.spapr.regs import DmaOptions, HCall, HReturn, RtasToken
 from vfio_model.memory.iommu_region import IOMMUNotifier
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX
@@ -135,3 +138,47 @@ def test_a_huge_window_costs_what_is_touched() -> None:
     assert machine.translate(LIOBN64, (1 << 59) + (1 << 39) - 1) == (0x1000, 3, 0xFFF)
     assert machine.hcall(HCall.H_STUFF_TCE, LIOBN64, 1 << 59, 0x5003, 600)[0] == 0
     assert machine.translate(LIOBN64, (1 << 59) + 0x1000) == (0x5000, 3, 0xFFF)
+
+
+def test_a_fill_of_2_to_the_31_entries_is_one_run_for_its_followers() -> None:
+    entries = 1 << 31
+    machine = pseries(dma=DmaOptions(dma_win_size=entries << 12))
+    table = machine.tables[LIOBN]
+    used = (0, 5, (1 << 20) - 1, 1 << 20, (1 << 30) + 7, entries - 2, entries - 1)
+    for index in used:
+        assert table.put(index, index << 12 | 3) is None
+    follower = Follower(table)
+    runs: list[tuple[int, int]] = []
+    follower.notifier.fn_run = lambda _, run: runs.append((run.iova, run.count))
+    follower.fail = [OSError(errno.EIO, "no")]
+    assert machine.hcall(HCall.H_STUFF_TCE, LIOBN, 0, 0, entries)[0] == HReturn.H_HARDWARE
+    assert [table.get(index) for index in used] == [index << 12 | 3 for index in used], "undone"
+    assert runs[0] == (0, entries)
+    assert sum(count for _, count in runs[1:]) == len(used)
+    runs.clear()
+    assert machine.hcall(HCall.H_STUFF_TCE, LIOBN, 0x1000, 0, entries - 2)[0] == 0
+    assert runs == [(0x1000, entries - 2)]
+    assert [table.get(index) for index in used] == [3, 0, 0, 0, 0, 0, (entries - 1) << 12 | 3]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_fill_in_slices_is_a_fill(data: st.DataObject) -> None:
+    machine = pseries(dma=DmaOptions(dma_win_size=64 << 12))
+    table = machine.tables[LIOBN]
+    follower, oracle = Follower(table), [0] * 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tce_module, "_SLICE", 8)
+        for _ in range(data.draw(st.integers(1, 6))):
+            index = data.draw(st.integers(0, 63))
+            count = data.draw(st.integers(1, 64 - index))
+            tce = data.draw(st.sampled_from((0, 0, 0x7000, 0x5003, 0x6001)))
+            slices = -(-count // 8) if tce & 3 else 1
+            refused = data.draw(st.none() | st.integers(0, slices - 1))
+            follower.fail = [] if refused is None else [None] * refused + [OSError(errno.ENOMEM, "full")]
+            error = table.fill(index, tce, count)
+            assert (error is None) is (refused is None)
+            if error is None:
+                oracle[index : index + count] = [tce] * count
+            assert table.entries.tolist() == oracle
+            assert follower.shadow == follower.expected()

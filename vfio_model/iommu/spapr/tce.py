@@ -19,7 +19,14 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from vfio_model.batch.tces import nonzero_perm_runs, split_tces, translate_tces, zeroed_words
+from vfio_model.batch.tces import (
+    changed_stretches,
+    fill_words,
+    nonzero_perm_runs,
+    split_tces,
+    translate_tces,
+    zeroed_words,
+)
 from vfio_model.iommu.spapr.acceleration import Accelerator, InKernelTable
 from vfio_model.iommu.spapr.regs import TCE_PERM_MASK, is_pci_liobn
 from vfio_model.memory.address_space import AddressSpace
@@ -41,6 +48,8 @@ _NONE = IOMMUAccessFlags.NONE
 _PERMS = tuple(IOMMUAccessFlags(bits) for bits in range(4))
 _BYTEARRAY_LIMIT = 1 << 18
 """Tables up to this many entries (2 MiB) are plain bytearrays; larger ones are allocated lazily."""
+_SLICE = 1 << 20
+"""Entries that one step of a large fill stores; 8 MiB."""
 _SMALL_RUN = 16
 """Runs up to this long are cheaper as Python lists."""
 
@@ -272,8 +281,37 @@ class SpaprTceTable:
         return self._store(index, tces, self._run_of_entries)
 
     def fill(self, index: int, tce: int, count: int) -> OSError | None:
-        """Store ``tce`` in ``count`` entries from ``index`` on; as :meth:`put_run`, without looking at each."""
-        return self._store(index, memoryview(array("Q", (tce,)) * count), self._run_of_one)
+        """Store ``tce`` in ``count`` entries from ``index`` on; as :meth:`put_run`, without looking at each.
+
+        More than :data:`_SLICE` go in slices. Without a permission they are one run nevertheless; with one, a run and a
+        flush for each slice, whose followers need as many mappings as there are pages.
+        """
+        if count <= _SLICE:
+            return self._store(index, memoryview(array("Q", (tce,)) * count), self._run_of_one)
+        region, perm = self.iommu, tce & TCE_PERM_MASK
+        followed = region if region is not None and region.notifiers else None
+        before: list[tuple[int, memoryview]] = []
+        error: OSError | None = None
+        for at in range(index, index + count, _SLICE):
+            length = min(_SLICE, index + count - at)
+            old = fill_words(self.entries[at : at + length], tce)
+            if followed is None:
+                continue
+            if old is not None:
+                before.append((at, old))
+            if perm and (error := self._tell_all(followed, at, length)) is not None:
+                break
+        if followed is not None and not perm:
+            error = self._tell_all(followed, index, count)
+        if followed is not None and error is not None:
+            for at, old in before:
+                self._undo_run(followed, at, old)
+        return error
+
+    def _tell_all(self, region: SpaprTceRegion, index: int, count: int) -> OSError | None:
+        """Tell the followers that ``count`` entries equal the one at ``index`` now, and wait for them."""
+        region.notify_run(self._run_of_one(index, count))
+        return region.flush()
 
     def _store(self, index: int, tces: memoryview, run_of: Callable[[int, int], IOMMUTLBRun]) -> OSError | None:
         count = len(tces)
@@ -300,14 +338,11 @@ class SpaprTceTable:
 
     def _undo_run(self, region: SpaprTceRegion, index: int, old: memoryview) -> None:
         """Restore ``old``, and tell the followers of each stretch of entries that really changed."""
-        count = len(old)
-        changed = [i for i in range(count) if old[i] != self.entries[index + i]]
-        self.entries[index : index + count] = old
-        start = 0
-        for place, i in enumerate(changed):
-            if place + 1 == len(changed) or changed[place + 1] != i + 1:
-                region.notify_run(self._run_of_entries(index + changed[start], i - changed[start] + 1))
-                start = place + 1
+        entries = self.entries[index : index + len(old)]
+        changed = changed_stretches(old, entries)
+        entries[:] = old
+        for start, end in changed:
+            region.notify_run(self._run_of_entries(index + start, end - start))
         if changed:
             self._flush_undo(region)
 
