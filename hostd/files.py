@@ -29,6 +29,8 @@ from vfio_model.host.mm import Vma
 
 UNLIMITED = (1 << 64) - 1
 """OpenMm.memlock of a client with CAP_IPC_LOCK."""
+PROCESSES = 4
+"""One process has at most the share of so many: it cannot shut the others out."""
 TABLE_PATH = "anon_inode:kvm-spapr-tce"
 """What the kernel calls the file of a TCE table."""
 
@@ -46,6 +48,10 @@ class FileService:
         state = self._state
         if len(state.clients.connections) >= self._max_connections:
             state.emit(Disconnect(connection, "too many connections"))
+            return
+        mine = sum(other.pid == pid for other in state.clients.connections.values())
+        if mine >= max(1, self._max_connections // PROCESSES):
+            state.emit(Disconnect(connection, "too many connections of one process"))
             return
         state.clients.connections[connection] = Connection(connection, pid)
 

@@ -618,3 +618,16 @@ def test_a_device_that_cannot_be_started_for_want_of_descriptors_holds_nothing()
     guest.vanish()
     assert not world.service.status(0.0)["pending"]
     assert world.service.locked_vm == 0
+
+
+def test_one_process_cannot_take_all_connections() -> None:
+    world = World(max_connections=40)
+    for _ in range(40):
+        world.connect(100)
+    refused = [effect for effect in world.effects if isinstance(effect, Disconnect)]
+    assert [effect.connection for effect in refused] == list(range(11, 41))
+    Guest(world, pid=200)
+    world.do(Closed(1))
+    before = len(world.all(Disconnect))
+    world.connect(100)
+    assert len(world.all(Disconnect)) == before, "a place is free again"

@@ -22,7 +22,7 @@ from vfio_model.uapi.vfio import DmaMap, Ioctl
 MIB, GIB, HVA = 1 << 20, 1 << 30, 0x5000_0000_0000
 ROUND_TRIPS = 20
 """Of a witness while long work is under way; each is a few slices, and there are thousands."""
-MANY, MANY_FILES = messages.MAX_COUNT, 2000
+MANY, MANY_FILES = messages.MAX_COUNT, 500
 MAP = int(Ioctl.VFIO_IOMMU_MAP_DMA)
 SLACK = 2
 """Descriptors of the connections that ask how many there are."""
