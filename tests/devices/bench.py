@@ -26,10 +26,12 @@ class Host:
 
 
 class Bench:
-    """A device on a bench, bus mastering on."""
+    """A device on a bench, bus mastering on; ``HOST`` is what surrounds it."""
+
+    HOST: type[Host] = Host
 
     def __init__(self, device_class: type[PCIDevice], **props: object) -> None:
-        self.host = Host()
+        self.host = self.HOST()
         self.ram = bytearray(RAM_SIZE)
         root = MemoryRegion("system", 1 << 64)
         root.add_subregion(0, RAMRegion("ram", RAMBlock("ram", self.ram, page_size=0x1000, hva=Hva(0x7F0000000000))))
