@@ -115,15 +115,6 @@ def _drop_admin(state: State) -> None:
     state["sq_count"] -= 1
 
 
-def _register(offset: int, value: int) -> Callable[[State], None]:
-    def spoil(state: State) -> None:
-        data = bytearray(state["registers"])
-        data[offset : offset + 4] = value.to_bytes(4, "little")
-        state["registers"] = bytes(data)
-
-    return spoil
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -138,9 +129,10 @@ def _register(offset: int, value: int) -> Callable[[State], None]:
         _ring("cqs", 1, "vector", 65),
         _ring("cqs", 1, "phase", 2),
         _drop_admin,
-        _register(regs.CSTS, 0),
-        _register(regs.CAP, 1),
-        _register(regs.CC, 1 | regs.CC_MPS.at(9)),
+        _set("csts", 0),
+        _set("cap_lo", 1),
+        _set("cc", 1 | regs.CC_MPS.at(9)),
+        _set("aqa", 1 << 31),
         _set("block_shift", 10),
         _set("features", [{"fid": 0x42, "subject": 0, "value": 0}]),
         _set("events", [{"type": 9, "info": 0, "log": 0}]),

@@ -14,7 +14,7 @@ Section references are to NVM Express Base Specification 1.4.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vfio_model.backends.opening import open_block
@@ -25,12 +25,13 @@ from vfio_model.devices.nvme.host_memory import HostMemory
 from vfio_model.devices.nvme.interrupts import Interrupts
 from vfio_model.devices.nvme.namespace import BLOCK_SHIFTS, Namespace
 from vfio_model.devices.nvme.queues import CompletionQueue, Queues, SubmissionQueue
-from vfio_model.devices.nvme.registers import RegisterFile
+from vfio_model.devices.register_file import RegisterFile
 from vfio_model.errors import ConfigError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.device import DeviceHost, PCIDevice, Prop
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.ranges import U32_MAX
 from vfio_model.vmstate.fields import State
 
 MODEL, FIRMWARE = "vfio-model NVMe", "1.0"
@@ -67,13 +68,14 @@ class NvmeDevice(PCIDevice):
             _check("msix_qsize", vectors, 1, regs.MAX_VECTORS)
             self.MSIX = MsixSpec(vectors, 0, regs.MSIX_TABLE, regs.MSIX_PBA)
         super().__init__(host, **props)
-        self.registers = RegisterFile()
         self._make_controller()
-        self._writers: dict[int, Callable[[int], None]] = {
-            regs.INTMS: lambda value: self._set_mask(self.controller.interrupts.mask | value),
-            regs.INTMC: lambda value: self._set_mask(self.controller.interrupts.mask & ~value),
-            regs.CC: self._write_cc,
-        }
+        self._cc = 0
+        """The configuration that was acted upon."""
+        registers = self.registers = RegisterFile(regs.REGISTERS)
+        registers.on_write(regs.INTMS, lambda _, value: self._set_mask(self.controller.interrupts.mask | value))
+        registers.on_write(regs.INTMC, lambda _, value: self._set_mask(self.controller.interrupts.mask & ~value))
+        registers.on_write(regs.CC, self._configure)
+        registers.on_read(regs.CSTS, lambda value: value | (regs.CSTS_CFS if self.controller.failed else 0))
 
     def _make_controller(self) -> None:
         limits = Limits(
@@ -122,43 +124,27 @@ class NvmeDevice(PCIDevice):
 
     def bar_read(self, bar: int, offset: int, size: int) -> int | None:
         """A register or part of one; 0 where there is none. Doorbells read as 0."""
-        if offset <= regs.CSTS < offset + size:
-            self.registers[regs.CSTS] = self._status()
         return self.registers.read(offset, size)
 
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> MemTxResult:
-        """A doorbell or register, in dwords; anything else is ignored."""
-        if size < 4 or offset & 3:
-            return MemTxResult.OK
-        for at in range(0, size, 4):
-            dword = value >> 8 * at & 0xFFFFFFFF
-            if offset + at < regs.DOORBELLS:
-                self._write(offset + at, dword)
-            elif offset + at < regs.MSIX_TABLE:
-                self.engine.ring((offset + at - regs.DOORBELLS) >> 2, dword)
+        """Registers, or whole doorbells; anything else is ignored."""
+        if offset < regs.DOORBELLS:
+            self.registers.write(offset, size, value)
+        elif offset < regs.MSIX_TABLE and size >= 4 and not offset & 3:
+            for at in range(0, size, 4):
+                self.engine.ring((offset + at - regs.DOORBELLS) >> 2, value >> 8 * at & U32_MAX)
         return MemTxResult.OK
-
-    def _write(self, offset: int, value: int) -> None:
-        writer = self._writers.get(offset)
-        if writer is not None:
-            writer(value)
-        else:
-            self.registers.replace(offset, value)
 
     def _set_mask(self, mask: int) -> None:
         self.registers[regs.INTMS] = self.registers[regs.INTMC] = mask
         self.controller.interrupts.set_mask(mask)
 
-    def _status(self) -> int:
-        failed = regs.CSTS_CFS if self.controller.failed else 0
-        return self.registers[regs.CSTS] & ~regs.CSTS_CFS | failed
-
     # -- life of the controller (sections 7.3, "Resets", and 7.6, "Controller Initialization and Shutdown Processing")
 
-    def _write_cc(self, value: int) -> None:
-        old = self.registers[regs.CC]
-        self.registers.replace(regs.CC, value)
-        new = self.registers[regs.CC]
+    def _configure(self, _offset: int, _value: int) -> None:
+        """CC was written."""
+        old, new = self._cc, self.registers[regs.CC]
+        self._cc = new
         self.controller.entry_sizes = regs.CC_IOSQES.of(new), regs.CC_IOCQES.of(new)
         if not regs.CC_EN.of(new):
             if regs.CC_EN.of(old):
@@ -180,12 +166,15 @@ class NvmeDevice(PCIDevice):
             return
         controller = self.controller
         controller.memory.page_size = 1 << page_shift
-        cq = CompletionQueue(0, registers[regs.ACQ], cq_size)
+        cq = CompletionQueue(0, self._address(regs.ACQ), cq_size)
         controller.queues.add_completion(cq)
-        controller.queues.add_submission(SubmissionQueue(0, registers[regs.ASQ], sq_size, cq))
+        controller.queues.add_submission(SubmissionQueue(0, self._address(regs.ASQ), sq_size, cq))
         registers[regs.CSTS] = regs.CSTS_RDY
         if trace.enabled:
             trace("pci_nvme_mmio_start_success")
+
+    def _address(self, offset: int) -> int:
+        return self.registers[offset] | self.registers[offset + 4] << 32
 
     def _disable(self) -> None:
         """A controller level reset. The admin queue's registers stay (section 7.3.2)."""
@@ -218,6 +207,7 @@ class NvmeDevice(PCIDevice):
         """Registers go to their reset values, those of the admin queue too."""
         super().reset_hold()
         self.registers.reset()
+        self._cc = 0
 
     def export_state(self) -> State:
         """Registers, queues and settings. Nothing is in flight between two accesses; the disk is not migrated."""
@@ -226,11 +216,12 @@ class NvmeDevice(PCIDevice):
     def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
         """See :func:`migration.check`."""
         super().check_state(state, where=where)
-        migration.check(self.controller, state, where=where)
+        migration.check(self.registers, self.controller, state, where=where)
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """The same; commands that waited are carried out when the device runs."""
         migration.load(self.registers, self.controller, state)
+        self._cc = self.registers[regs.CC]
         super().import_state(state)
         self.controller.interrupts.update_pin()
         self.engine.resume()

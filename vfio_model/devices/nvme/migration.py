@@ -16,8 +16,8 @@ from vfio_model.devices.nvme.features import FEATURES, FeatureId
 from vfio_model.devices.nvme.logs import ERROR_ENTRIES
 from vfio_model.devices.nvme.namespace import BLOCK_SHIFTS
 from vfio_model.devices.nvme.queues import CompletionQueue, SubmissionQueue
-from vfio_model.devices.nvme.registers import RegisterFile
 from vfio_model.devices.nvme.structures import ERROR_ENTRY
+from vfio_model.devices.register_file import RegisterFile, fields_of
 from vfio_model.errors import VMStateError
 from vfio_model.pci import msix
 from vfio_model.pci.device import PARENT
@@ -43,7 +43,7 @@ NVME = VMStateDescription(
         *(Field(name, equal=True) for name in ("io_queues", "vectors", "mdts")),
         Field("disk_size", Type.U64, equal=True),
         Field("block_shift", Type.U8),
-        Field("registers", Type.U8, array=regs.REGISTERS_END),
+        *fields_of(regs.REGISTERS),
         Field("failed", Type.BOOL),
         Field("timestamp_base", Type.U64),
         Field("timestamp_set", Type.BOOL),
@@ -88,7 +88,7 @@ def export(registers: RegisterFile, controller: Controller) -> State:
         "mdts": limits.mdts,
         "disk_size": namespace.disk.size,
         "block_shift": namespace.shift,
-        "registers": registers.export(),
+        **registers.export_state(),
         "failed": controller.failed,
         "timestamp_base": controller.timestamp_base & U64_MAX,
         "timestamp_set": controller.timestamp_set,
@@ -111,27 +111,27 @@ def _ring(queue: CompletionQueue | SubmissionQueue) -> State:
     return {name: getattr(queue, name) for name in ("id", "base", "size", "head", "tail")}
 
 
-def check(controller: Controller, state: Mapping[str, Any], *, where: str) -> None:
+def check(registers: RegisterFile, controller: Controller, state: Mapping[str, Any], *, where: str) -> None:
     """:raise VMStateError: when ``state`` is none that ``controller`` can be in."""
+    registers.check_state(state, where=where)
     for problem, found in _problems(controller, state):
         if found:
             raise VMStateError(f"nvme: {problem}", where=where)
 
 
 def _problems(controller: Controller, state: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    image = RegisterFile()
-    image.load(state["registers"])
+    cap = state["cap_lo"] | state["cap_hi"] << 32
     cqs = {cq["id"]: cq for cq in state["cqs"]}
     sqs = {sq["id"]: sq for sq in state["sqs"]}
-    enabled = bool(image[regs.CSTS] & regs.CSTS_RDY)
+    enabled = bool(state["csts"] & regs.CSTS_RDY)
     most = controller.limits.io_queues
     rings = (*state["cqs"], *state["sqs"])
     vectors = controller.limits.vectors
     log_sizes = range(0, (ERROR_ENTRIES + 1) * ERROR_ENTRY.size, ERROR_ENTRY.size)
     return [
-        ("other capabilities", (image[regs.CAP], image[regs.VS]) != (regs.CAP_VALUE, regs.VERSION)),
+        ("other capabilities", (cap, state["vs"]) != (regs.CAP_VALUE, regs.VERSION)),
         ("a block size that there is not", state["block_shift"] not in BLOCK_SHIFTS),
-        ("a page size that there is not", regs.CC_MPS.of(image[regs.CC]) > regs.CAP_MPSMAX.of(regs.CAP_VALUE)),
+        ("a page size that there is not", regs.CC_MPS.of(state["cc"]) > regs.CAP_MPSMAX.of(regs.CAP_VALUE)),
         ("a queue twice", len(cqs) != state["cq_count"] or len(sqs) != state["sq_count"]),
         ("a queue beyond the last", any(ring["id"] > most for ring in rings)),
         ("an entry outside its queue", any(not _is_ring(ring) for ring in rings)),
@@ -157,7 +157,7 @@ def _is_ring(ring: Mapping[str, int]) -> bool:
 def load(registers: RegisterFile, controller: Controller, state: Mapping[str, Any]) -> None:
     """Take a checked ``state``."""
     controller.reset()
-    registers.load(state["registers"])
+    registers.import_state(state)
     cc = registers[regs.CC]
     controller.memory.page_size = 1 << regs.MIN_PAGE_SHIFT + regs.CC_MPS.of(cc)
     controller.entry_sizes = regs.CC_IOSQES.of(cc), regs.CC_IOCQES.of(cc)

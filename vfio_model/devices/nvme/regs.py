@@ -10,7 +10,8 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from vfio_model.ranges import U32_MAX, U64_MAX
+from vfio_model.devices.register_file import Register
+from vfio_model.ranges import U32_MAX
 
 # -- PCI (chapter 2, "System Bus (PCI Express) Registers")
 
@@ -47,16 +48,6 @@ class Bits(NamedTuple):
         return (value & (1 << self.width) - 1) << self.low
 
 
-class Register(NamedTuple):
-    """One register: ``width`` bytes at ``offset``; ``writable`` are the bits that a write replaces."""
-
-    name: str
-    offset: int
-    width: int
-    writable: int
-    doc: str
-
-
 CAP_MQES = Bits(0, 16)
 CAP_CQR = Bits(16, 1)
 CAP_TO = Bits(24, 8)
@@ -80,23 +71,10 @@ SHST_NORMAL, SHST_COMPLETE = 0, 2
 
 AQA_ASQS = Bits(0, 12)
 AQA_ACQS = Bits(16, 12)
-ADMIN_QUEUE_MASK = U64_MAX & ~0xFFF
-"""ASQ and ACQ: the base address of an admin queue is a multiple of 4 KiB."""
+ADMIN_QUEUE_LOW = U32_MAX & ~0xFFF
+"""Low half of ASQ and ACQ: the address of an admin queue is a multiple of 4 KiB."""
 
 CAP, VS, INTMS, INTMC, CC, CSTS, AQA, ASQ, ACQ = 0x00, 0x08, 0x0C, 0x10, 0x14, 0x1C, 0x24, 0x28, 0x30
-
-REGISTERS: tuple[Register, ...] = (
-    Register("cap", CAP, 8, 0, "3.1.1, Controller Capabilities"),
-    Register("vs", VS, 4, 0, "3.1.2, Version"),
-    Register("intms", INTMS, 4, 0, "3.1.3, Interrupt Mask Set: a write sets bits; reads the mask"),
-    Register("intmc", INTMC, 4, 0, "3.1.4, Interrupt Mask Clear: a write clears bits; reads the mask"),
-    Register("cc", CC, 4, 0x00FFFFF1, "3.1.5, Controller Configuration"),
-    Register("csts", CSTS, 4, 0, "3.1.6, Controller Status"),
-    Register("aqa", AQA, 4, AQA_ASQS.at(U32_MAX) | AQA_ACQS.at(U32_MAX), "3.1.8, Admin Queue Attributes"),
-    Register("asq", ASQ, 8, ADMIN_QUEUE_MASK, "3.1.9, Admin Submission Queue Base Address"),
-    Register("acq", ACQ, 8, ADMIN_QUEUE_MASK, "3.1.10, Admin Completion Queue Base Address"),
-)
-REGISTERS_END = 0x38
 
 VERSION = 0x00010400
 MAX_QUEUE_ENTRIES = 2048
@@ -112,6 +90,22 @@ CAP_VALUE = (
     | CAP_MPSMIN.at(0)
     | CAP_MPSMAX.at(MAX_PAGE_SHIFT - MIN_PAGE_SHIFT)
 )
+
+REGISTERS: tuple[Register, ...] = (
+    Register("CAP_LO", CAP, "3.1.1, Controller Capabilities", reset=CAP_VALUE & U32_MAX),
+    Register("CAP_HI", CAP + 4, "3.1.1, Controller Capabilities", reset=CAP_VALUE >> 32),
+    Register("VS", VS, "3.1.2, Version", reset=VERSION),
+    Register("INTMS", INTMS, "3.1.3, Interrupt Mask Set"),
+    Register("INTMC", INTMC, "3.1.4, Interrupt Mask Clear"),
+    Register("CC", CC, "3.1.5, Controller Configuration", writable=0x00FFFFF1),
+    Register("CSTS", CSTS, "3.1.6, Controller Status"),
+    Register("AQA", AQA, "3.1.8, Admin Queue Attributes", writable=AQA_ASQS.at(U32_MAX) | AQA_ACQS.at(U32_MAX)),
+    Register("ASQ_LO", ASQ, "3.1.9, Admin Submission Queue Base Address", writable=ADMIN_QUEUE_LOW),
+    Register("ASQ_HI", ASQ + 4, "3.1.9, Admin Submission Queue Base Address", writable=U32_MAX),
+    Register("ACQ_LO", ACQ, "3.1.10, Admin Completion Queue Base Address", writable=ADMIN_QUEUE_LOW),
+    Register("ACQ_HI", ACQ + 4, "3.1.10, Admin Completion Queue Base Address", writable=U32_MAX),
+)
+"""What writing INTMS and INTMC does is the device's to say; both read as the mask."""
 
 # -- queue entries (sections 4.2, "Submission Queue Entry", and 4.6, "Completion Queue Entry")
 
