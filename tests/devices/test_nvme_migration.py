@@ -85,6 +85,15 @@ def test_a_failed_controller_is_still_one() -> None:
     assert target.status == regs.CSTS_RDY
 
 
+def test_a_controller_that_is_off_may_be_configured_anyhow() -> None:
+    source = NvmeHost()
+    source.write(regs.CC, 0x00FFFFF0)
+    target = moved(source)
+    assert target.read(regs.CC) == 0x00FFFFF0 and target.status & regs.CSTS_RDY == 0
+    target.start()
+    assert target.write_blocks(0, b"a" * 512).status == 0
+
+
 def test_a_pin_that_is_up_stays_up_until_completions_are_taken() -> None:
     source = NvmeHost()
     source.start()

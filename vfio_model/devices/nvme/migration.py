@@ -124,6 +124,7 @@ def _problems(controller: Controller, state: Mapping[str, Any]) -> list[tuple[st
     cqs = {cq["id"]: cq for cq in state["cqs"]}
     sqs = {sq["id"]: sq for sq in state["sqs"]}
     enabled = bool(state["csts"] & regs.CSTS_RDY)
+    page_shift = regs.MIN_PAGE_SHIFT + regs.CC_MPS.of(state["cc"])
     most = controller.limits.io_queues
     rings = (*state["cqs"], *state["sqs"])
     vectors = controller.limits.vectors
@@ -131,7 +132,7 @@ def _problems(controller: Controller, state: Mapping[str, Any]) -> list[tuple[st
     return [
         ("other capabilities", (cap, state["vs"]) != (regs.CAP_VALUE, regs.VERSION)),
         ("a block size that there is not", state["block_shift"] not in BLOCK_SHIFTS),
-        ("a page size that there is not", regs.CC_MPS.of(state["cc"]) > regs.CAP_MPSMAX.of(regs.CAP_VALUE)),
+        ("a page size that there is not", enabled and page_shift > regs.MAX_PAGE_SHIFT),
         ("a queue twice", len(cqs) != state["cq_count"] or len(sqs) != state["sq_count"]),
         ("a queue beyond the last", any(ring["id"] > most for ring in rings)),
         ("an entry outside its queue", any(not _is_ring(ring) for ring in rings)),
@@ -159,7 +160,7 @@ def load(registers: RegisterFile, controller: Controller, state: Mapping[str, An
     controller.reset()
     registers.import_state(state)
     cc = registers[regs.CC]
-    controller.memory.page_size = 1 << regs.MIN_PAGE_SHIFT + regs.CC_MPS.of(cc)
+    controller.memory.page_size = 1 << min(regs.MIN_PAGE_SHIFT + regs.CC_MPS.of(cc), regs.MAX_PAGE_SHIFT)
     controller.entry_sizes = regs.CC_IOSQES.of(cc), regs.CC_IOCQES.of(cc)
     controller.failed = state["failed"]
     controller.interrupts.mask = registers[regs.INTMS]
