@@ -23,7 +23,7 @@ from tests.interop.operations import (
 from tests.interop.peers import Peer
 from tests.interop.places import ARENA, BATCH, EDU_BAR, POOL, SLOT, TESTDEV_BAR, bar_gpa
 from tests.interop.shadow import Expected, Shadow
-from tests.interop.variants import EDU_SLOT, TESTDEV_SLOT, Variant
+from tests.interop.variants import EDU_SLOT, RAM_SIZE, TESTDEV_SLOT, Variant
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.iommu_testdev import regs as testdev
 from vfio_model.iommu.spapr.regs import HCall, RtasToken, config_addr, pci_liobn, phb_buid
@@ -113,9 +113,9 @@ class Execution:
                     call = (HCall.H_PUT_TCE_INDIRECT, operation.liobn, operation.ioba, arena + skew, operation.npages)
                     wanted.append(call)
                 case Rtas(token=token, args=args, nret=nret):
-                    cells = (token, len(args), nret, *args, *[_UNTOUCHED] * _RETS)
+                    cells = (token, operation.told, nret, *args, *[_UNTOUCHED] * _RETS)
                     self._peer.write(arena, struct.pack(f">{len(cells)}I", *cells))
-                    spans.append((arena + 4 * (3 + len(args)), 4 * _RETS))
+                    spans.append((arena + 4 * (3 + operation.told), 4 * _RETS))
                     wanted.append((HCall.H_RTAS, arena | operation.above << 60))
         answers = self._peer.calls(wanted)
         rets = iter(self._peer.read_many(spans))
@@ -147,6 +147,8 @@ class Execution:
                 return Outcome(0, (), self._touched(known))
             case DeviceTest():
                 return Outcome(self._testdev(operation), (), self._touched(known))
+            case QtestRtas(below=below) if below:
+                return self._at_the_end_of_ram(operation)
             case QtestRtas(name=name, args=args, nret=nret):
                 cells = (*args, *[_UNTOUCHED] * _RETS)
                 peer.write(ARENA, struct.pack(f">{len(cells)}I", *cells))
@@ -157,6 +159,17 @@ class Execution:
             case Switched():
                 return self._switched(operation)
         raise AssertionError(operation)
+
+    def _at_the_end_of_ram(self, operation: QtestRtas) -> Outcome:
+        """A call whose return cells are partly there. The status counts as untouched where it is not."""
+        peer, args, rets = self._peer, operation.args, RAM_SIZE - operation.below
+        tail = (RAM_SIZE - 4 * _RETS, 4 * _RETS)
+        peer.write(tail[0], struct.pack(">I", _UNTOUCHED) * _RETS)
+        peer.write(ARENA, struct.pack(f">{len(args)}I", *args))
+        ret = peer.rtas(operation.name, (len(args), ARENA), (operation.nret, rets))
+        (data,) = peer.read_many([tail])
+        status = int.from_bytes(data[rets - tail[0] :][:4], "big") if operation.below >= 4 else _UNTOUCHED
+        return Outcome(ret, (status,), (data,))
 
     def _switched(self, operation: Switched) -> Outcome:
         """What the edu's registers show meanwhile and afterwards. A DMA into its buffer leaves that its own state."""

@@ -36,15 +36,24 @@ class Indirect:
 
 @dataclass(frozen=True)
 class Rtas:
-    """An RTAS call by H_RTAS; ``above`` are the topmost four bits of the address that it is given."""
+    """An RTAS call by H_RTAS; ``above`` are the topmost four bits of the address that it is given. ``nargs``: how many
+    arguments it is told of, if not as many as there are; its return cells begin behind those.
+    """
 
     token: int
     args: tuple[int, ...]
     nret: int
     above: int = 0
+    nargs: int | None = None
+
+    @property
+    def told(self) -> int:
+        """How many arguments the call is told of."""
+        return len(self.args) if self.nargs is None else self.nargs
 
     def __repr__(self) -> str:
-        return f"RTAS({self.token:#x}, [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret})"
+        told = "" if self.nargs is None else f", told of {self.nargs}"
+        return f"RTAS({self.token:#x}, [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret}{told})"
 
 
 @dataclass(frozen=True)
@@ -109,14 +118,18 @@ class Fill:
 
 @dataclass(frozen=True)
 class QtestRtas:
-    """An RTAS call by name, as qtest's ``rtas`` makes it."""
+    """An RTAS call by name, as qtest's ``rtas`` makes it; with ``below``, its return cells begin so far below the
+    end of RAM, in bytes.
+    """
 
     name: str
     args: tuple[int, ...]
     nret: int
+    below: int = 0
 
     def __repr__(self) -> str:
-        return f"rtas {self.name} [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret}"
+        where = f" {self.below} below the end of RAM" if self.below else ""
+        return f"rtas {self.name} [{', '.join(f'{arg:#x}' for arg in self.args)}], {self.nret}{where}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.interop.operations import (
     Rtas,
     Switched,
 )
-from tests.interop.places import PAGES
+from tests.interop.places import PAGES, TESTDEV_BAR, bar_gpa
 from tests.interop.shadow import MAX_ENTRIES, Bridge, Shadow, Window
 from tests.interop.variants import EDU_SLOT, RAM_SIZE, TESTDEV_SLOT, Variant
 from vfio_model.devices.edu import regs as edu
@@ -41,6 +41,8 @@ PAGE_SHIFTS = (12, 16, 21, 24)
 UNKNOWN_TOKENS = (0, 0x1FFF, 0x2100, 0xFFFF)
 """Tokens that nobody answers. Others that are not here may stop the guest or the machine."""
 EEH_TOKENS = tuple(token for token in RtasToken if "EEH" in token.name or "SLOT" in token.name)
+_BEHIND_CAPABILITIES = 0x50
+"""From here on the configuration space of both devices holds no register."""
 COUNTS = (0, 1, 2, 3, 4, 5, 6, 7, 12, 17, 40)
 
 _NAMES = {int(token): name for name, token in RTAS_TOKENS.items()}
@@ -169,6 +171,7 @@ class Generator:
                 Call(self.rng.choice((0x22, 0x1E, 0x13D, 0x1FFE, 0xEFFF)), (liobn, ioba, 3, 1)),
                 Call(HCall.H_RTAS, (RAM_SIZE + ioba & 0xFFFF_FFFF_F000,)),
                 Call(HCall.H_PUT_TCE_INDIRECT, (liobn, ioba, RAM_SIZE + 0x7000, self.rng.randrange(1, 5))),
+                Call(HCall.H_PUT_TCE_INDIRECT, (liobn, ioba, bar_gpa(0, TESTDEV_BAR), self.rng.randrange(1, 9))),
                 Call(get, (other, ioba)),
                 Call(get, (liobn, away)),
                 Call(put, (other, ioba, 3)),
@@ -249,8 +252,12 @@ class Generator:
         if self.rng.random() < 0.45:
             return Rtas(RtasToken.IBM_READ_PCI_CONFIG, (place, hi, lo, size), 2)
         if self.rng.random() < 0.6:
+            scratch = self.rng.randrange(_BEHIND_CAPABILITIES, 256, 2)
             offset, value = self.rng.choice(
                 (
+                    (scratch, self.rng.randrange(1 << 16)),
+                    (scratch, self.rng.randrange(1 << 16)),
+                    (0x0D, self.rng.randrange(256)),
                     (0x0C, self.rng.randrange(256)),
                     (0x3C, self.rng.randrange(256)),
                     (0x06, self.rng.randrange(1 << 16)),
@@ -262,7 +269,7 @@ class Generator:
                     (0x04, self.rng.randrange(1 << 16) | 0x6),
                 )
             )
-            wide = 4 if offset in (0x14, 0x24, 0x2C, 0x00, 0x30) else 2 if offset in (4, 6) else 1
+            wide = 4 if offset in (0x14, 0x24, 0x2C, 0x00, 0x30) else 2 if offset in (4, 6, scratch) else 1
             place = config_addr(0, slot << 3, offset)
             return Rtas(RtasToken.IBM_WRITE_PCI_CONFIG, (place, hi, lo, wide, value & (1 << wide * 8) - 1), 1)
         if self.rng.random() < 0.3:
@@ -311,10 +318,14 @@ class Generator:
         bridge = self._bridge()
         pe = self._pe(bridge, self.rng.choice((EDU_SLOT, EDU_SLOT, EDU_SLOT, TESTDEV_SLOT, 9)))
         change, query = RtasToken.IBM_CHANGE_MSI, RtasToken.IBM_QUERY_INTERRUPT_SOURCE_NUMBER
+        odd = self.rng.random() < 0.3
+        nargs = self.rng.randrange(10) if odd else None
         if self.rng.random() < 0.5:
-            return Rtas(query, (*pe, self.rng.choice((0, 0, 0, 1))), 3)
+            nret = self.rng.choice(COUNTS) if odd else 3
+            return Rtas(query, (*pe, self.rng.choice((0, 0, 0, 1))), nret, nargs=nargs)
         function, requested = self.rng.choice((1, 3, 3, 3, 2, 4)), self.rng.choice((0, 1, 1, 1, 2))
-        return Rtas(change, (*pe, function, requested, self.rng.randrange(4)), self.rng.choice((3, 4)))
+        nret = self.rng.choice(COUNTS if odd else (3, 4))
+        return Rtas(change, (*pe, function, requested, self.rng.randrange(4)), nret, nargs=nargs)
 
     def _bypass(self) -> Operation:
         return Rtas(RtasToken.SET_TCE_BYPASS, (self.rng.choice(self.variant.vio), self.rng.randrange(2)), 1)
@@ -322,7 +333,8 @@ class Generator:
     def _qtest_rtas(self) -> Operation:
         made = self._ddw() if self.rng.random() < 0.6 else self._bad_ddw()
         assert isinstance(made, Rtas), "DDW calls are RTAS calls"
-        return QtestRtas(_NAMES[made.token], made.args, made.nret)
+        below = self.rng.randrange(1, 24) if self.rng.random() < 0.2 else 0
+        return QtestRtas(_NAMES[made.token], made.args, made.nret, below)
 
     def _switched(self) -> Operation:
         bridge = self._bridge()
