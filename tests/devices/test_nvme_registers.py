@@ -84,6 +84,12 @@ def test_settings_that_it_does_not_support_make_it_fail(host: NvmeHost, cc: int)
     assert host.status == READY
 
 
+def test_page_size_arbitration_and_command_set_stay_while_it_is_enabled(host: NvmeHost) -> None:
+    host.enable()
+    host.write(regs.CC, ENABLE | regs.CC_MPS.at(5) | regs.CC_CSS.at(6) | regs.CC_AMS.at(1))
+    assert host.read(regs.CC) == ENABLE and host.nvme.controller.memory.page_size == 4096
+
+
 def test_admin_queues_of_one_entry_make_it_fail(host: NvmeHost) -> None:
     host.enable(sq_size=1)
     assert host.status == FAILED

@@ -144,7 +144,9 @@ class NvmeDevice(PCIDevice):
     def _configure(self, _offset: int, _value: int) -> None:
         """CC was written."""
         old, new = self._cc, self.registers[regs.CC]
-        self._cc = new
+        if regs.CC_EN.of(old):
+            new = new & ~regs.CC_WHILE_DISABLED | old & regs.CC_WHILE_DISABLED
+        self._cc = self.registers[regs.CC] = new
         self.controller.entry_sizes = regs.CC_IOSQES.of(new), regs.CC_IOCQES.of(new)
         if not regs.CC_EN.of(new):
             if regs.CC_EN.of(old):

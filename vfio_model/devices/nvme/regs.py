@@ -63,6 +63,8 @@ CC_AMS = Bits(11, 3)
 CC_SHN = Bits(14, 2)
 CC_IOSQES = Bits(16, 4)
 CC_IOCQES = Bits(20, 4)
+CC_WHILE_DISABLED = CC_CSS.at(0x7) | CC_MPS.at(0xF) | CC_AMS.at(0x7)
+"""What may only change while EN is clear."""
 
 CSTS_RDY = 0x01
 CSTS_CFS = 0x02
