@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from guestd.config import DeviceConfig, GuestConfig, MachineConfig
-from guestd.guest import Guest
 from guestd.operations import Operations
 from guestd.qmp import Monitors
 from guestd.qmp_commands import MonitorCommands
 from protocols.monitor.messages import CommandFailed
 from protocols.transport.loop import Loop
+from tests.acceleration import kvm
+from tests.guestd.accelerated_guest import HostedGuest
 from vfio_model.trace import ListTrace
 
 EDU = DeviceConfig(id="e0", model="edu", addr="02.0")
@@ -25,7 +26,8 @@ class Machine:
     def __init__(self, directory: Path, loop: Loop, machine: MachineConfig | None = None) -> None:
         self.loop = loop
         config = GuestConfig(machine=machine or MachineConfig(ram=1 << 24), devices=[EDU])
-        self.guest = Guest(config, directory, loop, ListTrace())
+        config.machine.kvm = kvm()
+        self.guest = HostedGuest(config, directory, loop, ListTrace())
         self.guest.start()
         self.operations = Operations(self.guest, loop, ListTrace(), wall_ns=lambda: 5_000_001_999)
         self.commands = MonitorCommands(self.operations, "1")

@@ -15,10 +15,14 @@ from protocols.control import messages as control
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
 from protocols.transport.zmq import DealerClient
+from tests.acceleration import kvm
+from tests.guestd.accelerated_guest import HostedGuest
 from vfio_model.errors import ConfigError, InternalGuestError
 from vfio_model.iommu.spapr.regs import HCall, RtasToken, phb_buid
 from vfio_model.ranges import U32_MAX
 from vfio_model.trace import ListTrace
+
+pytestmark = pytest.mark.machine
 
 Ask = Callable[[control.Command], control.Answer]
 LIOBN = 0x8000_0000
@@ -33,7 +37,8 @@ class Running:
         self.loop = loop
         self._lock = RoleLock(directory, "guestd")
         self.trace = ListTrace()
-        self.guest = Guest(config, directory, loop, self.trace)
+        config.machine.kvm = kvm()
+        self.guest = HostedGuest(config, directory, loop, self.trace)
         self.guest.start()
         self.control = GuestControl(self.guest, directory, self._lock, loop, self.trace)
         self.client = DealerClient(directory / "guestd.ctl")

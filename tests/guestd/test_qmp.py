@@ -22,9 +22,13 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient
 
 from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig
 from protocols.transport.unix import ByteConnection
+from tests.acceleration import kvm
+from tests.guestd.accelerated_guest import host_options
 from tests.guestd.monitor_rig import EDU, Machine
 from tests.protocols.fuzz import Fuzzer
 from vfio_model.errors import ConfigError
+
+pytestmark = pytest.mark.machine
 
 SECONDS = 30.0
 NEGOTIATE = b'{"execute":"qmp_capabilities"}'
@@ -165,7 +169,8 @@ class Guestd:
     """``python -m guestd`` with monitors."""
 
     def __init__(self, directory: Path, *monitors: MonitorConfig) -> None:
-        config = GuestConfig(machine=MachineConfig(ram=1 << 24), devices=[EDU], monitors=list(monitors))
+        machine = MachineConfig(ram=1 << 24, kvm=kvm())
+        config = GuestConfig(machine=machine, devices=[EDU], monitors=list(monitors))
         path = directory / "guestd.json"
         path.write_bytes(msgspec.json.encode(config))
         command = [sys.executable, "-m", "guestd", "--dir", str(directory), "--config", str(path), "--die-with-parent"]
@@ -190,9 +195,10 @@ def start(runtime_dir: Path) -> Iterator[Callable[..., Guestd]]:
         started.append(Guestd(runtime_dir, *monitors))
         return started[-1]
 
-    yield start
-    for guestd in started:
-        guestd.close()
+    with host_options(runtime_dir):
+        yield start
+        for guestd in started:
+            guestd.close()
 
 
 async def next_event(listener: EventListener, name: str) -> Message:

@@ -11,10 +11,13 @@ from guestd.config import MachineConfig, PhbConfig
 from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed
 from protocols.transport.loop import Loop
+from tests.acceleration import kvm
 from tests.guestd.monitor_rig import Machine
 from vfio_model.devices import DEVICES
 from vfio_model.errors import InternalGuestError
 from vfio_model.iommu.spapr.regs import HCall
+
+pytestmark = pytest.mark.machine
 
 BAR = 0x8010_0000
 
@@ -28,7 +31,7 @@ def test_every_command_of_the_table_has_who_carries_it_out(machine: Machine) -> 
 def test_who_the_guest_is(machine: Machine) -> None:
     assert machine.ask("query-name") == {"name": "guest"} and machine.ask("query-target") == {"arch": "ppc64"}
     assert machine.ask("query-uuid") == {"UUID": machine.human("info uuid").strip()}
-    assert machine.ask("query-kvm") == {"enabled": False, "present": False}
+    assert machine.ask("query-kvm") == {"enabled": kvm(), "present": kvm()}
 
 
 def test_query_pci_shows_functions_and_what_their_bars_decode(machine: Machine) -> None:

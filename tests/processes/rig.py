@@ -111,6 +111,8 @@ class Live:
             self.launcher.start([spec for spec in specs if spec.stage == 1])
             self.bring_up(NIC)
             self.bring_up(CARD)
+            if self.kvm:  # the host maps the guest's memory with the first list that it reads
+                assert self.cpu.hcall(regs.HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), 0, 0, 1) == (0, [])
         except BaseException:
             self.close()
             raise

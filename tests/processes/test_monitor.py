@@ -26,7 +26,7 @@ def act(live: Live, name: str, **arguments: object) -> None:
 
 
 def test_devices_of_other_processes_come_and_go_and_the_host_says_what_it_locked() -> None:
-    with Live() as live:
+    with Live(caches=True) as live:
         assert f"locked_vm: {live.locked_vm()}\r\n" in human(live, "info locked_vm")
         followers = human(live, "info iommu")
         assert "need_vfio on" in followers and followers.count("followed by") >= 2, "VFIO, and the remote device"

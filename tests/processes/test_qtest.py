@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.acceleration import kvm
 from tests.guestd.qtest_client import EDU, MACHINE, SECONDS, WINDOW, Qtest, map_edu, running
 from tests.processes.conftest import HostProcess
+
+pytestmark = pytest.mark.machine
 
 PROGRAM = (sys.executable, "-m", "guestd.system")
 SHARED = ("-object", "memory-backend-memfd,id=m,size=256M", "-machine", "memory-backend=m")
@@ -57,7 +60,8 @@ def _transfer(qtest: Qtest, src: int, dst: int, command: int) -> None:
 
 def test_an_assigned_device(host: HostProcess, runtime_dir: Path) -> None:
     device = ("-device", "vfio-pci,host=0000:02:00.0,group=27,addr=2,id=n")
-    with running([*PROGRAM, *MACHINE, "-runtime-dir", str(runtime_dir), *device], runtime_dir) as qtest:
+    accelerated = ("-machine", "kvm-tce=on") if kvm() else ()
+    with running([*PROGRAM, *MACHINE, *accelerated, "-runtime-dir", str(runtime_dir), *device], runtime_dir) as qtest:
         _carry(qtest)
 
 
