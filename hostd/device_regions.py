@@ -30,7 +30,8 @@ from vfio_model.uapi.vfio import (
 
 _CONFIG = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
 _RW = int(RegionFlags.VFIO_REGION_INFO_FLAG_READ | RegionFlags.VFIO_REGION_INFO_FLAG_WRITE)
-_MMAP = int(RegionFlags.VFIO_REGION_INFO_FLAG_MMAP | RegionFlags.VFIO_REGION_INFO_FLAG_CAPS)
+_MMAP = int(RegionFlags.VFIO_REGION_INFO_FLAG_MMAP)
+_CAPS = int(RegionFlags.VFIO_REGION_INFO_FLAG_CAPS)
 _SPARSE_MMAP = 1
 """``VFIO_REGION_INFO_CAP_SPARSE_MMAP``."""
 _SPARSE_HEAD = struct.Struct("=HHIII")
@@ -59,7 +60,8 @@ class DeviceRegions:
 
     def region_info(self, index: int, argsz: int = wire.RegionInfo.SIZE) -> tuple[wire.RegionInfo, tuple[int, ...]]:
         """DEVICE_GET_REGION_INFO: the answer, and the descriptor to map it by. A client whose ``argsz`` is too small
-        gets neither that nor the capabilities, but the size that they need.
+        gets neither that nor the capabilities, but the size that they need; the flag for capabilities goes with them,
+        because QEMU takes it for a broken answer without them.
 
         :raise OSError: EINVAL when there is no such index.
         """
@@ -74,7 +76,7 @@ class DeviceRegions:
         full = wire.RegionInfo.SIZE + len(caps)
         if argsz < full:
             return wire.RegionInfo(full, _RW | _MMAP, index, 0, size, 0), ()
-        return wire.RegionInfo(full, _RW | _MMAP, index, wire.RegionInfo.SIZE, size, 0, caps), (fd,)
+        return wire.RegionInfo(full, _RW | _MMAP | _CAPS, index, wire.RegionInfo.SIZE, size, 0, caps), (fd,)
 
     def io_fds(self, index: int, argsz: int, max_fds: int) -> tuple[wire.RegionIoFds, tuple[int, ...]]:
         """DEVICE_GET_REGION_IO_FDS. :raise OSError: EINVAL when there is no such index."""
