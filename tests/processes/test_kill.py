@@ -83,7 +83,7 @@ def test_a_remote_device_dies_alone_and_comes_back(number: int) -> None:
 
 @pytest.mark.parametrize("number", ROUNDS)
 def test_the_notifier_dies_and_those_with_a_ring_go_on(number: int) -> None:
-    with Live() as live:
+    with Live(caches=True) as live:
         census = live.census()
         for seed in seeds(3000, number):
             with told(seed):
