@@ -111,8 +111,6 @@ class Live:
             self.launcher.start([spec for spec in specs if spec.stage == 1])
             self.bring_up(NIC)
             self.bring_up(CARD)
-            if self.kvm:  # the host maps the guest's memory with the first list that it reads
-                assert self.cpu.hcall(regs.HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), 0, 0, 1) == (0, [])
         except BaseException:
             self.close()
             raise
@@ -231,6 +229,8 @@ class Live:
 
     def census(self) -> dict[str, Any]:
         """Everything that must be as before when a test has disturbed and mended the system."""
+        if self.kvm:
+            self._show_memory()
         roles = [role for role, daemon in self.launcher.daemons.items() if not daemon.ended]
         host, notifier = self.status("hostd"), self.status("notifier")
         return {
@@ -245,6 +245,12 @@ class Live:
             "connections": host["connections"],
             "subscribers": sorted(notifier["subscribers"].values()),
         }
+
+    def _show_memory(self) -> None:
+        """The host maps the guest's memory with the first list that it reads: now at the latest."""
+        gpa, ioba = RAM - 4096, regs.DEFAULT_WINDOW_SIZE - 4096
+        self.cpu.write_memory(gpa, bytes(8))
+        assert self.cpu.hcall(regs.HCall.H_PUT_TCE_INDIRECT, regs.pci_liobn(0, 0), ioba, gpa, 1) == (0, [])
 
     def settles(self, wanted: dict[str, Any]) -> None:
         """The census becomes ``wanted``."""
