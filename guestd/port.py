@@ -18,6 +18,7 @@ import errno
 import os
 import signal
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.hvcall import hcall_name
 from vfio_model.uapi.kvm import ioctl_name
-from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl
+from vfio_model.uapi.vfio import DmaMap, DmaUnmap, Ioctl, IommuType
 from vfio_model.vfio.ioctl import BatchError
 from vfio_model.vfio.region import DeviceConnection
 
@@ -94,6 +95,8 @@ class WirePort:
         self.on_lost: Callable[[PeerLost], None] = lambda _error: None
         """Called once, from wherever the loss was noticed; must not wait."""
         self._eof: PeerLost | None = None
+        self._type1: set[int] = set()
+        """Containers of a type 1."""
         self._seq = 0
         self._answer: messages.Return | None = None
         self._pong = 0
@@ -281,8 +284,14 @@ class WirePort:
         """
         answer = self._call(handle, cmd, arg, 1)
         if answer.errno:
-            raise OSError(answer.errno, f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}")
+            raise OSError(answer.errno, f"{self._name(handle, cmd)}: {os.strerror(answer.errno)}")
+        if cmd == _SET_IOMMU and int.from_bytes(arg, sys.byteorder) in _TYPE1:
+            self._type1.add(handle)
         return answer.arg
+
+    def _name(self, handle: int, cmd: int) -> str:
+        """The type of a container decides between two meanings of a number."""
+        return ioctl_name(cmd, spapr=handle not in self._type1)
 
     def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
         """``count`` structures of one command in as few messages as fit. :raise BatchError: at the first failure."""
@@ -299,7 +308,9 @@ class WirePort:
     def _batch(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int, before: int) -> int:
         answer = self._call(handle, cmd, args, count)
         if answer.errno:
-            raise BatchError(answer.errno, f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}", before + answer.done)
+            raise BatchError(
+                answer.errno, f"{self._name(handle, cmd)}: {os.strerror(answer.errno)}", before + answer.done
+            )
         return count
 
     def _call(self, handle: int, cmd: int, arg: bytes | bytearray | memoryview, count: int) -> messages.Return:
@@ -308,7 +319,7 @@ class WirePort:
         self._seq = seq = self._seq + 1
         trace = self._trace
         if trace.enabled:
-            trace("port_send", seq=seq, ioctl=ioctl_name(cmd), count=count, **_first(cmd, arg))
+            trace("port_send", seq=seq, ioctl=self._name(handle, cmd), count=count, **_first(cmd, arg))
         message = messages.Ioctl(seq, trace.cause, self._mm.handle, handle, cmd, count, arg)  # type: ignore[arg-type]
         return self._exchange(message, cmd)
 
@@ -440,6 +451,8 @@ def _named(request: str | int) -> str:
 
 
 _MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
+_SET_IOMMU = int(Ioctl.VFIO_SET_IOMMU)
+_TYPE1 = IommuType.VFIO_TYPE1_IOMMU, IommuType.VFIO_TYPE1v2_IOMMU
 
 
 def _first(cmd: int, arg: bytes | bytearray | memoryview) -> dict[str, object]:

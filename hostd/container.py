@@ -53,7 +53,6 @@ from vfio_model.errors import ConfigError, PeerLost, RemoteProtocolError
 from vfio_model.host.topology import HostTopology
 from vfio_model.trace import Trace
 from vfio_model.uapi.hvcall import hcall_name
-from vfio_model.uapi.kvm import ioctl_name
 
 LOOK_NS = 75_000
 """Between two looks at lanes that are waited for."""
@@ -231,7 +230,8 @@ class ContainerServer:
         if self._trace.enabled:
             self._trace.cause = message.cause
             if isinstance(message, messages.Ioctl):
-                self._trace("port_recv", seq=message.seq, ioctl=ioctl_name(message.cmd), count=message.count)
+                name = self.service.state.host.ioctl_name(message.handle, message.cmd)
+                self._trace("port_recv", seq=message.seq, ioctl=name, count=message.count)
             else:
                 self._trace("port_recv", seq=message.seq, hcall=hcall_name(message.nr), count=1)
         self.handle(PortMessage(peer, message))

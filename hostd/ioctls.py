@@ -18,7 +18,6 @@ from protocols.port.messages import Return
 from vfio_model.host.hpa import Segment
 from vfio_model.host.mm import Mm
 from vfio_model.host.pending import Batch, Pending
-from vfio_model.uapi.kvm import ioctl_name
 from vfio_model.uapi.vfio import Ioctl
 
 _HANDLE = struct.Struct("=Q")
@@ -64,7 +63,7 @@ class IoctlService:
         if state.jobs.depth(key) > MAX_BEHIND:
             self._failed(peer, message, OSError(ENOMEM, f"{MAX_BEHIND} requests of this container wait already"))
             return
-        state.jobs.submit(key, Job(ioctl_name(message.cmd), self._steps(peer, message, file), file.client.pid))
+        state.jobs.submit(key, Job(self._name(message), self._steps(peer, message, file), file.client.pid))
 
     def _key(self, file: OpenFile, message: IoctlMessage) -> Hashable:
         """The container that the ioctl concerns, else the group by itself."""
@@ -83,7 +82,7 @@ class IoctlService:
                 wait = None if result.long else state.begin_revoke(result.lane_devices)
                 if wait is not None or result.long:
                     steps = self._rest_steps(peer, message, file, wait, result)
-                    state.jobs.submit(key, Job(ioctl_name(message.cmd), steps, file.client.pid))
+                    state.jobs.submit(key, Job(self._name(message), steps, file.client.pid))
                     return
                 result = result.finish()
         except OSError as error:
@@ -154,6 +153,9 @@ class IoctlService:
             raise OSError(EBADF, "the mm is gone")
         return client.mm
 
+    def _name(self, message: IoctlMessage) -> str:
+        return self._state.host.ioctl_name(message.handle, message.cmd)
+
     def _answer(self, peer: bytes, message: IoctlMessage, result: bytes | Batch) -> None:
         if isinstance(result, Batch):
             if result.errno:
@@ -170,7 +172,7 @@ class IoctlService:
 
     def _note_failure(self, message: IoctlMessage, number: int, reason: str) -> None:
         self._state.cause = message.cause
-        self._state.note("vfio_ioctl_failed", ioctl=ioctl_name(message.cmd), errno=number, reason=reason)
+        self._state.note("vfio_ioctl_failed", ioctl=self._name(message), errno=number, reason=reason)
 
     def _check_container(self, message: IoctlMessage) -> None:
         """The handle in the argument is one of this client's too."""

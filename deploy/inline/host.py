@@ -30,7 +30,6 @@ from vfio_model.host.pending import Pending
 from vfio_model.host.topology import HostTopology
 from vfio_model.memory.lane import LaneArea
 from vfio_model.uapi.hvcall import hcall_name
-from vfio_model.uapi.kvm import ioctl_name
 from vfio_model.vfio.direct import DirectPort, T
 from vfio_model.vfio.ioctl import BatchError
 
@@ -140,7 +139,7 @@ class InlinePort(DirectPort):
         """See :class:`~vfio_model.vfio.ioctl.VfioPort`."""
         answer = self._call(handle, cmd, arg, 1)
         if answer.errno:
-            raise OSError(answer.errno, f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}")
+            raise OSError(answer.errno, f"{self.host.ioctl_name(handle, cmd)}: {os.strerror(answer.errno)}")
         return answer.arg
 
     def ioctl_many(self, handle: int, cmd: int, args: bytes | bytearray | memoryview, count: int) -> int:
@@ -151,7 +150,7 @@ class InlinePort(DirectPort):
             some = min(step, count - first)
             answer = self._call(handle, cmd, bytes(args[first * size : (first + some) * size]), some)
             if answer.errno:
-                what = f"{ioctl_name(cmd)}: {os.strerror(answer.errno)}"
+                what = f"{self.host.ioctl_name(handle, cmd)}: {os.strerror(answer.errno)}"
                 raise BatchError(answer.errno, what, first + answer.done)
         return count
 
@@ -167,7 +166,7 @@ class InlinePort(DirectPort):
     def _call(self, handle: int, cmd: int, arg: bytes, count: int) -> Return:
         self._seq += 1
         trace = self._guest
-        trace("port_send", seq=self._seq, ioctl=ioctl_name(cmd), handle=handle, count=count)
+        trace("port_send", seq=self._seq, ioctl=self.host.ioctl_name(handle, cmd), handle=handle, count=count)
         return self._pass(Ioctl(self._seq, trace.cause, 0, handle, cmd, count, arg))
 
     def _pass(self, message: Ioctl | Hcall) -> Return:
@@ -206,7 +205,7 @@ class InlinePort(DirectPort):
             self._host("port_recv", seq=message.seq, hcall=hcall_name(message.nr), count=1)
             ret = super().hcall(message.handle, message.nr, message.args, message.links)
             return Return(message.seq, 0, 1, ret.to_bytes(8, sys.byteorder, signed=True))
-        seq, count, name = message.seq, message.count, ioctl_name(message.cmd)
+        seq, count, name = message.seq, message.count, self.host.ioctl_name(message.handle, message.cmd)
         self._host("port_recv", seq=seq, ioctl=name, count=count)
         try:
             if count == 1:

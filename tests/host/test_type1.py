@@ -14,13 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.host.type1_rig import GIB, HVA, MIB, PAGE, Type1Rig
+from tests.host.type1_rig import DEVICE, GIB, HVA, MIB, PAGE, Type1Rig
 from vfio_model.host import type1
 from vfio_model.host.explain import explain
+from vfio_model.host.host import Host
 from vfio_model.host.mm import Vma
 from vfio_model.host.pending import Revocation
+from vfio_model.host.topology import DeviceSpec, GroupSpec, HostTopology
 from vfio_model.host.walk import load_tce, load_tces, page_shift_at
 from vfio_model.memory.types import MemTxResult
+from vfio_model.uapi.containers import IOMMU_TYPES, ContainerKind
+from vfio_model.uapi.kvm import KvmIoctl
 from vfio_model.uapi.vfio import (
     DIRTY_BITMAP_SIZE_MAX,
     DirtyBitmap,
@@ -31,6 +35,8 @@ from vfio_model.uapi.vfio import (
     SpaprTceCreate,
     Type1Info,
 )
+from vfio_model.vfio.direct import DirectPort
+from vfio_model.vfio.ioctl import ContainerFile, VfioGroup
 
 OK, DECODE_ERROR = MemTxResult.OK, MemTxResult.DECODE_ERROR
 TOP = (1 << 64) - PAGE
@@ -547,3 +553,22 @@ def test_a_mapping_whose_tables_can_not_fit_is_refused_before_any_is_made(backin
     assert refused(rig.container.ioctl, rig.mm, Ioctl.VFIO_IOMMU_MAP_DMA, made, Revocation()) == ENOMEM
     assert rig.memory.free_bytes == rig.free_with_root and not rig.container.table.take_retired()
     assert rig.mm.locked_vm == 0 and len(rig.container.table) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "info", "dirty"),
+    [
+        ("type1v2", "VFIO_IOMMU_GET_INFO", "VFIO_IOMMU_DIRTY_PAGES"),
+        ("spapr-v2", "VFIO_IOMMU_SPAPR_TCE_GET_INFO", "VFIO_IOMMU_SPAPR_REGISTER_MEMORY"),
+    ],
+)
+def test_a_number_with_two_meanings_is_named_by_the_containers_type(kind: ContainerKind, info: str, dirty: str) -> None:
+    groups = (GroupSpec(26, (DeviceSpec(DEVICE, "edu"),)),)
+    host = Host(HostTopology(groups=groups, containers=("spapr-v2", "type1v2"), domain_bytes=16 * MIB))
+    port = DirectPort(host, host.create_mm())
+    container = ContainerFile(port, port.open("/dev/vfio/vfio"))
+    VfioGroup(port, port.open("/dev/vfio/26")).set_container(container.handle)
+    container.set_iommu(IOMMU_TYPES[kind])
+    assert host.ioctl_name(container.handle, Ioctl.VFIO_IOMMU_GET_INFO) == info
+    assert host.ioctl_name(container.handle, Ioctl.VFIO_IOMMU_DIRTY_PAGES) == dirty
+    assert host.ioctl_name(container.handle, KvmIoctl.KVM_CHECK_EXTENSION) == "KVM_CHECK_EXTENSION"

@@ -69,6 +69,12 @@ class VfioContainer:
         self._kinds, self._make_driver = kinds, make_driver
         self._kind: ContainerKind | None = None
 
+    @property
+    def spapr(self) -> bool:
+        """Whether its type is one of the sPAPR driver's; before it has one, whether the host prefers them."""
+        kind = next(iter(self._kinds)) if self._kind is None else self._kind
+        return DRIVERS[kind] == "spapr"
+
     def ioctl(self, mm: Mm, cmd: int, arg: bytes, revocation: Revocation) -> bytes:
         """:raise OSError: ENOTTY for what is no ioctl of this container, EINVAL for one that needs a type first."""
         if cmd == _GET_API_VERSION:

@@ -32,7 +32,7 @@ from vfio_model.host.topology import HostTopology
 from vfio_model.host.type1 import Type1Container
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import ContainerKind
-from vfio_model.uapi.kvm import KVM_PATH, KvmCap
+from vfio_model.uapi.kvm import KVM_PATH, KvmCap, ioctl_name
 from vfio_model.uapi.vfio import (
     VFIO_GROUP_FLAGS_CONTAINER_SET,
     VFIO_GROUP_FLAGS_VIABLE,
@@ -275,6 +275,11 @@ class Host:
         revocation = Revocation()
         revocation.run(batch.carry_out(revocation))
         return revocation.settle(lambda: batch.result)
+
+    def ioctl_name(self, handle: int, cmd: int) -> str:
+        """The name of ``cmd`` for this file: the type of a container decides between two meanings of a number."""
+        file = self._files.get(handle, (None, None))[0]
+        return ioctl_name(cmd, spapr=not isinstance(file, VfioContainer) or file.spapr)
 
     # Virtual machines
 

@@ -36,12 +36,12 @@ class KvmIoctl(IntEnum):
 
 
 @functools.lru_cache(64)
-def ioctl_name(cmd: int) -> str:
-    """The name of an ioctl number of the port: KVM's or VFIO's."""
+def ioctl_name(cmd: int, *, spapr: bool = True) -> str:
+    """The name of an ioctl number of the port: KVM's or VFIO's; ``spapr`` as :func:`vfio.ioctl_name` has it."""
     try:
         return KvmIoctl(cmd).name
     except ValueError:
-        return vfio.ioctl_name(cmd)
+        return vfio.ioctl_name(cmd, spapr=spapr)
 
 
 class KvmCap(IntEnum):
