@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tests.processes.rig import NIC, Live, Target, target, until
 from tests.processes.traffic import Traffic
 
 ROUNDS = range(4)
@@ -30,6 +32,26 @@ def told(seed: int) -> Iterator[None]:
 def seeds(base: int, number: int, points: int = POINTS) -> list[int]:
     """The seeds of round ``number``."""
     return [base + number * points + point for point in range(points)]
+
+
+def kill(victim: Target) -> None:
+    """SIGKILL."""
+    victim.signal(signal.SIGKILL)
+
+
+def kill_with_the_device(live: Live, role: str, traffic: Traffic, seed: int) -> None:
+    """``role`` is killed at a random point of the traffic; the assigned device ends with it."""
+    with target(live.pid(role)) as victim, target(live.pid(NIC)) as device:
+        strike(traffic, seed, lambda: kill(victim))
+        victim.gone()
+        device.gone()
+
+
+def everything_is_released(live: Live) -> None:
+    """Of a guest that has died, by the host."""
+    until("the host has released everything", lambda: not live.status("hostd")["mms"])
+    status = live.status("hostd")
+    assert (status["locked_vm"], status["files"], status["devices"]) == (live.before_guest, [], [])
 
 
 def strike(traffic: Traffic, seed: int, fire: Callable[[], None]) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
-from tests.processes.disturbance import ROUNDS, seeds, strike, told
-from tests.processes.rig import CARD, NIC, Live, Target, target, until
+from tests.processes.disturbance import (
+    ROUNDS,
+    everything_is_released,
+    kill,
+    kill_with_the_device,
+    seeds,
+    strike,
+    told,
+)
+from tests.processes.rig import CARD, NIC, Live, target, until
 from tests.processes.traffic import Traffic
 
 pytestmark = pytest.mark.machine
 
 DIED = "its process died", "it ended the connection", "while sending"
-
-
-def kill(victim: Target) -> None:
-    """SIGKILL."""
-    victim.signal(signal.SIGKILL)
 
 
 def lost(live: Live, name: str, *words: str) -> None:
@@ -114,10 +115,7 @@ def test_the_host_dies_with_its_devices_and_its_mappings_are_rebuilt(number: int
         for seed in seeds(4000, number):
             with told(seed):
                 traffic = Traffic(live, seed, background=seed % 2 == 0)
-                with target(live.pid("hostd")) as victim, target(live.pid(NIC)) as device:
-                    strike(traffic, seed, lambda: kill(victim))
-                    victim.gone()
-                    device.gone()
+                kill_with_the_device(live, "hostd", traffic, seed)
                 lost(live, NIC, "hostd is gone", *DIED)
                 traffic.works[NIC] = False
                 traffic.adopt()
@@ -142,13 +140,8 @@ def test_a_guest_dies_and_the_host_takes_back_what_it_had(number: int) -> None:
         for seed in seeds(5000, number):
             with told(seed):
                 traffic = Traffic(live, seed, background=seed % 2 == 0)
-                with target(live.pid("guestd")) as victim, target(live.pid(NIC)) as device:
-                    strike(traffic, seed, lambda: kill(victim))
-                    victim.gone()
-                    device.gone()
-                until("the host has released everything", lambda: not live.status("hostd")["mms"])
-                status = live.status("hostd")
-                assert (status["locked_vm"], status["files"], status["devices"]) == (live.before_guest, [], [])
+                kill_with_the_device(live, "guestd", traffic, seed)
+                everything_is_released(live)
                 until("the notifier has forgotten it", lambda: not any(live.status("notifier").values()))
                 until("the card has let go", lambda: live.fds(CARD) < census["fds"][CARD])
                 without_guest = without_guest or live.census()

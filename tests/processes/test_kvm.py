@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.processes.disturbance import strike, told
-from tests.processes.rig import NIC, Live, target, until
-from tests.processes.test_kill import kill
+from tests.processes.disturbance import everything_is_released, kill_with_the_device, told
+from tests.processes.rig import NIC, Live, until
 from tests.processes.traffic import Traffic
 
 ROUNDS = range(2)
@@ -62,10 +61,7 @@ def test_the_host_dies_and_its_tables_are_rebuilt_from_what_it_shared(number: in
         for seed in range(7000 + number * POINTS, 7000 + (number + 1) * POINTS):
             with told(seed):
                 traffic = Traffic(live, seed, background=seed % 2 == 0)
-                with target(live.pid("hostd")) as victim, target(live.pid(NIC)) as device:
-                    strike(traffic, seed, lambda: kill(victim))
-                    victim.gone()
-                    device.gone()
+                kill_with_the_device(live, "hostd", traffic, seed)
                 traffic.works[NIC] = False
                 traffic.adopt()
                 traffic.run(10)
@@ -92,13 +88,8 @@ def test_a_guest_dies_and_the_host_frees_its_machine_and_tables() -> None:
         for seed in range(7100, 7100 + POINTS):
             with told(seed):
                 traffic = Traffic(live, seed, background=seed % 2 == 0)
-                with target(live.pid("guestd")) as victim, target(live.pid(NIC)) as device:
-                    strike(traffic, seed, lambda: kill(victim))
-                    victim.gone()
-                    device.gone()
-                until("the host has released everything", lambda: not live.status("hostd")["mms"])
-                status = live.status("hostd")
-                assert (status["locked_vm"], status["files"], status["devices"]) == (live.before_guest, [], [])
+                kill_with_the_device(live, "guestd", traffic, seed)
+                everything_is_released(live)
                 until("the tables are unmapped", lambda: live.status("hostd")["areas"] == areas - 2)
                 live.revive("guestd")
                 new = Traffic(live, seed, background=seed % 2 == 0)
