@@ -226,6 +226,7 @@ def test_the_timestamp_goes_on(host: NvmeHost) -> None:
         (Status.FEATURE_NOT_SAVEABLE, FeatureId.ARBITRATION, 0, 0, True),
         (Status.FEATURE_NOT_NAMESPACE_SPECIFIC, FeatureId.ARBITRATION, 0, 1, False),
         (Status.INVALID_FIELD, FeatureId.POWER_MANAGEMENT, 1, 0, False),
+        (Status.INVALID_FIELD, FeatureId.ERROR_RECOVERY, 1 << 16, 1, False),
         (Status.INVALID_FIELD, FeatureId.TEMPERATURE_THRESHOLD, 3 << 16, 0, False),
         (Status.INVALID_FIELD, FeatureId.TEMPERATURE_THRESHOLD, 2 << 20, 0, False),
     ],
@@ -260,6 +261,13 @@ def test_the_newest_failure_comes_first_in_the_error_log(host: NvmeHost) -> None
     assert (number(first, "error_count"), number(first, "cid"), number(first, "nsid")) == (2, 0x222, 9)
     assert number(second, "cid") == 0x111 and number(second, "status") >> 1 & 0x7FF == Status.INVALID_OPCODE
     assert HEALTH.number(log(host, 2, 512), "error_log_entries") == 2
+
+
+def test_the_error_log_names_the_block(host: NvmeHost) -> None:
+    host.create_pair(1)
+    host.rw(NvmOpcode.READ, 1 << 33, 1)
+    entry = log(host, 1, 64)
+    assert (ERROR_ENTRY.number(entry, "lba"), ERROR_ENTRY.number(entry, "sqid")) == (1 << 33, 1)
 
 
 def test_effects_name_every_command_that_there_is(host: NvmeHost) -> None:

@@ -17,13 +17,12 @@ from vfio_model.vmstate.fields import State, decode, encode
 
 
 def moved(source: NvmeHost) -> NvmeHost:
-    """``source``'s guest on another device: the same RAM, the same disk."""
+    """``source``'s guest on another device, with the same RAM; a disk in memory moves with the state."""
     target = NvmeHost()
     stream = encode(NVME, source.device.export_state())
     state = decode(NVME, NVME.version, stream, target.device.export_state(), where="nvme")
     target.device.check_state(state, where="nvme")
     target.ram[:] = source.ram
-    target.nvme.controller.namespaces[1].disk = source.nvme.controller.namespaces[1].disk
     target.device.import_state(state)
     target.rings, target._cid, target._next_queue = source.rings, source._cid, source._next_queue
     return target
@@ -144,6 +143,7 @@ def _drop_admin(state: State) -> None:
         _set("aqa", 1 << 31),
         _set("block_shift", 10),
         _set("features", [{"fid": 0x42, "subject": 0, "value": 0}]),
+        _set("chunks", [{"number": 64, "content": b""}]),
         _set("events", [{"type": 9, "info": 0, "log": 0}]),
         _set("masked", bytes((7,))),
         _set("request_count", 5),

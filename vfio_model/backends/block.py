@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from vfio_model.errors import ConfigError
@@ -100,6 +101,15 @@ class MemoryDisk:
                 del self._chunks[number]
             else:
                 self._chunks[number][start:stop] = bytes(stop - start)
+
+    def export_chunks(self) -> list[tuple[int, bytes]]:
+        """What is not zero, by pieces of :data:`CHUNK` bytes: each one's number and content."""
+        zero = bytes(CHUNK)
+        return [(number, bytes(chunk)) for number, chunk in sorted(self._chunks.items()) if chunk != zero]
+
+    def import_chunks(self, chunks: Iterable[tuple[int, bytes]]) -> None:
+        """Hold what another disk of this size has exported, and nothing else."""
+        self._chunks = {number: bytearray(chunk) for number, chunk in chunks}
 
     def close(self) -> None:
         """Nothing to give back."""

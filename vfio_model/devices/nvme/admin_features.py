@@ -90,6 +90,13 @@ def _set_power(controller: Controller, command: Command) -> int:
     return 0
 
 
+def _set_error_recovery(controller: Controller, command: Command) -> int:
+    if command.cdw11 & features.DEALLOCATED_BLOCK_ERROR:
+        return Status.INVALID_FIELD
+    controller.features.set(FeatureId.ERROR_RECOVERY, command.cdw11)
+    return 0
+
+
 def _set_write_cache(controller: Controller, command: Command) -> int:
     enable = bool(command.cdw11 & features.WRITE_CACHE_ENABLE)
     try:
@@ -152,6 +159,7 @@ def _set_timestamp(controller: Controller, command: Command) -> int:
 _SETTERS: Mapping[int, Callable[[Controller, Command], int]] = {
     FeatureId.POWER_MANAGEMENT: _set_power,
     FeatureId.TEMPERATURE_THRESHOLD: _set_temperature_threshold,
+    FeatureId.ERROR_RECOVERY: _set_error_recovery,
     FeatureId.VOLATILE_WRITE_CACHE: _set_write_cache,
     FeatureId.NUMBER_OF_QUEUES: _set_queues,
     FeatureId.TIMESTAMP: _set_timestamp,

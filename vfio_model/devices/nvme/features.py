@@ -47,6 +47,8 @@ OVER_COMPOSITE, UNDER_COMPOSITE, ALL_SENSORS = 0x00, 0x10, 0x0F
 """Subjects: the composite temperature's two thresholds; a sensor number that means every sensor."""
 VECTOR_SUBJECT = Bits(0, 16)
 POWER_STATE = Bits(0, 5)
+DEALLOCATED_BLOCK_ERROR = 0x10000
+"""Error recovery: reading a deallocated block fails; not supported."""
 WRITE_CACHE_ENABLE = 0x1
 QUEUES_SUBMISSION, QUEUES_COMPLETION = Bits(0, 16), Bits(16, 16)
 EVENT_HEALTH_TEMPERATURE = 0x02

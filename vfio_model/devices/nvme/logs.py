@@ -40,6 +40,9 @@ NVM_EFFECTS: Mapping[int, int] = {
 }
 """What the commands of a set may change, by opcode."""
 
+WITH_BLOCKS = frozenset((NvmOpcode.READ, NvmOpcode.WRITE, NvmOpcode.COMPARE, NvmOpcode.WRITE_ZEROES, NvmOpcode.VERIFY))
+"""Commands whose dwords 10 and 11 are the first block."""
+
 
 class ErrorLog:
     """The newest failures, newest first."""
@@ -49,8 +52,9 @@ class ErrorLog:
         """How many there were, ever."""
         self.entries: deque[bytes] = deque(maxlen=ERROR_ENTRIES)
 
-    def add(self, sqid: int, command: Command, status: int, lba: int = 0) -> None:
+    def add(self, sqid: int, command: Command, status: int) -> None:
         """``command`` of queue ``sqid`` ended with ``status`` (all bits of the status field)."""
+        lba = command.cdw10 | command.cdw11 << 32 if sqid and command.opcode in WITH_BLOCKS else 0
         self._add(sqid=sqid, cid=command.cid, status=status << 1, nsid=command.nsid, lba=lba)
 
     def add_doorbell(self, sqid: int) -> None:
@@ -74,7 +78,6 @@ class Health:
         self.bytes_read = self.bytes_written = 0
         self.reads = self.writes = 0
         self.media_errors = 0
-        self.unsafe_shutdowns = 0
         self.critical_warning = 0
 
     def log(self, errors: int, uptime_ns: int) -> bytearray:
@@ -90,7 +93,6 @@ class Health:
             host_write_commands=self.writes,
             power_cycles=1,
             power_on_hours=uptime_ns // 3_600_000_000_000,
-            unsafe_shutdowns=self.unsafe_shutdowns,
             media_errors=self.media_errors,
             error_log_entries=errors,
         )

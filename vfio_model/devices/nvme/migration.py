@@ -1,4 +1,4 @@
-"""nvme: what of a controller migrates. The disk does not: both sides open the same one, as with QEMU's.
+"""nvme: what of a controller migrates. A disk in memory does; of any other both sides open the same one.
 
 Commands are carried out to their end, so that between two accesses a command has either been fetched and completed or
 is still in its queue. What waits are requests for asynchronous events.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vfio_model.backends.block import CHUNK, MemoryDisk
 from vfio_model.devices.nvme import regs
 from vfio_model.devices.nvme.controller import Controller
 from vfio_model.devices.nvme.events import QUEUE_LIMIT, REQUEST_LIMIT, Event, EventType
 from vfio_model.devices.nvme.features import FEATURES, FeatureId
 from vfio_model.devices.nvme.logs import ERROR_ENTRIES
-from vfio_model.devices.nvme.namespace import BLOCK_SHIFTS
+from vfio_model.devices.nvme.namespace import BLOCK_SHIFTS, Namespace
 from vfio_model.devices.nvme.queues import CompletionQueue, SubmissionQueue
 from vfio_model.devices.nvme.structures import ERROR_ENTRY
 from vfio_model.devices.register_file import RegisterFile, fields_of
@@ -31,8 +32,9 @@ _CQ = VMStateDescription(
 _SQ = VMStateDescription("nvme/sq", 1, (*_RING, Field("cqid")))
 _FEATURE = VMStateDescription("nvme/feature", 1, (Field("fid", Type.U8), Field("subject"), Field("value")))
 _EVENT = VMStateDescription("nvme/event", 1, (Field("type", Type.U8), Field("info", Type.U8), Field("log", Type.U8)))
-_COUNTERS = ("bytes_read", "bytes_written", "reads", "writes", "media_errors", "unsafe_shutdowns", "critical_warning")
-_LISTS = {"cq": _CQ, "sq": _SQ, "feature": _FEATURE, "event": _EVENT}
+_CHUNK = VMStateDescription("nvme/chunk", 1, (Field("number"), Field("content", Type.U8, array=CHUNK)))
+_COUNTERS = ("bytes_read", "bytes_written", "reads", "writes", "media_errors", "critical_warning")
+_LISTS = {"cq": _CQ, "sq": _SQ, "feature": _FEATURE, "event": _EVENT, "chunk": _CHUNK}
 
 NVME = VMStateDescription(
     "nvme",
@@ -80,6 +82,7 @@ def export(registers: RegisterFile, controller: Controller) -> State:
             for (fid, subject), value in controller.features.changed.items()
         ],
         "event": [event._asdict() for event in events.queue],
+        "chunk": [{"number": number, "content": content} for number, content in _stored(namespace)],
     }
     error_log = b"".join(controller.errors.entries)
     return {
@@ -107,6 +110,10 @@ def export(registers: RegisterFile, controller: Controller) -> State:
     }
 
 
+def _stored(namespace: Namespace) -> list[tuple[int, bytes]]:
+    return namespace.disk.export_chunks() if isinstance(namespace.disk, MemoryDisk) else []
+
+
 def _ring(queue: CompletionQueue | SubmissionQueue) -> State:
     return {name: getattr(queue, name) for name in ("id", "base", "size", "head", "tail")}
 
@@ -127,7 +134,8 @@ def _problems(controller: Controller, state: Mapping[str, Any]) -> list[tuple[st
     page_shift = regs.MIN_PAGE_SHIFT + regs.CC_MPS.of(state["cc"])
     most = controller.limits.io_queues
     rings = (*state["cqs"], *state["sqs"])
-    vectors = controller.limits.vectors
+    vectors, disk = controller.limits.vectors, controller.namespaces[1].disk
+    chunks = -(-disk.size // CHUNK) if isinstance(disk, MemoryDisk) else 0
     log_sizes = range(0, (ERROR_ENTRIES + 1) * ERROR_ENTRY.size, ERROR_ENTRY.size)
     return [
         ("other capabilities", (cap, state["vs"]) != (regs.CAP_VALUE, regs.VERSION)),
@@ -146,6 +154,7 @@ def _problems(controller: Controller, state: Mapping[str, Any]) -> list[tuple[st
         ("an event mask that there is not", any(type_ not in iter(EventType) for type_ in state["masked"])),
         ("more events than are kept", state["event_count"] > QUEUE_LIMIT),
         ("more requests than may wait", max(state["request_count"], state["aborted_count"]) > REQUEST_LIMIT),
+        ("data outside the disk", any(chunk["number"] >= chunks for chunk in state["chunks"])),
         ("a broken error log", state["error_size"] not in log_sizes),
     ]  # fmt: skip
 
@@ -170,6 +179,8 @@ def load(registers: RegisterFile, controller: Controller, state: Mapping[str, An
         controller.features.set(row["fid"], row["value"], row["subject"])
     namespace = controller.namespaces[1]
     namespace.shift = state["block_shift"]
+    if isinstance(namespace.disk, MemoryDisk):
+        namespace.disk.import_chunks((chunk["number"], chunk["content"]) for chunk in state["chunks"])
     namespace.write_cache = bool(controller.features.get(FeatureId.VOLATILE_WRITE_CACHE))
     events = controller.events
     events.requests.extend(state["requests"])

@@ -160,6 +160,7 @@ def dataset_management(controller: Controller, command: Command) -> int:
     try:
         for first, count in extents:
             if count:
+                controller.memory.moved += count << namespace.shift
                 namespace.disk.discard(first << namespace.shift, count << namespace.shift)
     except OSError as error:
         return _failed(controller, error, Status.WRITE_FAULT)
