@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Tests use at most two workers: each starts real processes.
 WORKERS ?= 2
 
-.PHONY: help venv demo test check bench interop interop-guest clean
+.PHONY: help venv demo test test-kvm check bench interop interop-guest clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,6 +25,10 @@ demo: $(STAMP)  ## replay a recorded Linux boot against live processes
 
 test: $(STAMP)  ## run the tests, then look for orphans
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Every test bears the mark that asks what --kvm says; one that does not bear it fails in "make test".
+test-kvm: $(STAMP)  ## run every test of a machine again, with in-kernel acceleration
+	$(BIN)/python -m pytest -n $(WORKERS) --kvm -m machine
 
 check: $(STAMP)  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
