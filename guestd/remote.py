@@ -238,7 +238,7 @@ class VfioUserDevice:
 
     def device_feature(self, flags: int, data: bytes = b"") -> bytes:
         """DEVICE_FEATURE: the data of the answer."""
-        request = wire.DeviceFeature(wire.DeviceFeature.SIZE + len(data), flags, data)
+        request = wire.DeviceFeature(wire.MAX_FEATURE, flags, data)
         return self._call(Command.DEVICE_FEATURE, request, wire.DeviceFeature).data
 
     def mig_data_read(self, size: int) -> bytes:

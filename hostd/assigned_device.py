@@ -55,8 +55,9 @@ class AssignedDevice:
     def __init__(self, control: SeqpacketConnection, make: Factory, trace: Trace, gate: Gate | None = None) -> None:
         self._control: ControlChannel = FdChannel(control, port.TO_DEVICE, port.TO_HOST, port.fd_count)
         self._make, self._trace, self._gate = make, trace, gate
-        self._around = ProcessSurroundings(trace)
         self._loop = Loop()
+        self._around = ProcessSurroundings(trace, self._loop)
+        self._around.awake = lambda: self._migration is None or self._migration.runs
         self._memory: AssignedMemory | None = None
         self._device: PCIDevice | None = None
         self._session: DeviceSession | None = None

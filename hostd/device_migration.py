@@ -2,14 +2,17 @@
 
 ::
 
-    RUNNING ◄──► RUNNING_P2P ◄──► STOP ◄──► STOP_COPY (the state is read)
-                                   ▲ │
-                                   │ └────► RESUMING  (a state is written) ──► STOP: it is taken
+    PRE_COPY ◄──► PRE_COPY_P2P ───────────────┐
+       ▲ │             ▲ │                    ▼
+       │ ▼             │ ▼                STOP_COPY (the state is read)
+    RUNNING ◄───► RUNNING_P2P ◄──► STOP ◄────►┘
+                                    ▲ │
+                                    │ └────► RESUMING  (a state is written) ──► STOP: it is taken
 
 A request names where to go, and the device takes every step on the way; a step that fails leaves it where it came to,
-or, when a state that was written cannot be taken, in ERROR, out of which only a reset leads. A device that is neither
-RUNNING nor RUNNING_P2P does nothing by itself: idle work rests, and no timer fires because the guest's clock stands.
-No device here does peer-to-peer DMA without being told.
+or, when a state that was written cannot be taken, in ERROR, out of which only a reset leads. A device that stands does
+nothing by itself: idle work rests, no timer fires and no network is heard. No device here does peer-to-peer DMA without
+being told, and none has anything to say before it stands: in PRE_COPY there is no data yet.
 
 The data is one section: the name and version of the device's described state, and the state.
 
@@ -29,6 +32,7 @@ from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import U64_MAX, Range
 from vfio_model.trace import Trace
 from vfio_model.uapi.migration import (
+    SAVING,
     DeviceState,
     DmaLoggingControl,
     DmaLoggingReport,
@@ -49,6 +53,8 @@ MAX_STATE: Final = 64 << 20
 """Bytes of a device's state that are taken."""
 MAX_REPORT: Final = 1 << 22
 """Pages that one report is about."""
+LOG_PAGE: Final = 4096
+"""The log knows pages at least so fine, whatever was asked for: a report may be about any larger ones."""
 _GET, _SET, _PROBE = (
     FeatureFlags.VFIO_DEVICE_FEATURE_GET,
     FeatureFlags.VFIO_DEVICE_FEATURE_SET,
@@ -61,7 +67,15 @@ _LOGGING = frozenset(
         Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
     )
 )
-_RUNS = (DeviceState.RUNNING, DeviceState.RUNNING_P2P)
+_RUNS = (DeviceState.RUNNING, DeviceState.RUNNING_P2P, DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
+
+
+class NoRoom(Exception):
+    """An answer is longer than its receiver takes: :attr:`needed` bytes."""
+
+    def __init__(self, needed: int) -> None:
+        self.needed = needed
+        super().__init__(f"an answer of {needed} bytes")
 
 
 class DeviceMigration:
@@ -74,6 +88,7 @@ class DeviceMigration:
         self._written = bytearray()
         self._impl: DMAImpl = BLOCKED
         self._log: DmaLog | None = None
+        self._room = U64_MAX
         get_set = _GET | _SET
         self._features: dict[Feature, tuple[FeatureFlags, Callable[[FeatureFlags, bytes], bytes]]] = {}
         if device.VMSTATE is not None:
@@ -111,8 +126,11 @@ class DeviceMigration:
             self.state = DeviceState.RUNNING
         self._forget()
 
-    def feature(self, flags: int, data: bytes) -> bytes:
-        """``VFIO_DEVICE_FEATURE``: the data of the answer.
+    def feature(self, flags: int, data: bytes, room: int = U64_MAX) -> bytes:
+        """``VFIO_DEVICE_FEATURE``: the data of the answer, which has ``room`` bytes. To what sets or probes the answer
+        is what came.
+
+        :raise NoRoom: when it does not fit; nothing has happened.
 
         :raise OSError: ENOTTY for a feature that is not there, EINVAL for flags or data that do not fit it.
         """
@@ -124,12 +142,19 @@ class DeviceMigration:
         wanted = asked & ~_PROBE
         if flags >> 19 or wanted & ~allowed or (not asked & _PROBE and wanted not in (_GET, _SET)):
             raise OSError(errno.EINVAL, f"flags {flags:#x}")
-        return b"" if asked & _PROBE else handler(wanted, data)
+        if asked & _PROBE:
+            return data
+        self._room = room
+        answer = handler(wanted, data)
+        if len(answer) > room and wanted is _GET:
+            raise NoRoom(len(answer))
+        return answer if wanted is _GET else data
 
     # -- states ------------------------------------------------------------------------------------------------------
 
     def _info(self, _flags: FeatureFlags, _data: bytes) -> bytes:
-        return MigrationInfo(MigrationFlags.VFIO_MIGRATION_STOP_COPY | MigrationFlags.VFIO_MIGRATION_P2P).pack()
+        flags = MigrationFlags.VFIO_MIGRATION_STOP_COPY | MigrationFlags.VFIO_MIGRATION_P2P
+        return MigrationInfo(flags | MigrationFlags.VFIO_MIGRATION_PRE_COPY).pack()
 
     def _data_size(self, _flags: FeatureFlags, _data: bytes) -> bytes:
         return MigDataSize(len(self._encoded())).pack()
@@ -194,8 +219,8 @@ class DeviceMigration:
         device.import_state(state)
 
     def read(self, size: int) -> bytes:
-        """MIG_DATA_READ: the next ``size`` bytes, fewer at the end. :raise OSError: EINVAL outside STOP_COPY."""
-        if self.state is not DeviceState.STOP_COPY:
+        """MIG_DATA_READ: the next ``size`` bytes, fewer at the end. :raise OSError: EINVAL unless it saves."""
+        if self.state not in SAVING:
             raise OSError(errno.EINVAL, f"no state to read while {self.state.name}")
         part = self._saved[self._read_to : self._read_to + size]
         self._read_to += len(part)
@@ -215,14 +240,14 @@ class DeviceMigration:
         control = DmaLoggingControl.unpack(data) if len(data) >= DmaLoggingControl.SIZE else DmaLoggingControl()
         pairs = data[DmaLoggingControl.SIZE :]
         page = control.page_size
-        if self._log is not None or page < 1 or page & (page - 1) or len(pairs) != 16 * control.num_ranges or not pairs:
+        if self._log is not None or page < 1 or page & (page - 1) or len(pairs) != 16 * control.num_ranges:
             raise OSError(errno.EINVAL, "logging runs, or not a page size and ranges")
-        ranges = []
+        ranges = [] if control.num_ranges else [Range(0, U64_MAX)]
         for iova, length in unpack_ranges(pairs):
             if not length or iova + length - 1 > U64_MAX:
                 raise OSError(errno.EINVAL, f"{length:#x} bytes from {iova:#x} cannot be logged")
             ranges.append(Range.sized(iova, length))
-        self._log = DmaLog(page, ranges)
+        self._log = DmaLog(min(page, LOG_PAGE), ranges)
         self.attach_dma(self._impl)
         return b""
 
@@ -236,12 +261,18 @@ class DeviceMigration:
         if len(data) != DmaLoggingReport.SIZE or self._log is None:
             raise OSError(errno.EINVAL, "logging is off, or not a range")
         report, log = DmaLoggingReport.unpack(data), self._log
-        pages = report.length // log.page_size
-        if report.page_size != log.page_size or (report.iova | report.length) % log.page_size:
+        page = report.page_size
+        if page < log.page_size or page & (page - 1) or (report.iova | report.length) % page:
             raise OSError(errno.EINVAL, f"pages of {log.page_size} bytes are logged")
-        if not 0 < pages <= MAX_REPORT:
+        pages = report.length // page
+        if not 0 < pages <= MAX_REPORT or report.iova + report.length - 1 > U64_MAX:
             raise OSError(errno.EINVAL, f"a report on {pages} pages")
-        bitmap = bytearray(dirty_bitmap_bytes(pages))
+        size = dirty_bitmap_bytes(pages)
+        if len(data) + size > self._room:
+            raise NoRoom(len(data) + size)
+        bitmap = bytearray(size)
+        finer = page // log.page_size
         for number in log.take(report.iova, report.length):
+            number //= finer
             bitmap[number >> 3] |= 1 << (number & 7)
         return data + bytes(bitmap)

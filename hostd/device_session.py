@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from hostd.device_migration import DeviceMigration
+from hostd.device_migration import DeviceMigration, NoRoom
 from hostd.device_regions import DeviceRegions
 from hostd.device_surroundings import ProcessSurroundings, SharedClock
 from protocols.transport.kernel import EventFd, is_eventfd
@@ -272,9 +272,13 @@ class DeviceSession:
 def _migrate(
     migration: DeviceMigration, command: int, request: wire.DeviceFeature | wire.MigData
 ) -> wire.DeviceFeature | wire.MigData:
+    head = wire.DeviceFeature.SIZE
     if isinstance(request, wire.DeviceFeature):
-        data = migration.feature(request.flags, request.data)
-        return wire.DeviceFeature(wire.DeviceFeature.SIZE + len(data), request.flags, data)
+        try:
+            data = migration.feature(request.flags, request.data, max(request.argsz - head, 0))
+        except NoRoom as short:
+            return wire.DeviceFeature(head + short.needed, request.flags)
+        return wire.DeviceFeature(head + len(data), request.flags, data)
     if command == Command.MIG_DATA_READ:
         data = migration.read(request.size)
         return wire.MigData(wire.MigData.SIZE + len(data), len(data), data)

@@ -13,9 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from hostd.device_backends import DeviceBackends
 from protocols.transport.kernel import EventFd
+from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory
+from vfio_model.backends.block import BlockBackend
+from vfio_model.backends.net import NetBackend, OnFrame
 from vfio_model.clock import VirtualClock
+from vfio_model.errors import ConfigError
 from vfio_model.memory.clock_area import read_time, write_time
 from vfio_model.trace import Trace
 from vfio_model.uapi.vfio import PciIrq
@@ -192,15 +197,18 @@ class FreeRunningClock:
 
 
 class ProcessSurroundings:
-    """A ``DeviceHost`` with an idle hook."""
+    """A ``DeviceHost`` with an idle hook, memory for BARs, and in a process with a ``loop`` disks and networks."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, loop: Loop | None = None) -> None:
         self.clock = VirtualClock()
         self.free_clock = FreeRunningClock(self.clock)
         self.trace = trace
         self.intx = IntxLine()
         self._vectors = {index: Vectors(wraps=index == _MSI) for index in (_MSI, _MSIX, *_EVENTS)}
         self._bars: dict[int, MappedMemory] = {}
+        self.awake: Callable[[], bool] = lambda: True
+        """Whether the device may do something by itself."""
+        self._backends = None if loop is None else DeviceBackends(loop, lambda: self.awake())
         self.idle_work: list[Callable[[], bool]] = []
 
     def set_intx(self, level: bool) -> None:
@@ -235,6 +243,24 @@ class ProcessSurroundings:
     def idle(self, callback: Callable[[], bool]) -> None:
         """Call ``callback()`` whenever there is nothing else to do, until it returns False."""
         self.idle_work.append(callback)
+
+    def open_block(self, text: str) -> BlockBackend:
+        """See ``vfio_model.backends.opening.BackendHost``."""
+        return self._opener(text).open_block(text)
+
+    def open_net(self, text: str, on_frame: OnFrame) -> NetBackend:
+        """See ``vfio_model.backends.opening.BackendHost``."""
+        return self._opener(text).open_net(text, on_frame)
+
+    def _opener(self, text: str) -> DeviceBackends:
+        if self._backends is None:
+            raise ConfigError(f"{text!r} cannot be opened here", hint="the device needs a process of its own")
+        return self._backends
+
+    def go_on(self) -> None:
+        """Between other things: what the device could not hear while it stood, it hears now."""
+        if self._backends is not None:
+            self._backends.go_on()
 
     def run_idle(self) -> None:
         """One round of what is to be done when there is nothing else."""

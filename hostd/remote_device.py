@@ -12,6 +12,7 @@ from collections.abc import Callable
 from hostd.device_migration import DeviceMigration
 from hostd.device_regions import DeviceRegions
 from hostd.device_surroundings import ProcessSurroundings
+from protocols.transport.loop import Loop
 from vfio_model.memory.dma import BLOCKED, DMAImpl
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import Trace
@@ -20,13 +21,16 @@ from vfio_model.trace import Trace
 class RemoteDevice:
     """The device that ``make`` makes, realized."""
 
-    def __init__(self, make: Callable[[ProcessSurroundings], PCIDevice], trace: Trace) -> None:
+    def __init__(self, make: Callable[[ProcessSurroundings], PCIDevice], loop: Loop, trace: Trace) -> None:
         """:raise ConfigError: when its properties do not fit."""
         self._trace = trace
-        self.around = ProcessSurroundings(trace)
+        self.used = False
+        """Whether it has a client."""
+        self.around = ProcessSurroundings(trace, loop)
         self.device = make(self.around)
         self.regions = DeviceRegions(self.device, self.around)
         self.migration = DeviceMigration(self.device, trace, logs=True)
+        self.around.awake = lambda: self.used and self.migration.runs
         self.device.realize()
 
     def bind(self, impl: DMAImpl) -> None:
@@ -36,6 +40,7 @@ class RemoteDevice:
 
     def abandon(self) -> None:
         """Its client has gone. Mappings that the device still holds were invalidated when this returns."""
+        self.used = False
         self.around.free_clock.run(False)
         self.migration.abandon()
         self.bind(BLOCKED)
@@ -46,8 +51,9 @@ class RemoteDevice:
 
         Seconds until it wants to be called again; None: when something happens.
         """
-        around, runs = self.around, self.migration.runs
+        around, runs = self.around, self.around.awake()
         around.free_clock.run(clock and runs)
+        around.go_on()
         pause = around.free_clock.run_due()
         if around.idle_work and runs:
             around.run_idle()

@@ -34,7 +34,7 @@ class RemoteServer:
         self.name, self._trace = name, trace
         self.loop = Loop()
         try:
-            self.unit = RemoteDevice(make, trace)
+            self.unit = RemoteDevice(make, self.loop, trace)
         except BaseException:
             self.loop.close()
             raise
@@ -78,6 +78,7 @@ class RemoteServer:
             log(self.name, "a second client is refused (EBUSY): the device serves another one")
             return False
         self._owner = client
+        self.unit.used = True
         with contextlib.suppress(OSError):
             log(self.name, f"client connected (pid {client.session.endpoint.stream.peer().pid})")
         return True

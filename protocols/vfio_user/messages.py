@@ -29,6 +29,8 @@ MAX_VERSION_DATA = 64 << 10
 MAX_TRANSLATIONS = 4096
 """Entries in one reply to X_TRANSLATE."""
 MAX_PATH = 4096
+MAX_FEATURE = 1 << 20
+"""``argsz`` of a DEVICE_FEATURE whose answer may be of any length."""
 
 
 class Command(IntEnum):

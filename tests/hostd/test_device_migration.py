@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from hostd.device_migration import DeviceMigration
+from hostd.device_migration import DeviceMigration, NoRoom
 from hostd.device_surroundings import ProcessSurroundings
 from tests.memory.fakes import system_memory
 from vfio_model.devices.dma_burst import regs as burst
@@ -22,6 +22,7 @@ from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE
 from vfio_model.uapi.migration import (
     ARCS,
+    SAVING,
     DeviceState,
     DmaLoggingControl,
     DmaLoggingReport,
@@ -91,18 +92,21 @@ def refusal(act: object) -> int:
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(REACHABLE, REACHABLE)))
 def test_every_state_is_reached_by_legal_steps(before: DeviceState, after: DeviceState) -> None:
     way = path(before, after)
+    if before is DeviceState.STOP_COPY and after in SAVING - {before}:
+        assert way is None
+        return
     assert way is not None
     assert all(step in ARCS[last] for last, step in itertools.pairwise([before, *way]))
     process = Process()
     process.to(before)
     process.to(after)
-    assert process.migration.runs == (after in (DeviceState.RUNNING, DeviceState.RUNNING_P2P))
+    assert process.migration.runs == (after not in (DeviceState.STOP, DeviceState.STOP_COPY, DeviceState.RESUMING))
 
 
 def test_what_is_no_state_or_no_feature_is_refused_and_changes_nothing() -> None:
     process = Process()
     feature = process.migration.feature
-    for number in (0, 6, 99):
+    for number in (0, 8, 99):
         assert refusal(lambda number=number: feature(SET | STATE, MigState(number).pack())) == errno.EINVAL
     assert refusal(lambda: feature(SET | STATE, b"\1")) == errno.EINVAL
     assert refusal(lambda: feature(GET | SET | STATE, MigState(1).pack())) == errno.EINVAL
@@ -113,7 +117,7 @@ def test_what_is_no_state_or_no_feature_is_refused_and_changes_nothing() -> None
     assert refusal(lambda: process.migration.read(10)) == refusal(lambda: process.migration.write(b"x")) == errno.EINVAL
     assert MigState.unpack(feature(GET | STATE, b"")).device_state == DeviceState.RUNNING
     assert feature(PROBE | GET | SET | STATE, b"") == feature(PROBE | SET | LOG_START, b"") == b""
-    assert MigrationInfo.unpack(feature(GET | INFO, b"")).flags == 3
+    assert MigrationInfo.unpack(feature(GET | INFO, b"")).flags == 7
 
 
 def test_a_device_that_does_not_describe_itself_cannot_be_migrated() -> None:
@@ -206,12 +210,36 @@ def test_only_what_lies_in_a_logged_range_is_reported() -> None:
     assert process.written(0, 1 << 20, 1 << 13) == {2, 3, 16}
 
 
+def test_a_log_without_ranges_has_every_write_and_reports_pages_of_any_larger_size() -> None:
+    process = Process()
+    process.log(1 << 16, ())
+    process.device.dma.write(5 * PAGE, b"x")
+    process.device.dma.write(33 * PAGE, b"x")
+    assert process.written(0, 1 << 20, 1 << 16) == {0, 2}
+    process.device.dma.write(5 * PAGE, b"x")
+    assert process.written(0, 1 << 20, PAGE) == {5}
+    assert refusal(lambda: process.written(0, 1 << 20, 2048)) == errno.EINVAL
+
+
+def test_an_answer_without_room_says_what_it_needs_and_takes_nothing() -> None:
+    process = Process()
+    process.log()
+    process.device.dma.write(5 * PAGE, b"x")
+    request = DmaLoggingReport(0, RAM, PAGE).pack()
+    with pytest.raises(NoRoom) as short:
+        process.migration.feature(GET | LOG_REPORT, request, len(request))
+    assert short.value.needed == len(request) + RAM // PAGE // 8
+    assert process.written() == {5}
+    with pytest.raises(NoRoom):
+        process.migration.feature(GET | INFO, b"", 7)
+
+
 @pytest.mark.parametrize(
     ("control", "ranges"),
     [
         ((0, 1), [(0, PAGE)]),
         ((3000, 1), [(0, PAGE)]),
-        ((PAGE, 0), []),
+        ((PAGE, 0), [(0, PAGE)]),
         ((PAGE, 2), [(0, PAGE)]),
         ((PAGE, 1), [(0, 0)]),
         ((PAGE, 1), [(PAGE, U64_MAX)]),

@@ -52,27 +52,41 @@ class DeviceState(IntEnum):
     STOP_COPY = 3
     RESUMING = 4
     RUNNING_P2P = 5
+    PRE_COPY = 6
+    PRE_COPY_P2P = 7
 
+
+SAVING: Final = frozenset((DeviceState.STOP_COPY, DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P))
+"""The states in which there is data to read. No way leads through one, but for that from PRE_COPY to STOP_COPY."""
 
 ARCS: Final[Mapping[DeviceState, frozenset[DeviceState]]] = {
-    DeviceState.RUNNING: frozenset((DeviceState.RUNNING_P2P,)),
-    DeviceState.RUNNING_P2P: frozenset((DeviceState.RUNNING, DeviceState.STOP)),
+    DeviceState.RUNNING: frozenset((DeviceState.RUNNING_P2P, DeviceState.PRE_COPY)),
+    DeviceState.RUNNING_P2P: frozenset((DeviceState.RUNNING, DeviceState.STOP, DeviceState.PRE_COPY_P2P)),
+    DeviceState.PRE_COPY: frozenset((DeviceState.RUNNING, DeviceState.PRE_COPY_P2P)),
+    DeviceState.PRE_COPY_P2P: frozenset((DeviceState.RUNNING_P2P, DeviceState.PRE_COPY, DeviceState.STOP_COPY)),
     DeviceState.STOP: frozenset((DeviceState.RUNNING_P2P, DeviceState.STOP_COPY, DeviceState.RESUMING)),
     DeviceState.STOP_COPY: frozenset((DeviceState.STOP,)),
     DeviceState.RESUMING: frozenset((DeviceState.STOP,)),
     DeviceState.ERROR: frozenset(),
 }
-"""Single steps of a device with STOP_COPY and P2P. Only a reset leads out of ERROR; nobody may ask for it."""
+"""Single steps of a device with STOP_COPY, P2P and PRE_COPY. Only a reset leads out of ERROR; nobody may ask for it."""
 
 
 def path(before: DeviceState, after: DeviceState) -> list[DeviceState] | None:
-    """The states on the shortest way, without ``before``; None when there is no way."""
+    """The states on the shortest way, without ``before``; None when there is no way.
+
+    Nothing leads from STOP_COPY back to PRE_COPY: what was read would not be the state any more.
+    """
+    if before is DeviceState.STOP_COPY and after in SAVING - {before}:
+        return None
     paths: list[list[DeviceState]] = [[before]]
     seen = {before}
     for way in paths:
-        if way[-1] is after:
+        here = way[-1]
+        if here is after:
             return way[1:]
-        fresh = sorted(ARCS[way[-1]] - seen)
+        through = here is before or here not in SAVING or (before is DeviceState.PRE_COPY and after in SAVING)
+        fresh = sorted(ARCS[here] - seen) if through else []
         seen.update(fresh)
         paths += [[*way, state] for state in fresh]
     return None
