@@ -3,6 +3,12 @@
 A group here is one partitionable endpoint. Its state is in one PE block for each of its devices, all stored alike,
 because a device process maps a block of its own; only the bus-master word differs.
 
+Two things differ from Linux, because a process serves each open device. A device that is open cannot be opened again
+(EBUSY; Linux counts the opens of ``VFIO_GROUP_GET_DEVICE_FD``): the process has one stream and one set of interrupts,
+so that a second file would not be the same device. And closing the group's file closes its devices (Linux keeps the
+group until the last of them is closed): the stream came over that file's connection, whose end is the release. While
+the file is open, ``VFIO_GROUP_UNSET_CONTAINER`` is EBUSY as long as a device is.
+
 Source: the kernel's ``Documentation/driver-api/vfio.rst`` ("Groups, Devices, and IOMMUs").
 """
 
