@@ -68,16 +68,18 @@ class AssignedDevice:
     def run(self) -> None:
         """Serve until it is over. An exception of the device class passes through."""
         while not self._done:
+            self._around.go_on()
             self._loop.run_once(0.0 if self._has_work else None)
             if self._has_work and not self._done:  # what was served may have stopped it
                 self._around.run_idle()
         if self._device is not None:
             self._device.reset_enter()
             self._device.unrealize()
+            self._around.close()
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._around.idle_work) and (self._migration is None or self._migration.runs)
+        return bool(self._around.idle_work) and self._around.awake()
 
     def on_idle(self, callback: Callable[[], None]) -> None:
         """Call before every blocking wait (the trace is flushed there)."""
