@@ -24,6 +24,7 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")
 _ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.([0-7]))?", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+|[0-9]+", re.IGNORECASE)
 _SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+_LAST_DEVFN: Final = 255
 _COMMON: Final = frozenset(("driver", "id", "bus", "addr", "multifunction"))
 _NO_MEANING: Final = frozenset(("rombar", "romfile", "romsize", "acpi-index", "failover_pair_id"))
 """Properties of every PCI device on QEMU that have none here."""
@@ -95,10 +96,14 @@ def _devfn(driver: str, addr: object, bus: Slots) -> int:
     """``addr=``: slot, or slot.function, hexadecimal; as a number the devfn; -1 for the first free slot."""
     if addr == -1:
         return bus.free_devfn(0)
-    if isinstance(addr, int) and not isinstance(addr, bool) and 0 <= addr < 256:
+    if isinstance(addr, bool) or not isinstance(addr, int | str):
+        raise ConfigError("Invalid parameter type for 'addr', expected int or str")
+    if isinstance(addr, int):
+        if not 0 <= addr <= _LAST_DEVFN:
+            raise ConfigError(f"Parameter 'addr' expects a value between -1 and {_LAST_DEVFN}")
         devfn = addr
     else:
-        match = _ADDR.fullmatch(addr) if isinstance(addr, str) else None
+        match = _ADDR.fullmatch(addr)
         if match is None or int(match[1], 16) > 31:
             raise ConfigError(f"Property '{driver}.addr' doesn't take value '{addr}'")
         devfn = int(match[1], 16) << 3 | int(match[2] or "0")
@@ -156,6 +161,8 @@ def _value(name: str, kind: type, value: object, *, text: bool) -> object:
             return int(value, 0)
         if kind is bool and value in _SWITCH:
             return _SWITCH[value]
+    if kind is bool and not text and type(value) is not bool:
+        raise ConfigError(f"Invalid parameter type for '{name}', expected: boolean")
     if type(value) is not kind:
         raise ConfigError(f"Parameter '{name}' expects {_TYPE_NAMES[kind]}")
     return value

@@ -158,6 +158,8 @@ class Operations:
         if self.migrating():
             raise ConfigError("device_add not allowed while migrating")
         self.guest.add_device(config)
+        _, device = self.guest.devices[config.id]
+        device.hotplugged = True
 
     def remove_device(self, name: str) -> None:
         """Unplug ``name``; DEVICE_DELETED follows.

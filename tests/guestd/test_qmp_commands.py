@@ -164,6 +164,31 @@ def test_devices_go_to_the_bus_that_they_name(runtime_dir: Path, loop: Loop) -> 
     machine.guest.close()
 
 
+def test_a_function_plugged_without_a_function_0_is_not_seen_before_there_is_one(machine: Machine) -> None:
+    machine.ask("device_add", driver="edu", id="first", addr="9.3")
+    machine.ask("device_add", driver="edu", id="cold", addr="a.3")
+    bus = machine.guest.phb.bus
+    machine.guest.devices["cold"][1].hotplugged = False
+    bus.config_write(9 << 3 | 3, 0x3C, 1, 5)
+    assert bus.config_read(9 << 3 | 3, 0, 4) == 0xFFFF_FFFF and bus.config_read(10 << 3 | 3, 0, 4) == 0x11E8_1234
+    machine.ask("device_add", driver="edu", id="zero", addr="9.0", multifunction=True)
+    assert bus.config_read(9 << 3 | 3, 0, 4) == 0x11E8_1234 and bus.config_read(9 << 3 | 3, 0x3C, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"multifunction": "on"}, "Invalid parameter type for 'multifunction', expected: boolean"),
+        ({"addr": 300}, "Parameter 'addr' expects a value between -1 and 255"),
+        ({"addr": -2}, "Parameter 'addr' expects a value between -1 and 255"),
+        ({"addr": True}, "Invalid parameter type for 'addr', expected int or str"),
+    ],
+)
+def test_values_that_device_add_refuses(machine: Machine, options: dict[str, object], reason: str) -> None:
+    with pytest.raises(CommandFailed, match=reason):
+        machine.commands.ask("device_add", {"driver": "edu", **options})
+
+
 def test_a_bridge_with_an_id_and_a_guest_without_a_name(runtime_dir: Path, loop: Loop) -> None:
     bridges = [PhbConfig(index=0), PhbConfig(index=7, id="far", pgsz=0x1000)]
     machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=bridges))

@@ -252,14 +252,19 @@ class PCIBus:
 
     def config_read(self, devfn: int, offset: int, size: int) -> int:
         """A configuration read of 1, 2 or 4 bytes; all ones where nothing answers."""
-        device = self.devices.get(devfn)
+        device = self._answering(devfn)
         return (1 << size * 8) - 1 if device is None else device.config_read(offset, size)
 
     def config_write(self, devfn: int, offset: int, size: int, value: int) -> None:
         """A configuration write; lost where nothing answers."""
-        device = self.devices.get(devfn)
+        device = self._answering(devfn)
         if device is not None:
             device.config_write(offset, size, value)
+
+    def _answering(self, devfn: int) -> PCIDevice | None:
+        """A function that was plugged while the machine ran answers once its slot has a function 0, as on QEMU."""
+        device = self.devices.get(devfn)
+        return None if device is not None and device.hotplugged and devfn & ~7 not in self.devices else device
 
     # -- reset ---------------------------------------------------------------------------------------------------
 

@@ -126,6 +126,8 @@ class PCIDevice:
         given."""
         self.on_mapping_change: Callable[[], None] | None = None
         """Called when a BAR may have moved: it was written, or decoding was switched, or the device was reset."""
+        self.hotplugged = False
+        """Whether it came to a machine that ran."""
         self._impl: DMAImpl = BLOCKED
         self.irq_by_msi: bool | None = None
         """Set by a host that switches and masks messages itself (VFIO does); None is as the capabilities say."""
