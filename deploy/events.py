@@ -54,11 +54,12 @@ class Log(msgspec.Struct):
 
 
 def read(directory: Path) -> Log:
-    """Every log in ``directory``, merged."""
+    """Every log in ``directory``, merged. A process with a folder of its own there (a second guest) bears its name."""
     records: list[Record] = []
     torn = 0
-    for path in sorted(directory.glob("*" + SUFFIX)):
-        some, bad = parse(path.read_bytes(), path.name.removesuffix(SUFFIX))
+    for path in sorted((*directory.glob("*" + SUFFIX), *directory.glob("*/*" + SUFFIX))):
+        role = path.name.removesuffix(SUFFIX) if path.parent == directory else path.parent.name
+        some, bad = parse(path.read_bytes(), role)
         records += some
         torn += bad
     return merge(records, torn)

@@ -4,11 +4,14 @@ decoding and bus mastering; and which driver a device has afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from deploy import dma_drivers
 from deploy.scenario import Device, Machine
 from deploy.system import DmaDriver
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
 from vfio_model.iommu.spapr import regs
 from vfio_model.pci.address import PCIAddress
@@ -34,8 +37,19 @@ class Firmware:
 
         :raise ConfigError: when there is none for its model, or it is not on the bus.
         """
+        function, to_cpu = self._function(device)
+        return dma_drivers.bind(cpu, device.id, device.model, function, to_cpu)
+
+    def burst(self, cpu: Cpu, device: Device) -> DmaBurstDriver:
+        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
+        if device.model != "dma-burst":
+            raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")
+        function, to_cpu = self._function(device)
+        return DmaBurstDriver(cpu, to_cpu(function.bars[0].address))
+
+    def _function(self, device: Device) -> tuple[PciFunction, Callable[[int], int]]:
         index = self._machine.phb_on(device.bus).index
         function = self._functions.get((index, PCIAddress.parse(device.addr).devfn))
         if function is None:
             raise ConfigError(f"{device.id}: nothing answers on the bus at {device.addr}")
-        return dma_drivers.bind(cpu, device.id, device.model, function, self._windows[index].to_cpu)
+        return function, self._windows[index].to_cpu

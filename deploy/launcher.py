@@ -92,13 +92,16 @@ class DaemonSpec:
     """A daemon to start. Those of one ``stage`` start together, once every earlier stage is ready.
 
     One that has no control socket is ready when ``ready_file`` (its name in the runtime directory) exists, and is
-    ended by SIGTERM.
+    ended by SIGTERM. ``home``: the folder of the runtime directory where the control socket is, if not there;
+    ``speaks``: the role on it, if another.
     """
 
     role: str
     argv: Sequence[str]
     stage: int = 0
     ready_file: str = ""
+    home: str = ""
+    speaks: str = ""
 
 
 @dataclass
@@ -225,6 +228,15 @@ class Launcher:
             self._buried.clear()
         return ends
 
+    def end_one(self, role: str, seconds: float) -> None:
+        """End one process, which is known to have ended on purpose then; at once if it does not within ``seconds``."""
+        daemon = self.daemons[role]
+        daemon.expected_end = True
+        if not daemon.ended:
+            self._ask_to_quit(daemon)
+            if not daemon.wait(seconds):
+                daemon.signal(signal.SIGKILL)
+
     def stop(self) -> None:
         """:meth:`end` everything and remove the directory. Harmless when repeated."""
         with _signals_held():
@@ -258,7 +270,7 @@ class Launcher:
         spec = self._specs[role]
         if spec.ready_file:
             return _FileControl(self.directory / spec.ready_file, self.daemons[role])
-        return self.connect(self.directory, role)
+        return self.connect(self.directory / spec.home, spec.speaks or role)
 
     def _dismiss_watcher(self) -> None:
         if self._watcher is None or self._watcher.stdin is None:

@@ -19,11 +19,13 @@ from deploy.explain import DeviceInfo, Explanation
 from deploy.firmware import Firmware
 from deploy.launcher import Launcher
 from deploy.link import Link
-from deploy.scenario import At, Scenario, Wait
+from deploy.migration import Mover
+from deploy.scenario import At, Migrate, Scenario, Wait
 from deploy.system import DmaDriver
 from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 
 A = TypeVar("A")
 _LOOK_SECONDS = 0.02
@@ -52,6 +54,11 @@ class ControlCpu:
         if not isinstance(answer, kind):
             raise RemoteProtocolError(f"guestd: {type(answer).__name__} in answer to {type(command).__name__}")
         return answer
+
+    def move(self, link: Link) -> None:
+        """Go on at the other end of ``link``."""
+        assert not self._posted, "flushed"
+        self._link = link
 
     def flush(self) -> control.Answer | None:
         """Carry out the stores that are still posted; the answer to the last command of all."""
@@ -115,6 +122,7 @@ class LiveSystem:
         self._events = EventFile(launcher.directory / "operator.events")
         self.trace = self._events.trace
         self._links: dict[str, Link] = {}
+        self._mover = Mover(scenario, launcher, self._watch)
         self.cpu = ControlCpu(self._link("guestd"))
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
@@ -145,6 +153,21 @@ class LiveSystem:
             self._drivers[device] = self._firmware.driver(self.cpu, config)
         return self._drivers[device]
 
+    def burst(self, device: str) -> DmaBurstDriver:
+        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.burst(self.cpu, config)
+
+    def migrate(self, wanted: Migrate) -> tuple[bool, str]:
+        """Whether the guest has moved to another guestd, and how it ended in words."""
+        self.cpu.flush()
+        moved = self._mover.move(wanted, self._link("guestd"))
+        if moved.link is not None:
+            self._links["guestd"].close()
+            self._links["guestd"] = moved.link
+            self.cpu.move(moved.link)
+        return moved.link is not None, moved.text
+
     def status(self, role: str) -> dict[str, object]:
         """What a daemon says of itself."""
         self.cpu.flush()
@@ -162,7 +185,7 @@ class LiveSystem:
         """
         self.cpu.flush()
         role = target.role or target.device or ""
-        daemon = self._launcher.daemons.get(role)
+        daemon = self._launcher.daemons.get(self._mover.role(role))
         if daemon is not None:
             daemon.expected_end = daemon.expected_end or number == signal.SIGKILL
             daemon.signal(number)
@@ -172,7 +195,7 @@ class LiveSystem:
         return f"the process of {role} (pid {pid})"
 
     def _device_pid(self, device: str) -> int:
-        names = {config.id: name for config, _, name in assemble.assigned(self._scenario)}
+        names = {config.id: name for config, _, name in assemble.assigned(self._scenario, self._mover.copy)}
         for pid, name in device_pids(self._link("hostd")).items():
             if name == names.get(device):
                 return pid
@@ -180,13 +203,13 @@ class LiveSystem:
 
     def wait(self, wait: Wait) -> bool:
         """Whether ``wait.role`` has ended, or answers, in time."""
-        daemon = self._launcher.daemons.get(wait.role)
+        daemon = self._launcher.daemons.get(self._mover.role(wait.role))
         if daemon is None:
             raise ConfigError(f"this scenario runs no {wait.role}")
         if wait.until == "gone":
             return daemon.wait(wait.seconds)
         deadline = time.monotonic() + wait.seconds
-        link = Link(self._launcher.directory, wait.role)
+        link = self._mover.link(wait.role)
         try:
             while time.monotonic() < deadline:
                 self._launcher.check()

@@ -17,12 +17,13 @@ from typing import Any
 from deploy import scenario as schema
 from deploy.explain import Explanation
 from deploy.lost import find_lost
-from deploy.probe import Prober
+from deploy.probe import LENGTH, Prober
 from deploy.quantity import show_size
 from deploy.replay_step import PendingSignal, ReplayStep
 from deploy.report import StepResult, Totals
 from deploy.scenario import Scenario, Step
 from deploy.system import System
+from vfio_model.devices.dma_burst import regs as dma_burst
 from vfio_model.errors import ConfigError, VfioModelError
 from vfio_model.guest_drivers.pseries_ddw import PseriesDdw
 from vfio_model.iommu.spapr import regs
@@ -30,6 +31,7 @@ from vfio_model.pci.address import PCIAddress
 
 LIST_GPA = 0x10000
 """Where guest drivers put their TCE lists."""
+BURST_PATTERN = 0x5A5A_A5A5_5A5A_A5A5
 _LOOK_SECONDS = 0.02
 
 
@@ -78,6 +80,8 @@ class Runner:
             "explain": self._explain,
             "find_lost": self._find_lost,
             "arm": self._arm,
+            "burst": self._burst,
+            "migrate": self._migrate,
         }
 
     def run(self) -> str:
@@ -278,6 +282,29 @@ class Runner:
         if wanted.stale_dma and not any(each.stale_dma for each in lost):
             return Outcome(text, f"{text}; no DMA is in the logs that used the mapping afterwards")
         return Outcome(text)
+
+    def _burst(self, burst: schema.Burst) -> Outcome:
+        driver = self._system.burst(burst.device)
+        if burst.do == "start":
+            command = dma_burst.COMMAND_WRITE | dma_burst.COMMAND_BACKGROUND | dma_burst.COMMAND_FOREVER
+            pages = burst.pages
+            driver.start(burst.iova, LENGTH, pages, stride=4096, span=pages, pattern=BURST_PATTERN, command=command)
+            return Outcome(f"{burst.device} writes to {pages} page(s) at {burst.iova:#x} from now on")
+        before = now = driver.result()
+        deadline = time.monotonic() + burst.seconds
+        while now.completed == before.completed and time.monotonic() < deadline:
+            self._progress("burst", 0, 0)
+            now = driver.result()
+        if burst.do == "stop":
+            driver.stop()
+        text = f"{burst.device}: {now.completed} writes, {now.failed} refused"
+        if now.completed == before.completed:
+            return Outcome(text, f"{text}; it has stopped writing")
+        return Outcome(text, text if now.failed else "")
+
+    def _migrate(self, wanted: schema.Migrate) -> Outcome:
+        moved, text = self._system.migrate(wanted)
+        return Outcome(text, "" if moved == (wanted.expect == "completed") else f"{text}, expected {wanted.expect}")
 
     def _arm(self, _: schema.Arm) -> Outcome:
         self._system.arm()

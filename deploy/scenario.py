@@ -305,6 +305,25 @@ class Arm(Struct, forbid_unknown_fields=True, kw_only=True):
     """Let the faults that were not ``armed`` act from now on; all begin to count anew."""
 
 
+class Burst(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Writes without pause by ``device``, a dma-burst: 64 bytes to each of ``pages`` pages of 4 KiB from ``iova``, over
+    and over, from ``start`` to ``stop``. Both of the others look whether it has gone on, and nothing was refused.
+    """
+
+    device: Name
+    do: Literal["start", "goes-on", "stop"] = "start"
+    iova: Size = Size(0)
+    pages: Count = 1
+    seconds: Seconds = Seconds(10)
+
+
+class Migrate(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The guest moves to a guestd that is started for it, within ``seconds``, and runs there."""
+
+    expect: Literal["completed", "failed"] = "completed"
+    seconds: Seconds = Seconds(60)
+
+
 class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     """One step: exactly one of these keys, besides ``only``: the kinds of container that it is for, all by default."""
 
@@ -323,6 +342,8 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     explain: Explain | UnsetType = UNSET
     find_lost: FindLost | UnsetType = UNSET
     arm: Arm | UnsetType = UNSET
+    burst: Burst | UnsetType = UNSET
+    migrate: Migrate | UnsetType = UNSET
     only: list[ContainerKind] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
@@ -372,6 +393,8 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
         places = [(self.machine.phb_on(device.bus).index, device.addr) for device in self.devices]
         self._refuse_doubles("addr", [addr if not index else f"{addr} of PHB {index}" for index, addr in places])
         known = {device.id for device in self.devices}
+        if self.restart != "never" and any(isinstance(step.migrate, Migrate) for step in self.steps):
+            raise ValueError("restart: a guest that has moved cannot be started afresh; not with a migrate step")
         for index, step in enumerate(self.steps):
             name, action = step.action
             wanted = [probe.device for probe in action.probes] if isinstance(action, Replay) else []

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
-from deploy.scenario import At, Wait
+from deploy.scenario import At, Migrate, Wait
 from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.trace import Trace
 
 
@@ -50,6 +51,12 @@ class System(Protocol):
 
     def driver(self, device: str) -> DmaDriver:
         """The DMA driver of ``device``, bound to it at first use. :raise ConfigError: when its model has none."""
+
+    def burst(self, device: str) -> DmaBurstDriver:
+        """The driver of ``device``, which writes without pause. :raise ConfigError: when it is no dma-burst."""
+
+    def migrate(self, wanted: Migrate) -> tuple[bool, str]:
+        """Whether the guest has moved to another guestd, and how it ended in words."""
 
     def status(self, role: str) -> dict[str, object]:
         """What a daemon says of itself."""

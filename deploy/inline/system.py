@@ -18,7 +18,7 @@ from deploy.firmware import Firmware
 from deploy.inline.guest import InlineGuest
 from deploy.inline.host import InlineHost, lossless
 from deploy.inline.log import InlineLog
-from deploy.scenario import At, Scenario, Wait
+from deploy.scenario import At, Migrate, Scenario, Wait
 from deploy.system import DmaDriver
 from guestd.config import GuestConfig
 from guestd.control import MAX_TIME_NS
@@ -26,6 +26,7 @@ from guestd.explain import explain as explain_stage1
 from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +48,12 @@ def check(scenario: Scenario) -> None:
         if isinstance(action, At) or (isinstance(action, Wait) and action.until == "gone"):
             raise ConfigError(
                 "with --inline there are no processes, which could get signals or end",
+                where=f"steps[{index}].{name}",
+                hint=WITHOUT,
+            )
+        if isinstance(action, Migrate):
+            raise ConfigError(
+                "with --inline there is one process; a machine moves from one to another",
                 where=f"steps[{index}].{name}",
                 hint=WITHOUT,
             )
@@ -177,6 +184,15 @@ class InlineSystem:
             config = next(each for each in self._scenario.devices if each.id == device)
             self._drivers[device] = self._firmware.driver(self.cpu, config)
         return self._drivers[device]
+
+    def burst(self, device: str) -> DmaBurstDriver:
+        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.burst(self.cpu, config)
+
+    def migrate(self, wanted: Migrate) -> tuple[bool, str]:
+        """:func:`check` has refused it."""
+        raise AssertionError("a scenario that migrates is not run in one process")
 
     def status(self, role: str) -> dict[str, object]:
         """What the role's daemon would say of itself. :raise ConfigError: when the scenario has no such role."""

@@ -8,11 +8,12 @@ import signal
 from deploy import dma_drivers
 from deploy.events import Log, Record
 from deploy.explain import DeviceInfo, ExplainStep, Explanation, Stage
-from deploy.scenario import At, Scenario, Wait
+from deploy.scenario import At, Migrate, Scenario, Wait
 from deploy.system import DmaDriver
 from tests.acceleration import accelerated
 from vfio_model.devices import DEVICES
 from vfio_model.guest_drivers.cpu import DirectCpu
+from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, bring_up
 from vfio_model.iommu.spapr import regs
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
@@ -45,7 +46,7 @@ class MachineSystem:
         self.cpu = DirectCpu(self.machine)
         self.trace = LogTrace()
         self.signals: list[tuple[At, signal.Signals]] = []
-        self.armed = 0
+        self.armed = self.moves = 0
         self.state: dict[str, object] = {"locked_vm": 7, "windows": {"open": 2}}
         self._scenario = scenario
         self._drivers: dict[str, DmaDriver] = {}
@@ -64,6 +65,15 @@ class MachineSystem:
             function = self._functions[PCIAddress.parse(config.addr).devfn]
             self._drivers[device] = dma_drivers.bind(self.cpu, device, config.model, function, self._window.to_cpu)
         return self._drivers[device]
+
+    def burst(self, device: str) -> DmaBurstDriver:
+        config = next(each for each in self._scenario.devices if each.id == device)
+        function = self._functions[PCIAddress.parse(config.addr).devfn]
+        return DmaBurstDriver(self.cpu, self._window.to_cpu(function.bars[0].address))
+
+    def migrate(self, wanted: Migrate) -> tuple[bool, str]:
+        self.moves += 1
+        return self.moves == 1, f"move {self.moves}"
 
     def status(self, role: str) -> dict[str, object]:
         return self.state

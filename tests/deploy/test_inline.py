@@ -16,8 +16,8 @@ from deploy import run, shipped, yaml_lines
 from deploy.events import Log, Record
 from deploy.inline.system import InlineSystem, check
 from deploy.report import Verdict
-from deploy.runner import Runner
-from deploy.scenario import At, Scenario
+from deploy.runner import BURST_PATTERN, Runner
+from deploy.scenario import At, Migrate, Scenario
 from tests import acceleration
 from vfio_model.devices.edu import regs as edu
 from vfio_model.errors import ConfigError, InternalGuestError
@@ -46,8 +46,8 @@ def scenario(steps: str = "", devices: str = ASSIGNED, more: str = "") -> Scenar
     return parsed
 
 
-def signals(name: str) -> bool:
-    return any(isinstance(step.action[1], At) for step in shipped.load_scenario(name).steps)
+def needs_processes(name: str) -> bool:
+    return any(isinstance(step.action[1], At | Migrate) for step in shipped.load_scenario(name).steps)
 
 
 def ran(name: str, folder: Path | None = None, *, inline: bool = True, kvm: bool | None = None) -> Verdict:
@@ -70,7 +70,7 @@ def stepped(steps: str, devices: str = ASSIGNED, more: str = "") -> Iterator[tup
 
 
 @pytest.mark.parametrize("kvm", [False, True], ids=["user", "kvm"])
-@pytest.mark.parametrize("name", [name for name in shipped.scenario_names() if not signals(name)])
+@pytest.mark.parametrize("name", [name for name in shipped.scenario_names() if not needs_processes(name)])
 def test_a_shipped_scenario_passes_in_one_process(name: str, kvm: bool, tmp_path: Path) -> None:
     verdict = ran(name, tmp_path, kvm=kvm)
     assert verdict.last_line == f"PASS {name}", verdict.reason
@@ -78,10 +78,35 @@ def test_a_shipped_scenario_passes_in_one_process(name: str, kvm: bool, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"verdict.json", "events.jsonl", "timeline.json"}
 
 
-@pytest.mark.parametrize("name", [name for name in shipped.scenario_names() if signals(name)])
-def test_a_shipped_scenario_with_signals_is_refused_by_the_step_s_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"steps\[\d+\].kill: .*run it without --inline"):
+@pytest.mark.parametrize("name", [name for name in shipped.scenario_names() if needs_processes(name)])
+def test_a_shipped_scenario_that_needs_processes_is_refused_by_the_step_s_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"steps\[\d+\].(kill|migrate): .*run it without --inline"):
         ran(name)
+
+
+BURST = "  - {{id: nic, model: dma-burst, attach: {attach}, addr: 02.0}}\n"
+START = "  - burst: {device: nic, iova: 0x3000, pages: 2}\n"
+
+
+@pytest.mark.parametrize("attach", ["assigned", "remote", "emulated"])
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        ("  - map: {iova: 0x3000, gpa: 0x200000, pages: 2}\n" + START + "  - burst: {device: nic, do: goes-on}\n", ""),
+        (MAP + START + "  - burst: {device: nic, do: stop}\n", " refused"),
+        ("  - burst: {device: nic, do: goes-on, seconds: 0.01}\n", "it has stopped writing"),
+    ],
+)
+def test_a_burst_goes_on_until_it_is_refused_or_stopped(attach: str, steps: str, why: str) -> None:
+    with stepped(steps, BURST.format(attach=attach)) as (system, _, reason):
+        assert reason.endswith(why) and bool(reason) == bool(why), reason
+        if not why:
+            assert system.cpu.read_memory(0x201000, 64) == BURST_PATTERN.to_bytes(8, "little") * 8
+
+
+def test_only_a_dma_burst_writes_without_pause() -> None:
+    with pytest.raises(ConfigError, match="use a dma-burst"), stepped(START):
+        pass
 
 
 HOPS = ("port_", "spapr_", "vfio_iommu", "vfio_listener", "ats_")
@@ -179,6 +204,7 @@ def twice(log: Log) -> int:
     ("steps", "more", "where"),
     [
         ("  - kill: {role: hostd}\n", "", r"steps\[0\].kill"),
+        ("  - migrate: {}\n", "", r"steps\[0\].migrate"),
         (MAP + "  - stop: {device: nic}\n", "", r"steps\[1\].stop"),
         ("  - wait: {role: hostd, until: gone}\n", "", r"steps\[0\].wait"),
         ("", "interpose:\n  - {action: lose, ioctl: MAP_DMA}\n", r"interpose\[0\]"),

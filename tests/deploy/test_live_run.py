@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deploy import run, runtime_dir, shipped
+from deploy.quantity import dec_hook
 from deploy.report import Verdict
+from deploy.scenario import Scenario
 from tests import acceleration
+from vfio_model.vfio.kinds import ContainerKind
 
 pytestmark = pytest.mark.machine
 
 
-def ran(name: str, folder: Path, *, kvm: bool | None = None) -> Verdict:
+def ran(name: str, folder: Path, *, kvm: bool | None = None, kind: ContainerKind | None = None) -> Verdict:
     chosen = shipped.load_scenario(name)
+    if kind is not None:
+        chosen.use_container(kind)
     chosen.machine.kvm = acceleration.kvm(kvm)
     verdict = run.run(chosen, Path(), folder, lambda *_: None)
     assert verdict.leftovers == [] and list(runtime_dir.find_runs()) == []
@@ -31,6 +37,36 @@ def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, kvm: boo
     assert verdict.last_line == f"PASS {name}", verdict.reason
     assert {path.name for path in tmp_path.iterdir()} >= {"verdict.json", "events.jsonl", "timeline.json"}
     assert verdict.first_dma_seconds is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "kvm"), [("spapr-v2", True), ("spapr-v1", False), ("type1v2", False), ("type1", True)]
+)
+def test_a_guest_moves_twice_with_each_kind_of_container(kind: ContainerKind, kvm: bool, tmp_path: Path) -> None:
+    verdict = ran("live-migration", tmp_path, kvm=kvm, kind=kind)
+    assert verdict.last_line == "PASS live-migration", verdict.reason
+    ended = {part.role: part.ended for part in verdict.processes}
+    assert {"guestd", "guestd-2", "guestd-3", "card", "card-2", "card-3"} < set(ended)
+    moved = [step.text for step in verdict.steps if step.action == "migrate"]
+    assert [text.partition(":")[0] for text in moved] == ["moved to guestd-2", "moved to guestd-3"]
+    with (tmp_path / "events.jsonl").open() as events:
+        assert any('"guestd-3"' in line for line in events)
+
+
+def test_a_guest_whose_destination_cannot_take_it_goes_on(tmp_path: Path) -> None:
+    steps = [
+        {"map": {"iova": 0, "gpa": 0x100000}},
+        {"kill": {"device": "nic"}},
+        {"wait": {"role": "guestd"}},
+        {"expect": {"role": "guestd", "key": "devices_lost", "equals": 1, "within": 10}},
+        {"migrate": {"expect": "failed"}},
+        {"hcall": {"name": "H_GET_TCE", "args": [0x80000000, 0]}},
+    ]
+    devices = [{"id": "nic", "model": "edu", "attach": "assigned", "addr": "02.0"}]
+    document = {"name": "stays", "machine": {"ram": 64 << 20}, "devices": devices, "steps": steps}
+    verdict = run.run(msgspec.convert(document, Scenario, dec_hook=dec_hook), Path(), None, lambda *_: None)
+    assert verdict.passed and verdict.leftovers == [], verdict.reason
+    assert "failed" in verdict.steps[4].text and "is gone" in verdict.steps[4].text
 
 
 def test_the_lost_unmap_is_named_with_its_mapping_dma_and_hop(tmp_path: Path) -> None:

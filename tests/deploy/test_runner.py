@@ -116,6 +116,12 @@ def test_the_first_step_that_fails_ends_the_run() -> None:
     assert reason and len(runner.results) == 1 and system.armed == 0
 
 
+def test_a_move_that_is_not_as_expected_fails() -> None:
+    runner, system, reason = run("  - migrate: {}\n  - migrate: {expect: failed}\n  - migrate: {}\n  - arm: {}\n")
+    assert reason == "step 2 (migrate): move 3, expected completed" and system.armed == 0
+    assert [result.text for result in runner.results] == ["move 1", "move 2", "move 3"]
+
+
 def test_a_signal_armed_for_later_is_sent_in_mid_replay(tmp_path: Path) -> None:
     trace = tmp_path / "short.trace"
     trace.write_text(
