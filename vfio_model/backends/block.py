@@ -79,7 +79,7 @@ class MemoryDisk:
             chunk = self._chunks.get(number)
             if chunk is None:
                 chunk = self._chunks[number] = bytearray(CHUNK)
-            chunk[at : at + count] = view[done : done + count]
+            memoryview(chunk)[at : at + count] = view[done : done + count]
             done += count
 
     def flush(self) -> None:
