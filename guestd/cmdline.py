@@ -18,6 +18,10 @@ QEMU's:
 ``-device vfio-user-pci,socket=PATH,dma=shared|message``
     a remote device; it gets guest RAM mapped when the machine's memory backend is shared.
 
+``-device NAME,drive=…,netdev=…``
+    besides the names of ``-drive``, ``-blockdev`` and ``-netdev`` what
+    ``vfio_model.backends.opening`` knows: ``mem:64M``, ``hub:lan``.
+
 Guest RAM is always a sealed memfd. What a memory backend says about pages is what the host is told of it.
 """
 
@@ -33,6 +37,7 @@ from typing import Final
 import msgspec
 
 from guestd import cmdline_devices as devices
+from guestd.cmdline_backends import BackendNames
 from guestd.cmdline_devices import Globals
 from guestd.cmdline_help import ACCELERATORS, OPTIONS, HelpWanted, topic
 from guestd.cmdline_inert import READERS, hotplug_memory
@@ -84,6 +89,7 @@ class _Seen:
     backends: dict[str, devices.MemoryBackend] = field(default_factory=dict)
     devices: list[devices.DeviceWords] = field(default_factory=list)
     globals: Globals = field(default_factory=Globals)
+    names: BackendNames = field(default_factory=BackendNames)
     chardevs: dict[str, Endpoint] = field(default_factory=dict)
     monitors: list[tuple[str, str, str]] = field(default_factory=list)
     """(option, chardev, mode)"""
@@ -147,6 +153,9 @@ class _Reader:
             "object": self._object,
             "device": self._device,
             "global": seen.globals.add,
+            "netdev": seen.names.netdev,
+            "drive": seen.names.drive,
+            "blockdev": seen.names.blockdev,
             "chardev": self._chardev,
             "mon": self._mon,
             "monitor": lambda value: self._monitor("monitor", value, "readline"),
@@ -302,10 +311,13 @@ class _Reader:
         given = dict(seen.machine)
         backend = self._backend(given.pop("memory-backend", None))
         machine = self._machine_config(given, backend)
-        plugged = devices.plug_all(seen.devices, machine, seen.globals, shared=backend.share)
+        plugged = devices.plug_all(seen.devices, machine, seen.globals, seen.names, shared=backend.share)
         config = GuestConfig(
             machine=machine,
             devices=plugged,
+            drives=seen.names.drives,
+            netdevs=seen.names.netdevs,
+            uplinks=seen.names.uplinks,
             notifier="inline" if not seen.directory else "process",
             name=seen.name,
             monitors=self._monitors(),

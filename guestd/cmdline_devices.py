@@ -10,6 +10,8 @@ from typing import Final
 
 import msgspec
 
+from guestd.backends import check_names
+from guestd.cmdline_backends import BackendNames
 from guestd.config import DeviceConfig, MachineConfig, PhbConfig, VioConfig
 from guestd.device_options import ASSIGNED, REMOTE, Slots, device_config, drivers
 from guestd.operations import ANONYMOUS
@@ -266,10 +268,10 @@ class _Bus:
 
 
 def plug_all(
-    devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, *, shared: bool
+    devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, names: BackendNames, *, shared: bool
 ) -> list[DeviceConfig]:
-    """Every PCI device of ``devices``, each on its bus, which a bridge before it has made. ``shared``: whether remote
-    ones get guest RAM.
+    """Every PCI device of ``devices``, each on its bus, which a bridge before it has made. ``names`` are those of back
+    ends; ``shared``: whether remote ones get guest RAM.
 
     :raise ConfigError: naming the option.
     """
@@ -286,6 +288,8 @@ def plug_all(
         place = sum(name.startswith(ANONYMOUS) for name in taken)
         try:
             config = _plug({**given.of(own.get("driver")), **own}, buses, taken, place, text=words.text)
+            known = {"drive": names.drives, "netdev": names.netdevs}
+            check_names(config, known, taken.values(), names.uplinks)
         except ConfigError as error:
             raise ConfigError(str(error), where=words.where) from error
         if config.attach == "remote" and "dma" not in own and not shared:

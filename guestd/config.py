@@ -191,6 +191,13 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 
     machine: MachineConfig = msgspec.field(default_factory=MachineConfig)
     devices: list[DeviceConfig] = []
+    drives: dict[str, str] = {}
+    """Disks by name, for the ``drive`` of a device: ``mem:SIZE``, ``file:PATH[,ro]``."""
+    netdevs: dict[str, str] = {}
+    """Networks by name, for the ``netdev`` of a device: ``hub:NAME``, ``udp:HOST:PORT@HOST:PORT``, ``unix:PATH@PATH``,
+    ``fd:N``; the local end comes first."""
+    uplinks: dict[str, str] = {}
+    """Which of the networks are plugged into which hub, and not into a device."""
     memlock: Size | Literal["unlimited"] | None = None
     """RLIMIT_MEMLOCK of this client in bytes."""
     host_page_size: Size | None = None
@@ -226,6 +233,9 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for device in self.devices:
             self.machine.phb_on(device.bus)
+        unknown = sorted(set(self.uplinks) - set(self.netdevs))
+        if unknown:
+            raise ValueError(f"uplinks: there is no netdev {unknown[0]}")
         ids = [device.id for device in self.devices]
         for name in ids:
             if ids.count(name) > 1:

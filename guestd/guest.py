@@ -15,6 +15,9 @@ import os
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
+from guestd.backends import Backends, EmulatedHost, check_names, with_address
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig, GuestConfig
 from guestd.device_states import DeviceStates
@@ -80,6 +83,9 @@ class Guest:
         for bridge in self.machine.phbs.values():
             bridge.eeh = functools.partial(self._eeh, bridge)
         self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
+        self.backends = Backends(
+            loop, lambda: self.clock.frozen, drives=config.drives, netdevs=config.netdevs, uplinks=config.uplinks
+        )
         self.remote = RemoteDevices(
             GuestParts(name, directory, config.notifier, self.ram, self.machine.system, self.clock),
             loop,
@@ -133,6 +139,7 @@ class Guest:
                 self._accelerate()
             except (OSError, PeerLost) as error:
                 raise ConfigError(f"in-kernel acceleration: {error}", where="machine.kvm") from error
+        self.backends.start()
         for config in self.config.devices:
             self.add_device(config)
 
@@ -149,6 +156,9 @@ class Guest:
         where = f"device {config.id}"
         if config.id in self.devices:
             raise ConfigError("the id is taken", where=where)
+        others = [other for other, _ in self.devices.values()]
+        check_names(config, self.backends.names, others, self.backends.uplinks)
+        config = msgspec.structs.replace(config, props=with_address(config, others))
         attach = {"emulated": self._emulated, "assigned": self._assigned, "remote": self._remote}[config.attach]
         try:
             devfn = PCIAddress.parse(config.addr, where=where).devfn
@@ -179,7 +189,8 @@ class Guest:
         if model is None:
             known = ", ".join(sorted(DEVICES))
             raise ConfigError(f"no device model {config.model!r}", where=f"device {config.id}", hint=f"known: {known}")
-        return self.phb_of(config).bus.plug(model, devfn, **config.props)
+        bus = self.phb_of(config).bus
+        return bus.attach(model(EmulatedHost(bus, devfn, self.backends), **config.props), devfn)
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         connection = self.host.open_device(config)
@@ -278,6 +289,7 @@ class Guest:
         """Unplug everything, give the host back what it gave, and free the memory. Harmless twice."""
         for name in list(self.devices):
             self.remove_device(name)
+        self.backends.close()
         self.host.close()
         self.remote.close()
         self.clock.close()

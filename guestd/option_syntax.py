@@ -103,12 +103,17 @@ def switch(name: str, value: object) -> bool:
     raise ConfigError(f"Parameter '{name}' expects 'on' or 'off'")
 
 
+def is_identifier(value: str) -> bool:
+    """Whether ``value`` can be an ``id``."""
+    return _ID.fullmatch(value) is not None
+
+
 def identifier(value: object) -> str:
     """An ``id``.
 
     :raise ConfigError: when it cannot be one.
     """
-    if isinstance(value, str) and _ID.fullmatch(value):
+    if isinstance(value, str) and is_identifier(value):
         return value
     what = "Parameter 'id' expects an identifier"
     raise ConfigError(f"{what}\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.")

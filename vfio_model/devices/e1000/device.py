@@ -296,5 +296,6 @@ class E1000Device(PCIDevice):
 
 def _parsed_mac(text: str) -> bytes:
     if not _MAC.fullmatch(text):
-        raise ConfigError(f"{text!r} is no Ethernet address", where="e1000.mac", hint="six bytes, 52:54:00:12:34:56")
+        what = f"Property 'e1000.mac' doesn't take value '{text}'"
+        raise ConfigError(what, hint="an Ethernet address, 52:54:00:12:34:56")
     return bytes.fromhex(re.sub("[:-]", "", text))
