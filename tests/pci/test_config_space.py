@@ -187,3 +187,11 @@ def test_msi_vectors_replace_the_low_bits_of_the_data() -> None:
     assert [msi.message(vector)[1] for vector in range(4)] == [0x4040, 0x4041, 0x4042, 0x4043]
     config.write(0x42, 2, 7 << 4 | 1)
     assert msi.allocated == 4
+
+
+@pytest.mark.parametrize(("written", "found"), [(0x50, 0x00D2), (0x51, 0x0093), (0x11, 0x0093), (0x01, 0x0083)])
+def test_enabled_messages_are_no_more_than_there_are(written: int, found: int) -> None:
+    config = header()
+    msi = MsiCapability(config, 2)
+    config.write(msi.offset + 2, 2, written)
+    assert config.read(msi.offset + 2, 2) == found

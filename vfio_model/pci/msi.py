@@ -58,6 +58,13 @@ class MsiCapability:
             every = (1 << vectors) - 1
             fields += (Field("mask", data + 4, 4, writable=every), Field("pending", data + 8, 4))
         self.offset = config.add_capability(CAP_ID_MSI, size(layout), fields, prefix="msi", place=place)
+        config.on_write("msi.control", self._bounded)
+
+    def _bounded(self) -> None:
+        """Once enabled, no more vectors are allocated than there are (as QEMU has it)."""
+        control, most = self._config.get("msi.control"), self.vectors.bit_length() - 1
+        if control & CONTROL_ENABLE and control & CONTROL_MULTIPLE_ENABLE > most << CONTROL_MULTIPLE_ENABLE_SHIFT:
+            self._config.set("msi.control", control & ~CONTROL_MULTIPLE_ENABLE | most << CONTROL_MULTIPLE_ENABLE_SHIFT)
 
     @property
     def enabled(self) -> bool:
