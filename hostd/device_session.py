@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from hostd.device_doorbells import DeviceDoorbells
 from hostd.device_migration import DeviceMigration, NoRoom
 from hostd.device_regions import DeviceRegions
 from hostd.device_surroundings import ProcessSurroundings, SharedClock
@@ -29,7 +30,10 @@ from protocols.vfio_user.state import CommandReceived, ReplyReceived
 from vfio_model.errors import DeadlineExceeded, LocalProtocolError, PeerLost, RemoteProtocolError
 from vfio_model.memory.clock_area import AREA_SIZE, check_clock, check_ticks
 
-MAX_REGION_DATA = 1 << 20
+PATIENCE_SECONDS = 0.05
+"""How long a client may take to answer in the middle of its own write before it is taken for one that cannot."""
+IN_READ_SECONDS = 2.0
+"""Deadline of what the device asks for while its client waits for an answer; QEMU gives up after 5 s."""
 
 
 class Memory(Protocol):
@@ -83,10 +87,15 @@ class DeviceSession:
         self._regions, self._around, self._loop, self._memory = regions, around, loop, memory
         self._on_end = on_end
         self._clock: SharedClock | None = None
+        self._doorbells = DeviceDoorbells(regions.device, loop)
         self.replies: dict[int, ReplyReceived] = {}
         self.expected: set[int] = set()
         """Ids of commands of ours whose replies somebody waits for."""
         self.closed = False
+        self._under_way: dict[int, CommandReceived] = {}
+        """Requests that are being carried out, one inside the other, and not answered yet; by serial."""
+        self._client_waits = False
+        """Whether the client was seen to serve nothing while it waits for an answer of ours."""
         self._taking: dict[type[wire.Payload] | type[None], Callable[..., None]] = {
             wire.SetIrqs: regions.set_irqs,
             wire.DmaMap: memory.dma_map,
@@ -116,27 +125,69 @@ class DeviceSession:
             self._loop.unregister(self.endpoint.twin)
         self.endpoint.close()
         self._drop_clock()
+        self._doorbells.close()
         self._on_end(reason)
 
     def call(self, command: Command, payload: wire.Payload, seconds: float) -> wire.Payload | None:
-        """Ask the client and wait, serving what is *served* meanwhile; None when it refuses, is late or gone."""
+        """Ask the client and wait, serving what is *served* meanwhile; None when it refuses, is late or gone.
+
+        A client may not look at what we ask before it has the answer to what it asked, as QEMU. When one is seen to
+        wait, region writes that are under way are answered first from then on, whatever becomes of them; a read cannot
+        be, and what the device asks for in the middle of one has failed after a time that its client can bear.
+        """
         if self.closed or not self.endpoint.ready:
             return None
         try:
+            if self._client_waits:
+                self._answer_writes()
             number = self.endpoint.command(command, payload)
         except (PeerLost, LocalProtocolError):
             return None
         self.expected.add(number)
         try:
-            self._loop.serve_until(
-                lambda: number in self.replies or self.closed, seconds, self.endpoint.name, command.name
-            )
-        except DeadlineExceeded as error:
+            self._await(number, command, seconds)
+        except PeerLost as error:
             self.end(str(error))
         finally:
             self.expected.discard(number)
         reply = self.replies.pop(number, None)
         return None if reply is None or reply.errno else reply.payload
+
+    def _await(self, number: int, command: Command, seconds: float) -> None:
+        """Return when there is an answer, or there will be none."""
+
+        def wait(limit: float) -> bool:
+            try:
+                self._loop.serve_until(
+                    lambda: number in self.replies or self.closed, limit, self.endpoint.name, command.name
+                )
+            except DeadlineExceeded as error:
+                late.append(error)
+                return False
+            return True
+
+        late: list[DeadlineExceeded] = []
+        if any(event.command == Command.REGION_WRITE for event in self._awaited()):
+            if wait(PATIENCE_SECONDS):
+                return
+            self._client_waits = True
+            self._answer_writes()
+        reads = bool(self._awaited())
+        if not wait(min(seconds, IN_READ_SECONDS) if reads else seconds) and not reads:
+            self.end(str(late[-1]))
+
+    def _awaited(self) -> list[CommandReceived]:
+        """Requests under way whose answers the client waits for."""
+        return [event for event in self._under_way.values() if not event.no_reply]
+
+    def _answer_writes(self) -> None:
+        """Answer the region writes that are being carried out. :raise PeerLost: the client is gone."""
+        for event in self._awaited():
+            if event.command == Command.REGION_WRITE:
+                del self._under_way[event.serial]
+                request = event.payload
+                assert isinstance(request, wire.RegionAccess), "the state checked what belongs to a write"
+                self.endpoint.reply(event, wire.RegionAccess(request.offset, request.region, request.count))
 
     def _reply(self, event: ReplyReceived) -> None:
         close_fds(event.fds)
@@ -151,12 +202,16 @@ class DeviceSession:
                 self.endpoint.reply_error(event, errno.EBUSY)
                 self.end("the device serves another client")
             return
+        self._under_way[event.serial] = event
         try:
             payload, fds = self._carry_out(event)
         except OSError as error:
-            self.endpoint.reply_error(event, error.errno or errno.EIO)
+            if event.serial in self._under_way:
+                self.endpoint.reply_error(event, error.errno or errno.EIO)
             return
-        if self.closed:
+        finally:
+            answered = self._under_way.pop(event.serial, None) is None
+        if self.closed or answered:
             return
         try:
             self.endpoint.reply(event, payload, fds)
@@ -179,7 +234,7 @@ class DeviceSession:
         if isinstance(request, wire.RegionInfo):
             return self._regions.region_info(request.index, request.argsz)
         if isinstance(request, wire.RegionIoFds):
-            return self._regions.io_fds(request.index, request.argsz, self.endpoint.state.peer.max_msg_fds)
+            return self._doorbells.describe(request, self.endpoint.state.peer.max_msg_fds)
         return self._answer(event.command, request), ()
 
     def _answer(self, command: int, request: wire.Payload | None) -> wire.Payload:

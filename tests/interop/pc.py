@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tests.interop.qmp import Qmp
 from tests.interop.qtest import QTest
@@ -186,6 +186,7 @@ class Function:
         self.pc.store(self.bars[bar] + offset, size, value)
 
 
-def vfio_user(socket: Path, **more: Any) -> tuple[str, str]:
+def vfio_user(socket: Path, slot: int = 2) -> tuple[str, str]:
     """QEMU's options for a device behind ``socket``."""
-    return "-device", json.dumps({"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}, **more})
+    where = {"type": "unix", "path": str(socket)}
+    return "-device", json.dumps({"driver": "vfio-user-pci", "addr": f"{slot:x}", "socket": where})

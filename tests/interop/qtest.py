@@ -1,7 +1,7 @@
 """A client of the qtest protocol: it listens, the machine connects. One line a command, one line an answer, in order.
 
 Commands may be *pipelined*: :meth:`QTest.send` queues, :meth:`QTest.answers` sends what is queued and collects.
-Asynchronous ``IRQ`` lines are dropped.
+Asynchronous ``IRQ`` lines are kept in :attr:`QTest.irqs`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class QTest:
         self._queue: list[str] = []
         self._waiting = 0
         self._input = b""
+        self.irqs: list[tuple[int, bool]] = []
+        """(line, whether it went up), in order, once ``irq_intercept_in`` asked for them."""
 
     def accept(self, alive: Callable[[], bool]) -> None:
         """Wait for the machine to connect, while it is ``alive``.
@@ -88,6 +90,8 @@ class QTest:
         while len(found) < wanted:
             line = self._line()
             if line.startswith("IRQ "):
+                _, way, number = line.split()
+                self.irqs.append((int(number), way == "raise"))
                 continue
             if line != "OK" and not line.startswith("OK "):
                 raise QTestError(line)

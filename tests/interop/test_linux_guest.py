@@ -43,7 +43,7 @@ def test_disk_and_network_of_a_linux_guest(where: Path, iommu: bool) -> None:
             Served("e1000", where / "e1000.sock", netdev=f"unix:{where}/a@{where}/b", mac="52:54:00:00:00:01")
         )
         devices = [
-            *(IOMMU if iommu else ()), *vfio_user(nvme.socket), *vfio_user(e1000.socket),
+            *(IOMMU if iommu else ()), *vfio_user(nvme.socket, 2), *vfio_user(e1000.socket, 3),
             "-netdev", f"{cable(where, 'b', 'a')},id=n1", "-device", "e1000,netdev=n1,mac=52:54:00:00:00:02",
         ]  # fmt: skip
         said, seconds = boot(
