@@ -1,7 +1,9 @@
 """nvme: data of commands to and from host memory, by PRPs.
 
-Few calls move it: pages that follow each other are one DMA, and many that do not are one batch. The bounce buffer
-belongs to the controller and is used by one command at a time, since commands are carried out one after another.
+Few calls move it: pages that follow each other are one DMA, and many that do not are one batch. It goes through a
+bounce buffer, which stays in the processor's cache: up to transfers of 512 KiB that is no slower than to map host
+memory for each command. The buffer belongs to the controller and is used by one command at a time, since commands are
+carried out one after another.
 """
 
 from __future__ import annotations
