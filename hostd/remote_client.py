@@ -100,7 +100,8 @@ class RemoteClient:
             self._mapped = MappedDma(
                 self._memory.maps, self._message, self._failures.note, ask_always=state.extensions.clock
             )
-            self._unit.bind(self._mapped)
+            # without an IOMMU in front of it, what the client maps is system memory
+            self._unit.bind(self._mapped, system=self._mapped)
         return True
 
     def _call(self, command: Command, payload: wire.Payload) -> wire.Payload | None:

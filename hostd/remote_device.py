@@ -33,9 +33,10 @@ class RemoteDevice:
         self.around.awake = lambda: self.used and self.migration.runs
         self.device.realize()
 
-    def bind(self, impl: DMAImpl) -> None:
-        """Its DMA goes through ``impl`` from now on."""
+    def bind(self, impl: DMAImpl, *, system: DMAImpl = BLOCKED) -> None:
+        """Its DMA goes through ``impl`` from now on, and what it does behind the IOMMU's back through ``system``."""
         self.migration.attach_dma(impl)
+        self.device.system.bind(system)
         self._trace("remote_dma", through=type(impl).__name__)
 
     def abandon(self) -> None:
