@@ -142,5 +142,4 @@ class Type1Rig:
 
 
 def bits(bitmap: bytes) -> set[int]:
-    number = int.from_bytes(bitmap, "little")
-    return {at for at in range(number.bit_length()) if number >> at & 1}
+    return {8 * at + bit for at, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1}
