@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from tests.devices.bench import Bench
+from tests.machine.boards import LIOBN, pseries
 from vfio_model.devices.nvme.device import NvmeDevice
 from vfio_model.devices.nvme.regs import Status
-from vfio_model.guest_drivers.nvme import PAGE, Completion, NvmeDriver
-from vfio_model.guest_drivers.pci import DriverError
+from vfio_model.guest_drivers.cpu import DirectCpu
+from vfio_model.guest_drivers.nvme import MEMORY_PAGES, PAGE, Completion, NvmeDriver
+from vfio_model.guest_drivers.pci import DriverError, MmioWindow, bring_up, find_function
+from vfio_model.iommu.spapr import regs
+from vfio_model.iommu.spapr.regs import HCall
+from vfio_model.machine.pseries import PseriesMachine
 
 BAR = 0x8000_0000
 QUEUES, DATA = 0x10000, 0x40000
@@ -91,3 +96,46 @@ def test_a_fault_is_a_status() -> None:
 def test_a_controller_that_cannot_reach_its_queues_is_an_error() -> None:
     with pytest.raises(DriverError, match="does not complete: CSTS is 0x3"):
         driver(Bench(NvmeDevice), iova=1 << 40).start()
+
+
+# -- behind an IOMMU, on a big-endian machine
+
+PAGES = MEMORY_PAGES + 8
+IOVA = 0x100000
+
+
+def mapped(machine: PseriesMachine) -> NvmeDriver:
+    """The driver on ``machine``, the memory of driver and data mapped at IOVA, backwards."""
+    cpu = DirectCpu(machine)
+    window = MmioWindow.pseries()
+    function = find_function(bring_up(cpu, regs.phb_buid(0), window), 0x1B36, 0x0010)
+    for page in range(PAGES):
+        assert machine.hcall(HCall.H_PUT_TCE, LIOBN, IOVA + page * PAGE, gpa_of(page) | 3)[0] == 0
+    return NvmeDriver(cpu, window.to_cpu(function.bars[0].address), QUEUES, IOVA)
+
+
+def gpa_of(page: int) -> int:
+    """The driver's own pages in order, those of data backwards."""
+    return QUEUES + page * PAGE if page < MEMORY_PAGES else DATA + (PAGES - page) * PAGE
+
+
+@pytest.mark.machine
+def test_it_works_behind_an_iommu() -> None:
+    machine = pseries()
+    machine.phb().bus.plug(NvmeDevice, 0x10, drive="mem:1M")
+    nvme = mapped(machine)
+    nvme.start()
+    assert nvme.blocks == 2048
+    data = IOVA + MEMORY_PAGES * PAGE
+    for page in range(MEMORY_PAGES, PAGES):
+        machine.write_memory(gpa_of(page), bytes((page,)) * PAGE)
+    assert nvme.write(8, 64, data) == Status.SUCCESS
+    for page in range(MEMORY_PAGES, PAGES):
+        machine.write_memory(gpa_of(page), bytes(PAGE))
+    assert nvme.read(8, 64, data) == Status.SUCCESS
+    assert all(machine.read_memory(gpa_of(page), PAGE) == bytes((page,)) * PAGE for page in range(MEMORY_PAGES, PAGES))
+    machine.hcall(HCall.H_PUT_TCE, LIOBN, data + 3 * PAGE, 0)
+    assert nvme.read(8, 64, data) == Status.DATA_TRANSFER_ERROR
+    machine.hcall(HCall.H_PUT_TCE, LIOBN, IOVA + 2 * PAGE, 0)
+    with pytest.raises(DriverError, match="CSTS is 0x3"):
+        nvme.flush()
