@@ -103,7 +103,7 @@ class DeviceIrqs:
         elif flags & IrqSetFlags.VFIO_IRQ_SET_ACTION_MASK:
             self._around.intx.on_mask(events[0] if events else None)
         else:
-            self._around.intx.on_unmask(events[0] if events else None)
+            self._around.intx.on_unmask(self._around.unmask_bell(events[0]) if events else None)
 
     def _act(self, request: wire.SetIrqs, flags: IrqSetFlags) -> None:
         asked = request.data[: request.count] if flags & IrqSetFlags.VFIO_IRQ_SET_DATA_BOOL else b"\1" * request.count

@@ -78,12 +78,6 @@ class DeviceRegions:
             return wire.RegionInfo(full, _RW | _MMAP, index, 0, size, 0), ()
         return wire.RegionInfo(full, _RW | _MMAP | _CAPS, index, wire.RegionInfo.SIZE, size, 0, caps), (fd,)
 
-    def io_fds(self, index: int, argsz: int, max_fds: int) -> tuple[wire.RegionIoFds, tuple[int, ...]]:
-        """DEVICE_GET_REGION_IO_FDS. :raise OSError: EINVAL when there is no such index."""
-        if index >= VFIO_PCI_NUM_REGIONS:
-            raise OSError(errno.EINVAL, f"region {index}")
-        return wire.RegionIoFds(wire.RegionIoFds.SIZE, 0, index, 0), ()
-
     # -- regions -----------------------------------------------------------------------------------------------------
 
     def read(self, index: int, offset: int, count: int) -> bytes:

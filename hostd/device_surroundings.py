@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hostd.device_backends import DeviceBackends
+from hostd.unmask_bell import UnmaskBell
 from protocols.transport.kernel import EventFd
 from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory
@@ -70,10 +71,14 @@ class IntxLine:
             self._mask_event.ring()
 
     def unmask(self) -> None:
-        """Signal again, at once if the pin is up."""
-        self.masked = False
+        """Signal again, at once if the pin is up, and say so."""
         if self._unmask_event is not None:
             self._unmask_event.ring()
+        self.unmasked()
+
+    def unmasked(self) -> None:
+        """As :meth:`unmask`, when it was the one whom that would tell who did it."""
+        self.masked = False
         self._signal()
 
     def on_mask(self, event: Bell | None) -> None:
@@ -208,6 +213,7 @@ class ProcessSurroundings:
         self._bars: dict[int, MappedMemory] = {}
         self.awake: Callable[[], bool] = lambda: True
         """Whether the device may do something by itself."""
+        self._loop = loop
         self._backends = None if loop is None else DeviceBackends(loop, lambda: self.awake())
         self.idle_work: list[Callable[[], bool]] = []
 
@@ -243,6 +249,10 @@ class ProcessSurroundings:
     def idle(self, callback: Callable[[], bool]) -> None:
         """Call ``callback()`` whenever there is nothing else to do, until it returns False."""
         self.idle_work.append(callback)
+
+    def unmask_bell(self, event: EventFd) -> Bell:
+        """``event`` (taken over) as what rings, and is rung, when INTx is unmasked."""
+        return event if self._loop is None else UnmaskBell(self._loop, event, self.intx.unmasked)
 
     def open_block(self, text: str) -> BlockBackend:
         """See ``vfio_model.backends.opening.BackendHost``."""

@@ -264,6 +264,8 @@ class Frame:
     header: bytes
     body: bytes
     fds: list[int] = field(default_factory=list)
+    short: bool = False
+    """Whether descriptors were lost because this process has no room for more."""
 
 
 class StreamConnection(_Connection):
@@ -274,6 +276,7 @@ class StreamConnection(_Connection):
         self.max_frame = max_frame
         self._header = b""
         self._fds: list[int] = []
+        self._short = False
         self._body = bytearray()
         self._have = 0
 
@@ -289,7 +292,7 @@ class StreamConnection(_Connection):
         """The next whole frame, or None when it has not all come yet.
 
         :raise PeerLost: at EOF.
-        :raise RemoteProtocolError: when the size in the header is impossible or descriptors were cut off.
+        :raise RemoteProtocolError: when the size in the header is impossible, or there are too many descriptors.
         """
         try:
             if len(self._header) < HEADER_SIZE and not self._read_header():
@@ -300,16 +303,17 @@ class StreamConnection(_Connection):
             return None
         except _GONE as error:
             raise PeerLost(self.name, "receiving") from error
-        frame = Frame(self._header, bytes(self._body), self._fds)
-        self._header, self._fds, self._body, self._have = b"", [], bytearray(), 0
+        frame = Frame(self._header, bytes(self._body), self._fds, self._short)
+        self._header, self._fds, self._short, self._body, self._have = b"", [], False, bytearray(), 0
         return frame
 
     def _read_header(self) -> bool:
         while (missing := HEADER_SIZE - len(self._header)) > 0:
             data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, _RECEIVE_FLAGS)
             self._fds += _received_fds(ancillary)
-            if flags & _CUT_CONTROL or len(self._fds) > SCM_MAX_FD:
-                raise RemoteProtocolError(f"{self.name}: descriptors were cut off")
+            if len(self._fds) > SCM_MAX_FD:
+                raise RemoteProtocolError(f"{self.name}: more descriptors than one message has")
+            self._short = self._short or bool(flags & _CUT_CONTROL)
             if not data:
                 raise PeerLost(self.name, "receiving")
             self._header += data

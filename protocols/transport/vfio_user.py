@@ -67,7 +67,8 @@ class VfioUserEndpoint:
     def receive(self) -> Event | None:
         """The next event, whose descriptors are the caller's; None when no whole frame is there.
 
-        A command that is unknown or not negotiated is answered here with ENOTSUP.
+        A command that is unknown or not negotiated is answered here with ENOTSUP, and with EMFILE one for whose
+        descriptors this process has no room.
 
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the peer broke the protocol; the caller closes the endpoint.
@@ -88,10 +89,14 @@ class VfioUserEndpoint:
             except RemoteProtocolError:
                 close_fds(frame.fds)
                 raise
-            if not isinstance(event, CommandReceived) or event.payload is not None:
+            if isinstance(event, CommandReceived) and (frame.short or event.payload is None):
+                close_fds(event.fds)
+                self.reply_error(event, errno.EMFILE if frame.short else errno.ENOTSUP)
+            elif frame.short:
+                close_fds(event.fds)
+                raise RemoteProtocolError(f"{self.name}: no room here for the descriptors of its answer")
+            else:
                 return event
-            close_fds(event.fds)
-            self.reply_error(event, errno.ENOTSUP)
 
     def _adopt(self, event: ReplyReceived) -> None:
         """Take the second socket that came with the server's VERSION. :raise RemoteProtocolError: there is none."""

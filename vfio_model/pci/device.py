@@ -35,6 +35,7 @@ from vfio_model.pci.config_space import (
     Field,
     type0_header,
 )
+from vfio_model.pci.doorbell import Doorbell
 from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
 from vfio_model.pci.parts import BarPart, BarParts
@@ -106,6 +107,8 @@ class PCIDevice:
     BARS: tuple[BarSpec, ...] = ()
     MSI_VECTORS: int = 0
     MSIX: MsixSpec | None = None
+    DOORBELLS: tuple[Doorbell, ...] = ()
+    """Registers that may be rung instead of written."""
     ENDIANNESS: Literal["native", "little"] = "little"
     """Byte order of the BARs' registers: little-endian, or the machine's own (QEMU's ``DEVICE_NATIVE_ENDIAN``). Mmap
     areas and MSI-X structures are little-endian."""
