@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from guestd.config import DeviceConfig
+from guestd.device_options import properties
 from guestd.option_syntax import is_identifier
 from protocols.transport.block import open_file
 from protocols.transport.loop import Loop
 from protocols.transport.net import open_datagram
 from vfio_model.backends.block import BlockBackend, open_memory
 from vfio_model.backends.net import FrameQueue, Hub, NetBackend, NoNet, OnFrame
-from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.pci.bus import IdlePluggedHost, PCIBus
 
@@ -54,8 +54,7 @@ def check_names(
 
 def with_address(device: DeviceConfig, others: Iterable[DeviceConfig]) -> dict[str, int | str | bool]:
     """The properties of ``device``; a network card without an address gets the next one, as on QEMU."""
-    model = DEVICES.get(device.model)
-    if model is None or "mac" not in model.PROPS or "mac" in device.props:
+    if "mac" not in properties(device.model) or "mac" in device.props:
         return device.props
     taken = {str(other.props.get("mac", "")).lower().replace("-", ":") for other in others}
     number = _FIRST_MAC

@@ -17,10 +17,8 @@ QEMU's:
     the IOMMU group, which QEMU finds in sysfs.
 ``-device vfio-user-pci,socket=PATH,dma=shared|message``
     a remote device; it gets guest RAM mapped when the machine's memory backend is shared.
-
 ``-device NAME,drive=…,netdev=…``
-    besides the names of ``-drive``, ``-blockdev`` and ``-netdev`` what
-    ``vfio_model.backends.opening`` knows: ``mem:64M``, ``hub:lan``.
+    besides names of ``-drive``, ``-blockdev``, ``-netdev`` what ``vfio_model.backends.opening`` knows: ``mem:64M``.
 
 Guest RAM is always a sealed memfd. What a memory backend says about pages is what the host is told of it.
 """
@@ -330,7 +328,7 @@ class _Reader:
             config.uuid = seen.uuid
         steps = config.qtest is not None or seen.accelerator == "qtest"
         directory = Path(seen.directory) if seen.directory else None
-        warnings = tuple(seen.globals.warnings())
+        warnings = (*seen.globals.warnings(), *seen.names.warnings(plugged))
         return Invocation(config, directory, not steps, tuple(seen.patterns), seen.log, warnings)
 
     def _backend(self, name: object) -> devices.MemoryBackend:

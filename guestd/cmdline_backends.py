@@ -7,14 +7,19 @@ QEMU has beyond it is an error that says so. Messages are those of QEMU 11.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from guestd.config import DeviceConfig
+from guestd.device_options import properties
+from guestd.operations import ANONYMOUS
 from guestd.option_syntax import identifier, number, only, options, switch
 from vfio_model.errors import ConfigError
 
+_NETWORKS: Final = ("dgram", "socket", "hubport")
 _OTHER_NETWORKS: Final = frozenset(
     (
         *("af-xdp", "bridge", "l2tpv3", "nic", "none", "passt", "stream", "tap", "user"),
@@ -58,6 +63,23 @@ class BackendNames:
     uplinks: dict[str, str] = field(default_factory=dict)
     nodes: set[str] = field(default_factory=set)
     """Those of :attr:`drives` that are nodes of ``-blockdev``."""
+    ports: set[str] = field(default_factory=set)
+    """Those of :attr:`netdevs` that plug another one into a hub."""
+
+    def warnings(self, devices: Iterable[DeviceConfig]) -> list[str]:
+        """About networks that lead nowhere, and cards without one."""
+        cards = [device for device in devices if "netdev" in properties(device.model)]
+        used = {device.props.get("netdev") for device in cards} | self.uplinks.keys() | self.ports
+        idle = [f"netdev {name} has no peer" for name in self.netdevs if name not in used]
+        unnamed: Counter[str] = Counter()
+        for card in cards:
+            name = card.id
+            if name.startswith(ANONYMOUS):
+                name = f"{card.model}.{unnamed[card.model]}"
+                unnamed[card.model] += 1
+            if not card.props.get("netdev"):
+                idle.append(f"nic {name} has no peer")
+        return idle
 
     # -- networks ------------------------------------------------------------------------------------------------
 
@@ -65,17 +87,17 @@ class BackendNames:
         """``-netdev``. :raise ConfigError: for what QEMU refuses, too, and for kinds that are not here."""
         given = _flat(options(value, "type"))
         kind = _needed(given, "type")
-        make = {"dgram": _dgram, "socket": _socket, "hubport": self._hubport}.get(kind)
-        if make is None and kind not in _OTHER_NETWORKS:
+        if kind not in _NETWORKS and kind not in _OTHER_NETWORKS:
             raise ConfigError(f"Parameter 'type' does not accept value '{kind}'")
         name = identifier(_needed(given, "id"))
         if name in self.netdevs:
             raise ConfigError(f"Duplicate ID '{name}' for netdev")
-        if make is None:
-            raise ConfigError(f"no network '{kind}' here", hint="dgram, socket and hubport are")
-        self.netdevs[name] = make({key: text for key, text in given.items() if key not in ("type", "id")})
+        own = {key: text for key, text in given.items() if key not in ("type", "id")}
+        if kind not in _NETWORKS:
+            raise ConfigError(f"no network '{kind}' here", hint=f"{', '.join(_NETWORKS)} are")
+        self.netdevs[name] = self._hubport(name, own) if kind == "hubport" else _MAKERS[kind](own)
 
-    def _hubport(self, given: Mapping[str, object]) -> str:
+    def _hubport(self, name: str, given: Mapping[str, object]) -> str:
         only(given, ("hubid", "netdev"))
         _needed(given, "hubid")
         hub = f"hub:{number('hubid', given['hubid'], kind='an int64 value')}"
@@ -86,6 +108,7 @@ class BackendNames:
             if peer in self.uplinks:
                 raise ConfigError(f"netdev '{peer}' is on a hub already")
             self.uplinks[peer] = hub
+            self.ports.add(name)
         return hub
 
     # -- disks ---------------------------------------------------------------------------------------------------
@@ -203,6 +226,9 @@ def _socket(given: Mapping[str, object]) -> str:
         raise ConfigError("localaddr= is mandatory with udp=")
     ends = (_host_and_port(str(given[name])) for name in ("localaddr", "udp"))
     return "udp:" + "@".join(_address(*end) for end in ends)
+
+
+_MAKERS: Final = {"dgram": _dgram, "socket": _socket}
 
 
 def _host_and_port(text: str) -> tuple[str, str]:

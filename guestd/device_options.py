@@ -16,7 +16,7 @@ from guestd.config import DeviceConfig
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.pci.address import PCIAddress
-from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.device import PCIDevice, Prop
 
 ASSIGNED: Final = "vfio-pci"
 REMOTE: Final = "vfio-user-pci"
@@ -28,6 +28,8 @@ _LAST_DEVFN: Final = 255
 _COMMON: Final = frozenset(("driver", "id", "bus", "addr", "multifunction"))
 _NO_MEANING: Final = frozenset(("rombar", "romfile", "romsize", "acpi-index", "failover_pair_id"))
 """Properties of every PCI device on QEMU that have none here."""
+_BOOTED: Final = frozenset(("drive", "netdev"))
+"""A device with one of these has a ``bootindex``, too, which means nothing here."""
 
 
 class Slots(Protocol):
@@ -47,6 +49,12 @@ class Slots(Protocol):
 def drivers() -> list[str]:
     """What may be a ``driver``."""
     return sorted((*DEVICES, ASSIGNED, REMOTE))
+
+
+def properties(driver: str) -> Mapping[str, Prop]:
+    """Those of a model of this process by the name ``driver``; none for others."""
+    model = DEVICES.get(driver)
+    return {} if model is None else model.PROPS
 
 
 def device_config(
@@ -82,6 +90,8 @@ def device_config(
     devfn = _devfn(driver, options.get("addr", -1), buses[bus])
     _check_place(buses[bus], devfn, several=bool(several), plugged=plugged)
     own = {key: value for key, value in options.items() if key not in _COMMON | _NO_MEANING}
+    if "bootindex" in own and not _BOOTED.isdisjoint(properties(driver)):
+        _value("bootindex", int, own.pop("bootindex"), text=text)
     fields: dict[str, object] = {"id": name, "bus": bus, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
     fields["multifunction"] = several
     make = {ASSIGNED: _assigned, REMOTE: _remote}.get(driver)

@@ -115,6 +115,17 @@ def test_names_of_networks() -> None:
     assert config("-device", "e1000,netdev=hub:lan").devices[0].props == {"netdev": "hub:lan"}
 
 
+def test_what_is_plugged_in_nowhere_is_said() -> None:
+    said = parse(
+        (
+            *("-netdev", "hubport,hubid=1,id=n0", "-netdev", "hubport,hubid=1,id=n1", "-netdev", f"{UNIX},id=far"),
+            *("-netdev", "hubport,hubid=1,id=n2,netdev=far"),
+            *("-device", "e1000,netdev=n0", "-device", "e1000,bootindex=1", "-device", "e1000,id=x", "-device", "edu"),
+        )
+    )
+    assert said.warnings == ("netdev n1 has no peer", "nic e1000.1 has no peer", "nic x has no peer")
+
+
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
