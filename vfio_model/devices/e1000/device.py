@@ -10,14 +10,13 @@ What is sent while the link is down is lost, and so is what comes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from vfio_model.backends.net import NetBackend, NoNet
 from vfio_model.backends.opening import open_net
 from vfio_model.devices.e1000 import eeprom, phy, regs
-from vfio_model.devices.e1000.eeprom import Eeprom
+from vfio_model.devices.e1000.eeprom import Eeprom, parse_mac
 from vfio_model.devices.e1000.interrupts import Delay, Interrupts
 from vfio_model.devices.e1000.phy import Phy
 from vfio_model.devices.e1000.regs import Ctrl, CtrlExt, Interrupt, Mdic, Status
@@ -27,13 +26,11 @@ from vfio_model.devices.e1000.state import VMSTATE, check_state, export_state, i
 from vfio_model.devices.e1000.statistics import Statistics
 from vfio_model.devices.e1000.tx import Transmitter
 from vfio_model.devices.register_file import OnRead, RegisterFile
-from vfio_model.errors import ConfigError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.device import DeviceHost, PCIDevice, Prop
 from vfio_model.vmstate.fields import State
 
-_MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 _RX_RING = RingRegisters(regs.RDBAL, regs.RDBAH, regs.RDLEN, regs.RDH, regs.RDT)
 _TX_RING = RingRegisters(regs.TDBAL, regs.TDBAH, regs.TDLEN, regs.TDH, regs.TDT)
 
@@ -56,7 +53,7 @@ class E1000Device(PCIDevice):
     def __init__(self, host: DeviceHost, **props: object) -> None:
         """:raise ConfigError: for an address that is none."""
         super().__init__(host, **props)
-        self.mac = _parsed_mac(str(self.props["mac"]))
+        self.mac = parse_mac(str(self.props["mac"]))
         self.net: NetBackend = NoNet()
         self.registers = registers = RegisterFile(regs.REGISTERS)
         self.eeprom = Eeprom(
@@ -292,10 +289,3 @@ class E1000Device(PCIDevice):
         self.tx.run()
         self._receive_again(0, 0)
         return False
-
-
-def _parsed_mac(text: str) -> bytes:
-    if not _MAC.fullmatch(text):
-        what = f"Property 'e1000.mac' doesn't take value '{text}'"
-        raise ConfigError(what, hint="an Ethernet address, 52:54:00:12:34:56")
-    return bytes.fromhex(re.sub("[:-]", "", text))

@@ -11,7 +11,10 @@ read a word through EERD (13.4.4 "EEPROM Read Register"). On the bus, as a 93C46
 
 from __future__ import annotations
 
+import re
 from typing import Final
+
+from vfio_model.errors import ConfigError
 
 WORDS: Final = 64
 CHECKSUM_WORD: Final = 0x3F
@@ -22,6 +25,8 @@ _COMMAND_BITS = 3 + ADDRESS_BITS
 _READ, _WRITE, _ERASE = 0b110, 0b101, 0b111
 _EXTENDED = 0b100
 _WRITE_DISABLE, _WRITE_ALL, _ERASE_ALL, _WRITE_ENABLE = 0b00, 0b01, 0b10, 0b11
+
+_MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 
 _WORDS_OF_5_6: Final = {
     0x04: 0xFFFF,  # ID LED settings: the default
@@ -45,6 +50,17 @@ class Eecd:
 
 
 EECD_WRITABLE: Final = Eecd.SK | Eecd.CS | Eecd.DI | Eecd.REQ | 3 << 4
+
+
+def parse_mac(text: str) -> bytes:
+    """The 6 bytes of an address as people write it.
+
+    :raise ConfigError: when it is none.
+    """
+    if not _MAC.fullmatch(text):
+        what = f"Property 'e1000.mac' doesn't take value '{text}'"
+        raise ConfigError(what, hint="an Ethernet address, 52:54:00:12:34:56")
+    return bytes.fromhex(text.replace(":", "").replace("-", ""))
 
 
 def image(mac: bytes, device: int, vendor: int, subsystem: int, subsystem_vendor: int) -> list[int]:
