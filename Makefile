@@ -38,9 +38,9 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts
 bench: $(STAMP)  ## measure, as ratios to limits taken in the same run
 	@$(BIN)/vfio-model bench
 
-# Stock QEMU by Debian's packages, in .qemu/; VFIO_MODEL_QEMU names another qemu-system-ppc64.
-interop: $(STAMP)  ## compare with stock QEMU by random programs (fetches it)
-	@test -n "$$VFIO_MODEL_QEMU" || tools/get-qemu .qemu
+# Stock QEMU and a Linux guest by Debian's packages, in .qemu/; VFIO_MODEL_QEMU names another qemu-system-ppc64.
+interop: $(STAMP)  ## compare with stock QEMU, plug our devices into it and into its Linux (fetches them)
+	@tools/get-qemu --guest-x86 .qemu
 	$(BIN)/python -m pytest -p no:xdist tests/interop
 
 interop-guest: $(STAMP)  ## boot Linux on stock QEMU, record it, check the recording
