@@ -19,8 +19,8 @@ from vfio_model.host.dma import AssignedImpl
 from vfio_model.host.hpa import Placement
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.atc import CachedImpl
-from vfio_model.memory.atc_entries import GuestRam
 from vfio_model.memory.dma import DMAImpl
+from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps
 from vfio_model.memory.lane import LANES_SIZE, Lane, LaneArea, init_lanes
 from vfio_model.memory.region import AliasRegion, MemoryRegion, RAMRegion
 from vfio_model.memory.revoke import NoFence, Revoke
@@ -105,8 +105,8 @@ class CachingDevice:
         init_lanes(lanes)
         self.ring, self.lanes, self.lane = RingWriter(words), LaneArea("device", lanes), Lane(lanes, 0)
         self._answer = served(DmaServices(AddressSpace("device", self.iommu), system, lambda: True))
-        ram = GuestRam()
-        ram.add(0, block.view)
+        ram: IovaMaps[None] = IovaMaps()
+        ram.add(IovaMap(0, len(block.view), READ | WRITE, block.view, None))
         rest = MessageDma(self._call)
         ask = translator(self._call)
         self.impl = CachedImpl(ask, RingReader(words), self.lane, ram, as_id=self.AS_ID, fallback=rest)
