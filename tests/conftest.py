@@ -50,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[BASE] = tempfile.mkdtemp(prefix="vmt-", dir="/tmp")  # short: a socket path holds 107 bytes
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--kvm``, a test over both values of a parameter ``kvm`` has nothing new to say."""
+    if Switch.on:
+        stated = [item for item in items if "kvm" in getattr(getattr(item, "callspec", None), "params", ())]
+        config.hook.pytest_deselected(items=stated)
+        items[:] = [item for item in items if item not in stated]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     Switch.asked = False
