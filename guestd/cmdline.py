@@ -76,6 +76,7 @@ class Invocation:
     patterns: tuple[str, ...] = ()
     log: str = ""
     warnings: tuple[str, ...] = ()
+    exit_with_parent: bool = False
 
 
 @dataclass
@@ -101,6 +102,7 @@ class _Seen:
     name: str = ""
     uuid: str = ""
     incoming: str = ""
+    exit_with_parent: bool = False
     paused: bool = False
 
 
@@ -164,6 +166,7 @@ class _Reader:
             "uuid": self._uuid,
             "S": lambda _: setattr(seen, "paused", True),
             "incoming": self._incoming,
+            "run-with": self._run_with,
             "display": lambda value: _one_of("type", value, ("none",)),
             "vga": lambda value: _one_of("vga", value, ("none", "std", "cirrus")),
             "serial": _silent,
@@ -293,6 +296,14 @@ class _Reader:
         except ValueError:
             raise ConfigError("failed to parse UUID string: wrong format") from None
 
+    def _run_with(self, value: str) -> None:
+        given = split(value)
+        only(given, ("exit-with-parent", "async-teardown"))
+        for name, word in given.items():
+            on = switch(name, word)
+            if name == "exit-with-parent":
+                self.seen.exit_with_parent = on
+
     def _incoming(self, value: str) -> None:
         if value != "defer":
             migration_uri.parse(value)
@@ -329,7 +340,7 @@ class _Reader:
         steps = config.qtest is not None or seen.accelerator == "qtest"
         directory = Path(seen.directory) if seen.directory else None
         warnings = (*seen.globals.warnings(), *seen.names.warnings(plugged))
-        return Invocation(config, directory, not steps, tuple(seen.patterns), seen.log, warnings)
+        return Invocation(config, directory, not steps, tuple(seen.patterns), seen.log, warnings, seen.exit_with_parent)
 
     def _backend(self, name: object) -> devices.MemoryBackend:
         if name is None:

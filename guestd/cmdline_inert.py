@@ -78,6 +78,14 @@ def _boot(value: str) -> None:
             raise ConfigError(f"Invalid boot device '{wrong[0]}'")
 
 
+def _audio(value: str) -> None:
+    given = split(value, "driver")
+    if "driver" not in given:
+        raise ConfigError("Parameter 'driver' is missing")
+    if given["driver"] != "none" or "model" in given:
+        raise ConfigError(f"Parameter 'driver' does not accept value '{given['driver']}'")
+
+
 def _msg(value: str) -> None:
     given = split(value)
     only(given, ("timestamp", "guest-name"))
@@ -95,6 +103,7 @@ READERS: Final[dict[str, Callable[[str], None]]] = {
     "smp": smp,
     "rtc": _rtc,
     "boot": _boot,
+    "audio": _audio,
     "msg": _msg,
     "sandbox": _sandbox,
 }

@@ -16,6 +16,7 @@ from types import FrameType
 from guestd.cmdline import Invocation, parse
 from guestd.cmdline_help import HelpWanted
 from guestd.process import Surroundings, serve
+from protocols.transport.kernel import die_with_parent
 from protocols.transport.runtime import make_runtime_directory
 from vfio_model.errors import VfioModelError
 
@@ -33,6 +34,8 @@ def run(program: str, words: Sequence[str]) -> int:
         invocation = parse(words)
         for warning in invocation.warnings:
             print(f"{program}: warning: {warning}", file=sys.stderr)
+        if invocation.exit_with_parent:
+            die_with_parent(number=signal.SIGTERM)
         _serve(invocation)
     except HelpWanted as help_:
         print(help_.text)

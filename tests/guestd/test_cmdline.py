@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfi
 from guestd.option_syntax import options, size, split
 from guestd.system import run
 from guestd.text_trace import TextTrace, line
+from protocols.transport.kernel import Pidfd
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.trace_events import parse_line
 from vfio_model.trace import NULL_TRACE, ListTrace
@@ -410,3 +416,38 @@ def test_a_guest_without_a_name_has_none() -> None:
 def test_a_default_window_of_a_page_or_more(size: str) -> None:
     machine = parse(["-global", f"spapr-pci-host-bridge.dma_win_size={size}"]).config.machine
     assert machine.dma_options(machine.phbs[0]).dma_win_size == int(size, 0)
+
+
+@pytest.mark.parametrize("text", ["-audio none", "-audio driver=none", "-run-with async-teardown=off"])
+def test_what_libqtest_and_others_add_has_no_effect(text: str) -> None:
+    assert not parsed(text).exit_with_parent
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("-audio alsa", "does not accept value 'alsa'"), ("-audio x=y", "missing")]
+)
+def test_there_is_no_sound(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(text)
+
+
+def test_a_machine_ends_with_its_parent_where_it_was_told(tmp_path: Path) -> None:
+    assert parsed("-run-with exit-with-parent=on").exit_with_parent
+    qmp = tmp_path / "qmp"
+    arguments = ["-run-with", "exit-with-parent=on", "-display", "none", "-qmp", f"unix:{qmp},server=on,wait=off"]
+    code = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid); input()"
+    command = [sys.executable, "-c", code, sys.executable, "-m", "guestd.system", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdin is not None
+        machine = Pidfd.open(int(parent.stdout.readline()))
+        try:
+            while not qmp.exists():
+                assert machine.alive()
+                time.sleep(0.01)
+            parent.stdin.write("\n")
+            parent.stdin.close()
+            parent.wait(30)
+            assert select.select([machine], [], [], 30)[0], "it outlived its parent"
+        finally:
+            machine.send_signal(signal.SIGKILL)
+            machine.close()
