@@ -35,6 +35,12 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# With atheris where pip has it for this Python, with random bytes elsewhere; FUZZ_SECONDS is for each target.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)  ## fuzz the vfio-user code, FUZZ_SECONDS for each target
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]' || echo "no atheris here: random bytes"
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 bench: $(STAMP)  ## measure, as ratios to limits taken in the same run
 	@$(BIN)/vfio-model bench
 

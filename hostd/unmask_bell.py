@@ -21,7 +21,6 @@ class UnmaskBell:
 
     def __init__(self, loop: Loop, event: EventFd, unmask: Callable[[], None]) -> None:
         self._loop, self._event, self._unmask = loop, event, unmask
-        self._own = False
         self._edges = select.epoll()
         self._edges.register(event.fd, select.EPOLLIN | select.EPOLLET)
         loop.register(self, self._rung, served=True)
@@ -31,16 +30,12 @@ class UnmaskBell:
         return self._edges.fileno()
 
     def ring(self) -> None:
-        """INTx was unmasked by a message."""
-        self._own = True
+        """INTx is being unmasked by a message. A ring of the other side that comes with ours asks for the same."""
         self._event.ring()
+        self._edges.poll(0)
 
     def _rung(self) -> None:
-        if not self._edges.poll(0):
-            return
-        if self._own:
-            self._own = False
-        else:
+        if self._edges.poll(0):
             self._unmask()
 
     def close(self) -> None:

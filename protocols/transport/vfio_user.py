@@ -176,13 +176,13 @@ class VfioUserEndpoint:
             self.twin.close()
 
 
-def server_capabilities(extensions: Extensions) -> Capabilities:
-    """What our servers can do."""
+def server_capabilities(extensions: Extensions, *, twin: bool = True) -> Capabilities:
+    """What our servers can do. ``twin``: whether they open a second socket for a client that wants one."""
     return Capabilities(
         max_msg_fds=MAX_MSG_FDS,
         write_multiple=True,
         migration=MigrationCapability(),
-        twin_socket=TwinSocket(True),
+        twin_socket=TwinSocket(twin),
         extensions=extensions,
     )
 
