@@ -277,8 +277,9 @@ class StreamConnection(_Connection):
         self._header = b""
         self._fds: list[int] = []
         self._short = False
-        self._body = bytearray()
-        self._have = 0
+        self._parts: list[bytes] = []
+        self._missing = 0
+        """Bytes of the body that have still to come, once the header is there."""
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], name: str = "peer") -> StreamConnection:
@@ -294,26 +295,33 @@ class StreamConnection(_Connection):
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the size in the header is impossible, or there are too many descriptors.
         """
+        body = b""
         try:
-            if len(self._header) < HEADER_SIZE and not self._read_header():
-                return None
-            if self._have < len(self._body) and not self._read_body():
-                return None
+            if len(self._header) < HEADER_SIZE:
+                self._read_header()
+            missing = self._missing
+            if missing:
+                body = self._sock.recv(missing, _DONTWAIT)
+                if len(body) < missing or self._parts:
+                    body = self._read_rest(body)
         except BlockingIOError:
             return None
         except _GONE as error:
             raise PeerLost(self.name, "receiving") from error
-        frame = Frame(self._header, bytes(self._body), self._fds, self._short)
-        self._header, self._fds, self._short, self._body, self._have = b"", [], False, bytearray(), 0
+        frame = Frame(self._header, body, self._fds, self._short)
+        self._header, self._fds, self._short, self._missing = b"", [], False, 0
         return frame
 
-    def _read_header(self) -> bool:
+    def _read_header(self) -> None:
+        """:raise BlockingIOError: there is not all of it yet."""
         while (missing := HEADER_SIZE - len(self._header)) > 0:
             data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, _RECEIVE_FLAGS)
-            self._fds += _received_fds(ancillary)
-            if len(self._fds) > SCM_MAX_FD:
-                raise RemoteProtocolError(f"{self.name}: more descriptors than one message has")
-            self._short = self._short or bool(flags & _CUT_CONTROL)
+            if ancillary:
+                self._fds += _received_fds(ancillary)
+                if len(self._fds) > SCM_MAX_FD:
+                    raise RemoteProtocolError(f"{self.name}: more descriptors than one message has")
+            if flags & _CUT_CONTROL:
+                self._short = True
             if not data:
                 raise PeerLost(self.name, "receiving")
             self._header += data
@@ -322,17 +330,21 @@ class StreamConnection(_Connection):
             raise RemoteProtocolError(
                 f"{self.name}: a frame of {size} bytes, {HEADER_SIZE} to {self.max_frame} are allowed"
             )
-        self._body, self._have = bytearray(size - HEADER_SIZE), 0
-        return True
+        self._missing = size - HEADER_SIZE
 
-    def _read_body(self) -> bool:
-        with memoryview(self._body) as view:
-            while self._have < len(view):
-                got = self._sock.recv_into(view[self._have :], 0, _DONTWAIT)
-                if got == 0:
-                    raise PeerLost(self.name, "receiving")
-                self._have += got
-        return True
+    def _read_rest(self, data: bytes) -> bytes:
+        """The body of which ``data`` has come just now. :raise BlockingIOError: there is not all of it yet."""
+        while True:
+            if not data:
+                raise PeerLost(self.name, "receiving")
+            self._parts.append(data)
+            self._missing -= len(data)
+            if not self._missing:
+                break
+            data = self._sock.recv(self._missing, _DONTWAIT)
+        body = b"".join(self._parts)
+        self._parts.clear()
+        return body
 
     def close(self) -> None:
         """Also closes the descriptors of a frame that never became whole."""
