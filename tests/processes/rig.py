@@ -229,7 +229,7 @@ class Live:
 
     def census(self) -> dict[str, Any]:
         """Everything that must be as before when a test has disturbed and mended the system."""
-        if self.kvm:
+        if self.kvm and self.alive("guestd"):
             self._show_memory()
         roles = [role for role, daemon in self.launcher.daemons.items() if not daemon.ended]
         host, notifier = self.status("hostd"), self.status("notifier")

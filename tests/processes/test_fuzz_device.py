@@ -89,7 +89,7 @@ class BadDevice(threading.Thread):
 
 
 def test_a_device_that_talks_nonsense_costs_only_itself() -> None:
-    with Live(scale=1) as live, told(SEED):
+    with Live(scale=1, caches=True) as live, told(SEED):
         census = live.census()
         path = live.directory / "bad.sock"
         device = BadDevice(path, SEED)
