@@ -105,13 +105,18 @@ class DeviceSession:
         loop.register(endpoint, self.receive, served=True)
 
     def receive(self) -> None:
-        """Serve what has come; called by the loop, and by whoever waits for a reply."""
+        """Serve what has come; called by the loop, and by whoever waits for a reply.
+
+        Who has asked waits for the answer: whether it has sent more is left to the loop.
+        """
         try:
             while not self.closed and (event := self.endpoint.receive()) is not None:
                 if isinstance(event, ReplyReceived):
                     self._reply(event)
-                else:
-                    self._command(event)
+                    continue
+                self._command(event)
+                if not event.no_reply:
+                    return
         except (PeerLost, RemoteProtocolError) as error:
             self.end(str(error))
 

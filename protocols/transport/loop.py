@@ -7,7 +7,8 @@ another one.
 
 Two epoll sets hold that: all descriptors, and the served ones. ZeroMQ sockets do not go there, because their descriptor
 only hints: ``zmq_poll`` waits for the sockets and for the epoll set's own descriptor, and knows without being asked
-again whether there is a message (epoll on the hint costs a round trip 25 us more). Sources with an outbox
+again whether there is a message (epoll on the hint costs a round trip 25 us more). A loop without them waits in the
+epoll set itself. Sources with an outbox
 (``wants_write``) are flushed when they become writable, in waits too. A callback must bear finding nothing to read, and
 must handle its own peer's errors: an exception ends the wait or the loop it came up in.
 
@@ -261,7 +262,11 @@ class Loop:
         self._arm_writers()
         if ran or (self._stopping and not nested):
             timeout_ns = 0
-        self._dispatch(self._wait(timeout_ns, nested), nested)
+        milliseconds = self._limit(timeout_ns, nested)
+        if self._zmq:
+            self._dispatch(zmq_poll(self._polled_in_waits if nested else self._polled, milliseconds), nested)
+        else:
+            self._dispatch_fds(nested, milliseconds)
 
     def _run_soon(self) -> bool:
         count = len(self._soon)
@@ -285,10 +290,10 @@ class Loop:
         else:
             self._served.unregister(entry.fd)
 
-    def _wait(self, timeout_ns: int | None, nested: bool) -> list[tuple[Any, int]]:
-        polled = self._polled_in_waits if nested else self._polled
+    def _limit(self, timeout_ns: int | None, nested: bool) -> int:
+        """Milliseconds to wait for events, -1 for ever; a part of one is left to the timerfd."""
         if timeout_ns == 0:
-            return zmq_poll(polled, 0)
+            return 0
         for callback in self._idle:
             callback()
         moment = self._served_timers.next_ns()
@@ -299,21 +304,21 @@ class Loop:
             until = max(moment - time.monotonic_ns(), 0)
             timeout_ns = until if timeout_ns is None else min(until, timeout_ns)
         if timeout_ns is None:
-            return zmq_poll(polled, -1)
+            return -1
         if timeout_ns < FINE_NS:
             self._fine.arm_ns(timeout_ns)
             timeout_ns = FINE_NS
-        return zmq_poll(polled, timeout_ns // 1_000_000)
+        return timeout_ns // 1_000_000
 
     def _dispatch(self, ready: list[tuple[Any, int]], nested: bool) -> None:
         for source, _ in ready:
             if (entry := self._zmq.get(source)) is not None:
                 entry.callback()
             elif isinstance(source, int):
-                self._dispatch_fds(nested)
+                self._dispatch_fds(nested, 0)
 
-    def _dispatch_fds(self, nested: bool) -> None:
-        ready = (self._served if nested else self._all).poll(0)
+    def _dispatch_fds(self, nested: bool, milliseconds: int) -> None:
+        ready = (self._served if nested else self._all).poll(milliseconds / 1000 if milliseconds >= 0 else None)
         found = [(self._entries.get(fd), events) for fd, events in ready]
         for entry, events in found:
             if entry is None:
