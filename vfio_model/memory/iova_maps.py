@@ -108,13 +108,17 @@ class IovaMaps(Generic[Memory]):
         self._maps.insert(at, new)
         self._arrays = None
 
+    def touching(self, start: int, last: int) -> list[IovaMap[Memory]]:
+        """The maps that share a byte with ``start``..``last`` (inclusive)."""
+        low, high = self._span(start, last)
+        return self._maps[low:high]
+
     def inside(self, start: int, last: int) -> list[IovaMap[Memory]]:
         """The maps in ``start``..``last`` (inclusive).
 
         :raise OSError: EINVAL when one lies there in part only: it would be cut in two.
         """
-        low, high = self._span(start, last)
-        found = self._maps[low:high]
+        found = self.touching(start, last)
         for known in (*found[:1], *found[-1:]):
             if known.iova < start or known.last > last:
                 raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {known!r} in two")

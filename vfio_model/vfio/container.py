@@ -1,7 +1,8 @@
 """A VFIO container as its user holds it, and the queue between a guest's IOMMU and the host.
 
-``VFIOIOMMU`` is what the memory listener talks to (QEMU's ``VFIOIOMMUClass``): it maps, unmaps, adds and removes
-windows, and never sees an ioctl. One hypercall may change many entries: the listener only *queues*;
+``MappingBackend`` is what the memory listener talks to: it maps, unmaps, adds and removes windows, and never sees an
+ioctl. ``VFIOIOMMU`` is one that a host has (QEMU's ``VFIOIOMMUClass``); :mod:`vfio_model.vfio.vfio_user` is the other
+one. One hypercall may change many entries: the listener only *queues*;
 :meth:`VFIOIOMMU.flush` sends what is queued, entries of one kind in one message, and waits for one answer. The
 order of what was queued is kept.
 
@@ -23,20 +24,20 @@ from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import DmaMap, DmaMapFlags, DmaUnmap, Ioctl
 from vfio_model.vfio.host_window import HostWindows
-from vfio_model.vfio.ioctl import BatchError, ContainerFile, VfioPort
+from vfio_model.vfio.ioctl import BatchError, ContainerFile, Ioctls
 
 _RW = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ | DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
 _RO = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_READ)
+_WO = int(DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE)
 _MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
 DMA_MAX_MAPPINGS = 65535
 """What the kernel's type 1 driver allows by default (``dma_entry_limit``)."""
 _pack_map, _pack_unmap = DmaMap.FORMAT.pack, DmaUnmap.FORMAT.pack
 
 
-class VFIOIOMMU(Protocol):
-    """What a memory listener needs of a container, whatever its kind."""
+class MappingBackend(Protocol):
+    """What memory listeners need, whoever maps."""
 
-    kind: ContainerKind
     windows: HostWindows
     host_page_size: int
     queue: MappingQueue
@@ -46,20 +47,11 @@ class VFIOIOMMU(Protocol):
         """Its file."""
 
     dma_max_mappings: int
-    """How many mappings the host lets this container have at a time."""
+    """How many mappings there may be at a time."""
     coalesces: bool
     """Whether one MAP_DMA may cover pages that are unmapped one by one later."""
-
-    def set_type(self) -> None:
-        """``VFIO_SET_IOMMU``; a group must be attached. :raise OSError: as it does."""
-        ...
-
-    def start(self) -> None:
-        """Make the container ready to map, and learn what it can. RAM that must be preregistered is already.
-
-        :raise OSError: as the ioctls that this takes do.
-        """
-        ...
+    write_only: bool
+    """Whether a mapping can be written and not read. On a host's container it can be read, too."""
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Make the host able to map all of ``section``.
@@ -70,6 +62,23 @@ class VFIOIOMMU(Protocol):
 
     def del_window(self, section: MemoryRegionSection) -> None:
         """Give back what :meth:`add_window` of this section made."""
+        ...
+
+
+class VFIOIOMMU(MappingBackend, Protocol):
+    """A container of a host, whatever its kind."""
+
+    kind: ContainerKind
+
+    def set_type(self) -> None:
+        """``VFIO_SET_IOMMU``; a group must be attached. :raise OSError: as it does."""
+        ...
+
+    def start(self) -> None:
+        """Make the container ready to map, and learn what it can. RAM that must be preregistered is already.
+
+        :raise OSError: as the ioctls that this takes do.
+        """
         ...
 
 
@@ -88,7 +97,7 @@ class MappingQueue:
 
     tracker: Tracker | None = None
 
-    def __init__(self, port: VfioPort, handle: int, *, trace: Trace = NULL_TRACE) -> None:
+    def __init__(self, port: Ioctls, handle: int, *, trace: Trace = NULL_TRACE) -> None:
         self._port, self._handle, self._trace = port, handle, trace
         self._pending: list[tuple[int, bytes | bytearray | memoryview, int]] = []
         self.lost = False
@@ -108,9 +117,11 @@ class MappingQueue:
         else:
             pending.append((cmd, structs, count))
 
-    def map(self, iova: Iova, size: int, vaddr: Hva, *, readonly: bool) -> None:
+    def map(self, iova: Iova, size: int, vaddr: Hva, *, readonly: bool, writeonly: bool = False) -> None:
         """Queue one mapping of ``size`` bytes."""
-        self._append(_MAP, _pack_map(DmaMap.SIZE, _RO if readonly else _RW, vaddr, iova, size), 1)
+        assert not (readonly and writeonly), "a mapping permits something"
+        flags = _RO if readonly else _WO if writeonly else _RW
+        self._append(_MAP, _pack_map(DmaMap.SIZE, flags, vaddr, iova, size), 1)
 
     def map_packed(self, structs: bytes | memoryview, count: int) -> None:
         """Queue ``count`` ``struct vfio_iommu_type1_dma_map`` that lie back to back, and that do not change."""

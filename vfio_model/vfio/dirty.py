@@ -20,7 +20,7 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import RAMRegion
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX, Gpa, Range
-from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.container import MappingBackend
 from vfio_model.vfio.dirty_source import DirtySource
 from vfio_model.vfio.ram_span import ram_span
 
@@ -117,7 +117,7 @@ class DirtySync(MemoryListener):
     priority = 5  # sections come here first, and go here when the mapping listener has unmapped them
 
     def __init__(
-        self, source: DirtySource, backend: VFIOIOMMU, space: AddressSpace, system: AddressSpace, mark: Mark
+        self, source: DirtySource, backend: MappingBackend, space: AddressSpace, system: AddressSpace, mark: Mark
     ) -> None:
         self._source, self._backend = source, backend
         self._space, self._system, self._mark = space, system, mark

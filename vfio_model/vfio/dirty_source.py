@@ -27,7 +27,7 @@ from vfio_model.uapi.migration import (
     pack_ranges,
 )
 from vfio_model.uapi.vfio import dirty_bitmap_bytes
-from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.container import MappingBackend
 from vfio_model.vfio.type1 import Type1
 
 DEVICE_PAGE: Final = 1 << 12
@@ -111,7 +111,7 @@ class DeviceDirty:
 
     page = DEVICE_PAGE
 
-    def __init__(self, backend: VFIOIOMMU, devices: Sequence[FeatureDevice]) -> None:
+    def __init__(self, backend: MappingBackend, devices: Sequence[FeatureDevice]) -> None:
         self._backend, self._devices = backend, tuple(devices)
 
     def start(self) -> None:
@@ -165,7 +165,7 @@ class EverythingDirty:
 
     page = DEVICE_PAGE
 
-    def __init__(self, backend: VFIOIOMMU) -> None:
+    def __init__(self, backend: MappingBackend) -> None:
         self._backend = backend
 
     def start(self) -> None:
@@ -184,7 +184,7 @@ class EverythingDirty:
         return _all_ones(size // self.page)
 
 
-def choose_source(backend: VFIOIOMMU, devices: Sequence[FeatureDevice | None]) -> DirtySource:
+def choose_source(backend: MappingBackend, devices: Sequence[FeatureDevice | None]) -> DirtySource:
     """Who is asked for ``backend``'s ``devices``, all that are behind it: None for one that is not to be asked, or has
     no features.
     """

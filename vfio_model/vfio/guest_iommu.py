@@ -17,11 +17,11 @@ from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX, Gpa, Iova
 from vfio_model.trace import NULL_TRACE, Trace
-from vfio_model.vfio.container import VFIOIOMMU
-from vfio_model.vfio.ram_span import ram_span, refusal
+from vfio_model.vfio.container import MappingBackend
+from vfio_model.vfio.ram_span import RAMSpan, ram_span, refusal
 
 _UNMAP = IOMMUNotifierFlag.UNMAP
-_WO = int(IOMMUAccessFlags.WO)
+_RO, _WO = int(IOMMUAccessFlags.RO), int(IOMMUAccessFlags.WO)
 _CHUNK_SHIFT = 21
 _RW = int(IOMMUAccessFlags.RW)
 
@@ -71,7 +71,7 @@ class VFIOGuestIOMMU:
 
     def __init__(
         self,
-        backend: VFIOIOMMU,
+        backend: MappingBackend,
         section: MemoryRegionSection,
         system: AddressSpace,
         *,
@@ -135,8 +135,12 @@ class VFIOGuestIOMMU:
             self._trace("vfio_error", reason=reason, iova=iova, gpa=entry.translated_addr)
             self._unmap(iova, size)  # whatever the entry was before, it is that no longer
             return
+        readonly, writeonly = self._permission(perm, span)
+        if readonly and writeonly:
+            self._unmap(iova, size)
+            return
         self._mapped.mapped(iova, size)
-        self._backend.queue.map(iova, size, span.hva, readonly=not perm & _WO or span.readonly)
+        self._backend.queue.map(iova, size, span.hva, readonly=readonly, writeonly=writeonly)
 
     def _map_notify_run(self, notifier: IOMMUNotifier, run: IOMMUTLBRun) -> None:
         """Like :meth:`_map_notify` for entries at consecutive IOVAs, in one array."""
@@ -159,6 +163,10 @@ class VFIOGuestIOMMU:
             self._trace("vfio_iommu_map_notify", op="MAP", iova_start=first, iova_end=last, entries=run.count)
         self._mapped.mapped(first, run.count << run.page_shift)
 
+    def _permission(self, perm: int, span: RAMSpan) -> tuple[bool, bool]:
+        """Whether the mapping is for reading alone, for writing alone; both: it permits nothing."""
+        return not perm & _WO or span.readonly, self._backend.write_only and not perm & _RO
+
     def _unmap(self, iova: Iova, size: int) -> None:
         if self._mapped.unmapped(iova, size) or self.notifier.in_kernel:
             self._backend.queue.unmap(iova, size)
@@ -177,9 +185,11 @@ class VFIOGuestIOMMU:
         size = highest - lowest + page
         if span is None or not 0 < size <= span.size:
             return False
-        readonly, queue = not perm & _WO or span.readonly, self._backend.queue
-        if linear:
-            queue.map(first, size, span.hva, readonly=readonly)
+        queue, (readonly, writeonly) = self._backend.queue, self._permission(perm, span)
+        if linear and not (readonly and writeonly):
+            queue.map(first, size, span.hva, readonly=readonly, writeonly=writeonly)
+        elif writeonly:
+            return False
         else:
             to_vaddr = span.hva - lowest
             packed = pack_dma_maps(pages, to_vaddr, first, run.page_shift, writable=not readonly)

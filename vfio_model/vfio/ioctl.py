@@ -39,16 +39,8 @@ class BatchError(OSError):
         self.done = done
 
 
-class VfioPort(Protocol):
-    """One client's connection to a host. Every method may raise ``OSError`` with the errno of the system call."""
-
-    def open(self, path: str) -> int:
-        """A handle of ``/dev/vfio/vfio`` or ``/dev/vfio/<group>``."""
-        ...
-
-    def close(self, handle: int) -> None:
-        """Close it; returns when everything it gave a right to has ended."""
-        ...
+class Ioctls(Protocol):
+    """Who carries out the ioctls of open files. Every method may raise ``OSError`` with the errno of the system call."""
 
     def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
         """One ioctl; returns the argument as the host left it, or the result as 4 or 8 bytes."""
@@ -58,6 +50,18 @@ class VfioPort(Protocol):
         """``count`` structs of one ioctl, back to back, in order; returns ``count``. :raise BatchError: at the first
         failure.
         """
+        ...
+
+
+class VfioPort(Ioctls, Protocol):
+    """One client's connection to a host."""
+
+    def open(self, path: str) -> int:
+        """A handle of ``/dev/vfio/vfio`` or ``/dev/vfio/<group>``."""
+        ...
+
+    def close(self, handle: int) -> None:
+        """Close it; returns when everything it gave a right to has ended."""
         ...
 
     def declare_memory(self, block: RAMBlock) -> None:
@@ -76,7 +80,7 @@ class VfioPort(Protocol):
 class ContainerFile:
     """Ioctls of ``/dev/vfio/vfio`` whatever its type. Every method raises ``OSError`` as the uapi documents it."""
 
-    def __init__(self, port: VfioPort, handle: int) -> None:
+    def __init__(self, port: Ioctls, handle: int) -> None:
         self.port, self.handle = port, handle
 
     def _int(self, cmd: int, arg: bytes = b"") -> int:

@@ -23,7 +23,7 @@ from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.region import RAMRegion
 from vfio_model.ranges import Hva, Iova, Range, align_down, align_up, is_aligned
 from vfio_model.trace import NULL_TRACE, Trace
-from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.container import MappingBackend
 from vfio_model.vfio.guest_iommu import VFIOGuestIOMMU
 from vfio_model.vfio.managed_ram import ManagedRAM, too_many
 from vfio_model.vfio.spapr import SpaprV2
@@ -102,7 +102,7 @@ class VFIOListener(MemoryListener):
     priority = 10
 
     def __init__(
-        self, backend: VFIOIOMMU, system: AddressSpace, *, host_page_size: int, trace: Trace = NULL_TRACE
+        self, backend: MappingBackend, system: AddressSpace, *, host_page_size: int, trace: Trace = NULL_TRACE
     ) -> None:
         self._backend, self._system, self._host_page_size, self._trace = backend, system, host_page_size, trace
         self._guest_iommus: list[VFIOGuestIOMMU] = []

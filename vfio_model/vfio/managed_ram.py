@@ -13,7 +13,7 @@ from vfio_model.memory.discard import RamDiscardListener, RamDiscardManager
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.memory.region import RAMRegion
 from vfio_model.ranges import Hva, Iova, Range, align_down, align_up
-from vfio_model.vfio.container import VFIOIOMMU
+from vfio_model.vfio.container import MappingBackend
 
 OTHER_MAPPINGS = 512
 """Set aside for the sections without a manager: the memory slots that QEMU expects without KVM."""
@@ -24,7 +24,7 @@ class ManagedRAM(RamDiscardListener):
 
     double_discard = True
 
-    def __init__(self, backend: VFIOIOMMU, section: MemoryRegionSection) -> None:
+    def __init__(self, backend: MappingBackend, section: MemoryRegionSection) -> None:
         assert isinstance(section.mr, RAMRegion) and section.mr.discard_manager is not None, "managed RAM"
         self.section = section
         self.manager: RamDiscardManager = section.mr.discard_manager
@@ -56,7 +56,7 @@ class ManagedRAM(RamDiscardListener):
         self._backend.queue.flush()
 
 
-def too_many(backend: VFIOIOMMU, sections: Iterable[ManagedRAM]) -> bool:
+def too_many(backend: MappingBackend, sections: Iterable[ManagedRAM]) -> bool:
     """Whether ``sections``, all populated, might need more mappings than the host gives, next to all other RAM."""
     counts = [one.worst_case for one in sections]
     return sum(counts) + OTHER_MAPPINGS - len(counts) > backend.dma_max_mappings
