@@ -34,6 +34,8 @@ PATIENCE_SECONDS = 0.05
 """How long a client may take to answer in the middle of its own write before it is taken for one that cannot."""
 IN_READ_SECONDS = 2.0
 """Deadline of what the device asks for while its client waits for an answer; QEMU gives up after 5 s."""
+# Members of an enumeration cost 0.2 us each time that they are looked up in their class.
+_VERSION, _REGION_READ = Command.VERSION, Command.REGION_READ
 
 
 class Memory(Protocol):
@@ -200,7 +202,7 @@ class DeviceSession:
             self.replies[event.id] = event
 
     def _command(self, event: CommandReceived) -> None:
-        if event.command == Command.VERSION:
+        if event.command == _VERSION:
             if self._on_start():
                 self._accept(event)
             else:
@@ -284,7 +286,7 @@ class DeviceSession:
 
     def _access(self, command: int, request: wire.RegionAccess) -> wire.RegionAccess:
         self._around.free_clock.catch_up()
-        if command == Command.REGION_READ:
+        if command == _REGION_READ:
             data = self._regions.read(request.region, request.offset, request.count)
             return wire.RegionAccess(request.offset, request.region, len(data), data)
         self._regions.write(request.region, request.offset, request.data)
