@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from tests.devices.bench import Bench, Host
 from vfio_model.backends.block import BlockBackend
 from vfio_model.backends.net import Hub, HubPort, NetBackend, OnFrame
 from vfio_model.devices.e1000 import regs
 from vfio_model.devices.e1000.device import E1000Device
 from vfio_model.devices.e1000.regs import Rctl, Tctl
 from vfio_model.errors import ConfigError
+from vfio_model.testing.bench import Bench, Host
 
 TX_RING, RX_RING, TX_BUFFERS, RX_BUFFERS = 0x10000, 0x20000, 0x40000, 0x80000
 BUFFER = 2048

@@ -6,10 +6,10 @@ import struct
 from collections import deque
 from typing import NamedTuple
 
-from tests.devices.bench import Bench
 from vfio_model.devices.nvme import regs
 from vfio_model.devices.nvme.device import NvmeDevice
 from vfio_model.devices.nvme.regs import AdminOpcode, NvmOpcode, Status
+from vfio_model.testing.bench import Bench
 
 PAGE = 0x1000
 ADMIN_SQ, ADMIN_CQ = 0x1000, 0x2000

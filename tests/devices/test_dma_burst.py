@@ -6,11 +6,11 @@ import struct
 
 import pytest
 
-from tests.devices.bench import RAM_SIZE, Bench
 from vfio_model.devices import DEVICES
 from vfio_model.devices.dma_burst import regs
 from vfio_model.devices.dma_burst.device import DMABurstDevice
 from vfio_model.ranges import U64_MAX
+from vfio_model.testing.bench import RAM_SIZE, Bench
 
 W, START = regs.COMMAND_WRITE, regs.COMMAND_START
 PATTERN = 0x1122334455667788

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.devices.bench import RAM_SIZE
 from tests.devices.e1000_driver import EOP, MS, RS, RX_RING, TX_BUFFERS, TX_RING, Nic, legacy
 from vfio_model.devices.e1000 import regs
+from vfio_model.testing.bench import RAM_SIZE
 from vfio_model.vmstate.fields import encode
 
 KNOWN = sorted({offset for register in regs.REGISTERS for offset in register.offsets()[:2]})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.devices.bench import RAM_SIZE, Bench
 from vfio_model.devices.iommu_testdev import regs
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
+from vfio_model.testing.bench import RAM_SIZE, Bench
 
 
 @pytest.fixture

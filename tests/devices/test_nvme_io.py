@@ -8,11 +8,11 @@ import struct
 
 import pytest
 
-from tests.devices.bench import RAM_SIZE
 from tests.devices.nvme_host import DATA, PAGE, NvmeHost
 from vfio_model.backends.block import MemoryDisk
 from vfio_model.devices.nvme import regs
 from vfio_model.devices.nvme.regs import NvmOpcode, Status
+from vfio_model.testing.bench import RAM_SIZE
 
 BLOCKS = (4 << 20) // 512
 NOWHERE = 1 << 40

@@ -8,10 +8,10 @@ import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.devices.bench import RAM_SIZE
 from tests.devices.nvme_host import DATA, PAGE, NvmeHost
 from vfio_model.devices.nvme import regs
 from vfio_model.devices.nvme.regs import AdminOpcode, NvmOpcode, Status
+from vfio_model.testing.bench import RAM_SIZE
 
 DISK = 1 << 20
 Step = tuple[NvmOpcode, int, int, int, int, int]

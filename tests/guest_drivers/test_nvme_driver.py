@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.devices.bench import Bench
 from tests.machine.boards import LIOBN, pseries
 from vfio_model.devices.nvme.device import NvmeDevice
 from vfio_model.devices.nvme.regs import Status
@@ -16,6 +15,7 @@ from vfio_model.guest_drivers.pci import DriverError, MmioWindow, bring_up, find
 from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.regs import HCall
 from vfio_model.machine.pseries import PseriesMachine
+from vfio_model.testing.bench import Bench
 
 BAR = 0x8000_0000
 QUEUES, DATA = 0x10000, 0x40000

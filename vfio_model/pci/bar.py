@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from vfio_model.errors import ConfigError
 from vfio_model.ranges import U32_MAX, U64_MAX, Range
 
 BARS = 6
 BAR_OFFSET = 0x10
 MMAP_UNIT = 4096
 """Areas of a BAR that can be mapped begin and end at multiples of this."""
+
+_ACCESSES = {(low, high) for low in (1, 2, 4, 8) for high in (1, 2, 4, 8) if low <= high}
 
 
 class BarType(Enum):
@@ -32,6 +35,8 @@ class BarSpec:
     ``access`` bounds the sizes in bytes that the device accepts, smallest and largest; others are decode errors.
     ``mmap`` lists areas, (offset, size) in multiples of 4096 bytes, ascending and apart, that are plain memory: the
     device's user may map them, and no access to them reaches the device class.
+
+    :raise ConfigError: when there is no such BAR.
     """
 
     index: int
@@ -43,16 +48,24 @@ class BarSpec:
 
     def __post_init__(self) -> None:
         last = BARS - 2 if self.type is BarType.MEM64 else BARS - 1
-        assert 0 <= self.index <= last, "a BAR lies among the six registers of a type 0 header"
+        self._check(0 <= self.index <= last, f"a BAR of this type has an index from 0 to {last}")
         smallest = 4 if self.type is BarType.IO else 16
-        assert self.size >= smallest and self.size & (self.size - 1) == 0, "a BAR's size is a power of two"
+        power = self.size >= smallest and self.size & (self.size - 1) == 0
+        self._check(power, f"its size is {self.size}, no power of two from {smallest} on")
+        low, high = self.access
+        self._check((low, high) in _ACCESSES, f"access is {self.access}: smallest and largest of 1, 2, 4 and 8 bytes")
+        self._check(not (self.mmap and self.is_io), "an I/O BAR cannot be mapped")
         end = 0
         for offset, size in self.mmap:
-            assert not (offset | size) % MMAP_UNIT and size > 0 and offset >= end, (
-                "mmap areas are whole pages, in order"
-            )
+            whole = not (offset | size) % MMAP_UNIT and size > 0
+            self._check(whole, f"mmap area ({offset:#x}, {size:#x}) is not (offset, size) in pages of {MMAP_UNIT}")
+            self._check(offset >= end, f"mmap area ({offset:#x}, {size:#x}) begins before the one before it ends")
             end = offset + size
-        assert end <= self.size and not (self.mmap and self.is_io), "mmap areas lie inside a memory BAR"
+        self._check(end <= self.size, f"an mmap area ends at {end:#x}, past the BAR's {self.size:#x} bytes")
+
+    def _check(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise ConfigError(what, where=f"BarSpec({self.index})")
 
     @property
     def offset(self) -> int:

@@ -17,13 +17,14 @@ that decodes nothing, when the bit in the command register changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace
 from vfio_model.memory.region import MemoryRegion
 from vfio_model.memory.types import MemTxResult
+from vfio_model.pci import msix, parts
 from vfio_model.pci.bar import BarSpec
 from vfio_model.pci.config_space import (
     COMMAND_INTX_DISABLE,
@@ -35,6 +36,7 @@ from vfio_model.pci.config_space import (
     Field,
     type0_header,
 )
+from vfio_model.pci.declaration import check_class, check_identity, fits
 from vfio_model.pci.doorbell import Doorbell
 from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
@@ -53,6 +55,10 @@ PCI_DEVICE = VMStateDescription(
 """What every function has: configuration space with its BARs and MSI capability, and what it wishes of its pin."""
 PARENT = StateField("parent_obj", struct=PCI_DEVICE)
 """The first field of every device's state."""
+MSIX_STATE: Final = msix.STATE
+"""The field of a device with :attr:`PCIDevice.MSIX`."""
+BAR_MEMORY_STATE: Final = parts.STATE
+"""The field of a device with mmap areas."""
 
 SUBSYSTEM_VENDOR_QUMRANET = 0x1AF4
 SUBSYSTEM_QEMU = 0x1100
@@ -64,7 +70,10 @@ class DeviceHost(Protocol):
     """What surrounds a device: the guest machine's bus, a device process, or a test."""
 
     clock: VirtualClock
-    trace: Trace
+
+    @property
+    def trace(self) -> Trace:
+        """Where events go."""
 
     def set_intx(self, level: bool) -> None:
         """Drive the device's interrupt pin."""
@@ -118,10 +127,17 @@ class PCIDevice:
     VMSTATE: VMStateDescription | None = None
     """What migrates; see :meth:`export_state`. A machine with a device that does not say cannot be migrated."""
 
+    def __init_subclass__(cls) -> None:
+        """:raise ConfigError: when what the class states about itself cannot be."""
+        super().__init_subclass__()
+        check_class(cls, PCIDevice)
+
     def __init__(self, host: DeviceHost, **props: object) -> None:
-        """:raise ConfigError: for a property that the device has not got, or of another type."""
+        """:raise ConfigError: for a property that the device has not got, or of another type; no identity."""
+        check_identity(type(self), self)
         self.host = host
         self.props = _checked_props(type(self), props)
+        """The properties, each of its type."""
         self.dma = DMASpace()
         """The device's bus-master address space."""
         self.system = DMASpace()
@@ -378,8 +394,8 @@ class PCIDevice:
     # -- migration -----------------------------------------------------------------------------------------------
 
     def export_state(self) -> State:
-        """What :attr:`VMSTATE` describes (also :data:`vfio_model.pci.msix.STATE` and
-        :data:`vfio_model.pci.parts.STATE`, where the device has those). A subclass adds its own fields.
+        """What :attr:`VMSTATE` describes (also :data:`MSIX_STATE` and
+        :data:`BAR_MEMORY_STATE`, where the device has those). A subclass adds its own fields.
         """
         config = bytes(self.config)
         state: State = {"parent_obj": {"config_size": len(config), "config": config, "intx": self._intx}}
@@ -414,12 +430,12 @@ class PCIDevice:
         self._command_written()
 
 
-def _checked_props(cls: type[PCIDevice], given: Mapping[str, object]) -> dict[str, object]:
+def _checked_props(cls: type[PCIDevice], given: Mapping[str, object]) -> dict[str, Any]:
     for name, value in given.items():
         prop = cls.PROPS.get(name)
         if prop is None:
             known = ", ".join(sorted(cls.PROPS)) or "none"
             raise ConfigError(f"{cls.__name__} has no property {name!r}", hint=f"properties: {known}")
-        if not isinstance(value, prop.type):
+        if not fits(value, prop.type):
             raise ConfigError(f"{cls.__name__}.{name} is {value!r}, expected {prop.type.__name__}", hint=prop.doc)
     return {name: given.get(name, prop.default) for name, prop in cls.PROPS.items()}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vfio_model.errors import VMStateError
+from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.config_space import ConfigSpace, Field
 from vfio_model.vmstate.fields import Field as StateField
@@ -52,6 +52,8 @@ STATE = StateField(
 class MsixSpec:
     """``vectors`` (1 to 2048) messages; table and pending bits lie in BAR ``bar``, each at a multiple of 8 bytes; the
     pending bits in ``pba_bar``, if that is another one.
+
+    :raise ConfigError: when there is no such table.
     """
 
     vectors: int
@@ -61,8 +63,10 @@ class MsixSpec:
     pba_bar: int | None = None
 
     def __post_init__(self) -> None:
-        assert 1 <= self.vectors <= MAX_VECTORS, "MSI-X has 1 to 2048 vectors"
-        assert not (self.table_offset | self.pba_offset) & BIR_MASK, "the low bits of an offset name the BAR"
+        if not 1 <= self.vectors <= MAX_VECTORS:
+            raise ConfigError(f"{self.vectors} vectors; MSI-X has 1 to {MAX_VECTORS}", where="MsixSpec")
+        if (self.table_offset | self.pba_offset) & BIR_MASK or min(self.table_offset, self.pba_offset) < 0:
+            raise ConfigError("table and pending bits each lie at a multiple of 8 bytes", where="MsixSpec")
 
     @property
     def pending_bar(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from vfio_model.errors import VMStateError
+from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.region import RegionOps
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
@@ -74,10 +74,18 @@ class BarParts:
         msix: MsixCapability | None,
         more: Mapping[int, Sequence[BarPart]] = {},
     ) -> None:
-        """``more``: parts of the caller's own making, by the BAR's index."""
+        """``more``: parts of the caller's own making, by the BAR's index.
+
+        :raise ConfigError: parts overlap, or do not lie in memory BARs.
+        """
         self.memory = {bar.index: _memory(host, bar) for bar in bars if bar.mmap}
         """The bytes of each BAR that has mmap areas, by its index."""
         self._areas = [self.memory[bar.index][at : at + size] for bar in bars for at, size in bar.mmap]
+        if msix is not None:
+            memory = {bar.index for bar in bars if not bar.is_io}
+            for index in (msix.spec.bar, msix.spec.pending_bar):
+                if index not in memory:
+                    raise ConfigError(f"MSI-X structures in BAR {index}, which is no memory BAR of the device")
         self._parts = {bar.index: self._of(bar, msix, more.get(bar.index, ())) for bar in bars}
 
     def _of(self, bar: BarSpec, msix: MsixCapability | None, more: Sequence[BarPart]) -> tuple[BarPart, ...]:
@@ -113,13 +121,18 @@ class BarParts:
 
 
 def in_order(bar: BarSpec, parts: list[BarPart]) -> tuple[BarPart, ...]:
-    """``parts`` by offset; they lie inside ``bar``, and apart."""
+    """``parts`` by offset.
+
+    :raise ConfigError: they do not lie inside ``bar``, and apart.
+    """
     parts.sort(key=lambda part: part.offset)
-    end = 0
+    end, where = 0, f"BAR {bar.index}"
     for part in parts:
-        assert end <= part.offset, f"BAR {bar.index}: parts overlap at {part.offset:#x}"
+        if part.offset < end:
+            raise ConfigError(f"mmap areas, MSI-X table or pending bits overlap at {part.offset:#x}", where=where)
         end = part.offset + part.size
-    assert end <= bar.size, f"BAR {bar.index} of {bar.size:#x} bytes has a part that ends at {end:#x}"
+    if end > bar.size:
+        raise ConfigError(f"it has {bar.size:#x} bytes, and MSI-X structures that end at {end:#x}", where=where)
     return tuple(parts)
 
 

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from typing import Final, Protocol, runtime_checkable
 
+from vfio_model.errors import ConfigError
 from vfio_model.pci.bar import BARS, BarSpec, BarType
 from vfio_model.pci.config_space import CAPABILITY_POINTER, CONFIG_SIZE, FIRST_CAPABILITY, STATUS, STATUS_CAP_LIST
 from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_LAYOUT, CONTROL_MULTIPLE_CAPABLE_SHIFT
@@ -58,7 +59,7 @@ class DeviceFacts:
             if size:
                 try:
                     yield BarSpec(index, size, kind, bool(low & 8) and kind is not BarType.IO)
-                except AssertionError as error:
+                except ConfigError as error:
                     raise OSError(errno.EINVAL, f"BAR {index} of {size} bytes: {error}") from error
             index += 2 if kind is BarType.MEM64 and size else 1
 

@@ -86,7 +86,10 @@ def unused(size: int) -> Field:
 
 
 def encode(description: VMStateDescription, state: Mapping[str, Any], *, version: int | None = None) -> bytes:
-    """The bytes of a section with ``state``, as of ``version`` (the present one when None)."""
+    """The bytes of a section with ``state``, as of ``version`` (the present one when None).
+
+    :raise VMStateError: ``state`` lacks a field, or has a value that the field cannot hold.
+    """
     out = bytearray()
     _encode(description, state, version or description.version, out)
     return bytes(out)
@@ -95,7 +98,7 @@ def encode(description: VMStateDescription, state: Mapping[str, Any], *, version
 def _encode(description: VMStateDescription, state: Mapping[str, Any], version: int, out: bytearray) -> None:
     for field in description.fields:
         if field.since <= version:
-            _put(field, state, out)
+            _put(field, state, out, description.name)
     for subsection in description.subsections:
         if subsection.needed(state):
             name = subsection.name.encode()
@@ -103,31 +106,37 @@ def _encode(description: VMStateDescription, state: Mapping[str, Any], version: 
             _encode(subsection, state, subsection.version, out)
 
 
-def _put(field: Field, state: Mapping[str, Any], out: bytearray) -> None:
+def _put(field: Field, state: Mapping[str, Any], out: bytearray, where: str) -> None:
     if not field.name:
         assert isinstance(field.array, int), "unused room has a size"
         out += bytes(field.array)
         return
+    if field.name not in state:
+        raise VMStateError(f"the state has no {field.name!r}", where=where)
     value = state[field.name]
     if field.array is None:
-        _put_one(field, value, out)
+        _put_one(field, value, out, where)
         return
     count = field.array if isinstance(field.array, int) else state[field.array]
-    assert len(value) == count, f"{field.name} has as many elements as are counted"
+    if not hasattr(value, "__len__") or len(value) != count:
+        raise VMStateError(f"{field.name!r} is {value!r:.60}, not {count} elements", where=where)
     if field.struct is None and field.type is Type.U8:
         out += value
     elif field.struct is None and field.type is Type.U64:
         out += _swapped(array("Q", bytes(value) if isinstance(value, memoryview) else value)).tobytes()
     else:
         for element in value:
-            _put_one(field, element, out)
+            _put_one(field, element, out, where)
 
 
-def _put_one(field: Field, value: Any, out: bytearray) -> None:
+def _put_one(field: Field, value: Any, out: bytearray, where: str) -> None:
     if field.struct is not None:
         _encode(field.struct, value, field.struct.version, out)
-    else:
+        return
+    try:
         out += int(value).to_bytes(field.type.width, "big")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise VMStateError(f"{field.name!r} is {value!r:.60}, not a {field.type.name}", where=where) from error
 
 
 def _swapped(words: array[int]) -> array[int]:

@@ -54,9 +54,7 @@ class EduDevice(PCIDevice):
 
     def __init__(self, host: DeviceHost, **props: object) -> None:
         super().__init__(host, **props)
-        mask = self.props["dma_mask"]
-        assert isinstance(mask, int), "checked against PROPS"
-        self.dma_mask = mask & U64_MAX
+        self.dma_mask: int = self.props["dma_mask"] & U64_MAX
         self.buffer = bytearray(regs.BUFFER_SIZE)
         self.irq_status = 0
         self._inversion = 0
