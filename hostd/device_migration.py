@@ -25,7 +25,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
-from vfio_model.errors import VMStateError
+from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.dma import BLOCKED, DMAImpl
 from vfio_model.memory.dma_log import DmaLog, LoggedDma
 from vfio_model.pci.device import PCIDevice
@@ -50,7 +50,7 @@ from vfio_model.vmstate.fields import decode, encode
 from vfio_model.vmstate.stream import Frame, FrameKind, Section
 
 MAX_STATE: Final = 64 << 20
-"""Bytes of a device's state that are taken."""
+"""Bytes of a device's state that are taken, besides the memory in its BARs."""
 MAX_REPORT: Final = 1 << 22
 """Pages that one report is about."""
 LOG_PAGE: Final = 4096
@@ -89,6 +89,7 @@ class DeviceMigration:
         self._impl: DMAImpl = BLOCKED
         self._log: DmaLog | None = None
         self._room = U64_MAX
+        self._limit = MAX_STATE + sum(size for bar in device.BARS for _, size in bar.mmap)
         get_set = _GET | _SET
         self._features: dict[Feature, tuple[FeatureFlags, Callable[[FeatureFlags, bytes], bytes]]] = {}
         if device.VMSTATE is not None:
@@ -108,6 +109,17 @@ class DeviceMigration:
     def runs(self) -> bool:
         """Whether the device may do something by itself."""
         return self.state in _RUNS
+
+    def check(self) -> None:
+        """Whether the device, realized, gives the state that it describes: better known now than when it shall move.
+
+        :raise ConfigError: it does not.
+        """
+        if self._device.VMSTATE is not None:
+            try:
+                self._encoded()
+            except VMStateError as error:
+                raise ConfigError(str(error), where=f"{type(self._device).__name__}.export_state") from error
 
     def attach_dma(self, impl: DMAImpl) -> None:
         """Give the device its address space, through the log while one runs."""
@@ -230,8 +242,8 @@ class DeviceMigration:
         """MIG_DATA_WRITE: more of a state. :raise OSError: EINVAL outside RESUMING; ENOSPC when it becomes too long."""
         if self.state is not DeviceState.RESUMING:
             raise OSError(errno.EINVAL, f"no state is taken while {self.state.name}")
-        if len(self._written) + len(data) > MAX_STATE:
-            raise OSError(errno.ENOSPC, f"more than {MAX_STATE} bytes of state")
+        if len(self._written) + len(data) > self._limit:
+            raise OSError(errno.ENOSPC, f"more than {self._limit} bytes of state")
         self._written += data
 
     # -- the log -----------------------------------------------------------------------------------------------------

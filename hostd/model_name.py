@@ -48,10 +48,27 @@ def _module(place: str) -> ModuleType:
             raise ConfigError(str(error), where=place, hint="a file is named with its .py") from error
     if not path.is_file():
         raise ConfigError("no such file", where=place)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    return _file(path.resolve())
+
+
+def _file(path: Path) -> ModuleType:
+    """The module in the file ``path``, executed once. It finds what lies beside it, as a script does, and where it is part
+    of a package its relative imports."""
+    root, names = path.parent, [path.stem]
+    while (root / "__init__.py").is_file():
+        root, names = root.parent, [root.name, *names]
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    if len(names) > 1:
+        return importlib.import_module(".".join(names))
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    name = path.stem if known is None and path.stem not in sys.stdlib_module_names else path.name
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

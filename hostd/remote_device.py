@@ -32,6 +32,7 @@ class RemoteDevice:
         self.migration = DeviceMigration(self.device, trace, logs=True)
         self.around.awake = lambda: self.used and self.migration.runs
         self.device.realize()
+        self.migration.check()
 
     def bind(self, impl: DMAImpl, *, system: DMAImpl = BLOCKED) -> None:
         """Its DMA goes through ``impl`` from now on, and what it does behind the IOMMU's back through ``system``."""
