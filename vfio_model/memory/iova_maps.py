@@ -2,7 +2,8 @@
 
 One table serves every kind of access. A map is {iova, size, permissions, bytes}: the bytes are a view of the user's
 memory, or None where it can be reached by message only. Maps do not overlap; an unmap takes away every map that lies
-inside its range, and may not cut one in two. Lookup is a bisection over the sorted first addresses.
+inside its range, and may not cut one in two. Lookup is a bisection over the sorted first addresses;
+what it found is remembered by its page, for whoever comes again.
 
 Source: ``include/uapi/linux/vfio.h`` ("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA"); QEMU
 ``docs/interop/vfio-user.rst`` ("VFIO_USER_DMA_MAP").
@@ -21,6 +22,11 @@ from vfio_model.ranges import U64_MAX
 MAX_MAPS = 65535
 """Maps that are valid at a time."""
 
+PAGE_BITS = 12
+_REMEMBERED = 1 << 16
+"""Pages at most for which the map is remembered."""
+_FEW = 64
+"""Pages that are forgotten one by one."""
 READ, WRITE = 1, 2
 """What a device may do: ``VFIO_DMA_MAP_FLAG_READ``, ``VFIO_DMA_MAP_FLAG_WRITE``."""
 
@@ -64,6 +70,9 @@ class IovaMaps(Generic[Memory]):
         self._starts: list[int] = []
         self._maps: list[IovaMap[Memory]] = []
         self._arrays: tuple[Any, Any, Any] | None = None
+        self.near: dict[int, IovaMap[Memory]] = {}
+        """Page number (``iova >> PAGE_BITS``) to the map that :meth:`find` found there last. Not every address of the
+        page need be the map's."""
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -77,7 +86,12 @@ class IovaMaps(Generic[Memory]):
         if at < 0:
             return None
         known = self._maps[at]
-        return known if iova <= known.last else None
+        if iova > known.last:
+            return None
+        if len(self.near) >= _REMEMBERED:
+            self.near.clear()
+        self.near[iova >> PAGE_BITS] = known
+        return known
 
     def segment(self, address: int) -> tuple[int, memoryview] | None:
         """Start and bytes of the map that holds ``address`` when it can be read and written directly, or None."""
@@ -131,7 +145,17 @@ class IovaMaps(Generic[Memory]):
             low, high = self._span(start, last)
             del self._starts[low:high], self._maps[low:high]
             self._arrays = None
+            self._forget(found)
         return found
+
+    def _forget(self, gone: list[IovaMap[Memory]]) -> None:
+        near = self.near
+        if sum(known.size for known in gone) >> PAGE_BITS > _FEW or len(gone) > _FEW:
+            near.clear()
+            return
+        for known in gone:
+            for page in range(known.iova >> PAGE_BITS, (known.last >> PAGE_BITS) + 1):
+                near.pop(page, None)
 
     def _span(self, start: int, last: int) -> tuple[int, int]:
         """Places of the maps that share a byte with the range: from the first, to behind the last."""
@@ -143,6 +167,7 @@ class IovaMaps(Generic[Memory]):
     def clear(self) -> list[IovaMap[Memory]]:
         """Remove all, and return them."""
         gone, self._maps, self._starts, self._arrays = self._maps, [], [], None
+        self.near.clear()
         return gone
 
     def nearest(self, iova: int) -> IovaMap[Memory] | None:

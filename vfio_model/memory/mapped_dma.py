@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from vfio_model.batch import pages
 from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.memory.dma import DMAImpl, Iovas, OnInvalidate
-from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps, permission
+from vfio_model.memory.iova_maps import PAGE_BITS, READ, WRITE, IovaMap, IovaMaps, permission
 from vfio_model.memory.mapping import BounceBudget, DMAMapping, MappingTable
 from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, WriteBuffer
 from vfio_model.ranges import U64_MAX
@@ -53,31 +53,43 @@ class MappedDma:
         ask_always: bool = False,
     ) -> None:
         self.maps, self._rest, self._refused, self._ask_always = maps, rest, refused, ask_always
+        self.read: Callable[[int, WriteBuffer], MemTxResult] = self._reader()
+        """See ``DMAImpl``."""
+        self.write: Callable[[int, ReadBuffer], MemTxResult] = self._writer()
+        """See ``DMAImpl``."""
         self.mappings = MappingTable()
         """Mappings in place, by their addresses."""
         self.bounce = BounceBudget(BOUNCE_BYTES)
 
     # -- one ---------------------------------------------------------------------------------------------------------
 
-    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
-        """See ``DMAImpl``."""
-        size = len(out)
-        known = self.maps.find(iova)
-        if known is not None and (view := known.readable) is not None and iova + size - 1 <= known.last:
-            at = iova - known.iova
-            out[:] = view[at : at + size]
-            return MemTxResult.OK
-        return self._in_pieces(iova, memoryview(out), is_write=False)
+    def _reader(self) -> Callable[[int, WriteBuffer], MemTxResult]:
+        get, slow, ok = self.maps.near.get, self._in_pieces, MemTxResult.OK
 
-    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
-        """See ``DMAImpl``."""
-        size = len(data)
-        known = self.maps.find(iova)
-        if known is not None and (view := known.writable) is not None and iova + size - 1 <= known.last:
-            at = iova - known.iova
-            view[at : at + size] = data
-            return MemTxResult.OK
-        return self._in_pieces(iova, memoryview(data), is_write=True)
+        def read(iova: int, out: WriteBuffer) -> MemTxResult:
+            known = get(iova >> PAGE_BITS)
+            if known is not None and (view := known.readable) is not None:
+                at, size = iova - known.iova, len(out)
+                if 0 <= at <= known.size - size:
+                    out[:] = view[at : at + size]
+                    return ok
+            return slow(iova, memoryview(out), is_write=False)
+
+        return read
+
+    def _writer(self) -> Callable[[int, ReadBuffer], MemTxResult]:
+        get, slow, ok = self.maps.near.get, self._in_pieces, MemTxResult.OK
+
+        def write(iova: int, data: ReadBuffer) -> MemTxResult:
+            known = get(iova >> PAGE_BITS)
+            if known is not None and (view := known.writable) is not None:
+                at, size = iova - known.iova, len(data)
+                if 0 <= at <= known.size - size:
+                    view[at : at + size] = data
+                    return ok
+            return slow(iova, memoryview(data), is_write=True)
+
+        return write
 
     def _in_pieces(self, iova: int, buffer: memoryview, *, is_write: bool) -> MemTxResult:
         done = 0
