@@ -309,10 +309,14 @@ class ModernConnection(Connection):
         super().__init__()
         self.model = Modern(Host())
         self.bars = {0: bytearray(0x4000)}
+        self.shows, self.vanished = True, False
         self.accesses: list[tuple[int, int]] = []
 
     def region_memory(self, index: int) -> list[tuple[int, memoryview]]:
-        return [(0x1000, memoryview(self.bars[0])[0x1000:0x4000])] if index == 0 else []
+        return [(0x1000, memoryview(self.bars[0])[0x1000:0x4000])] if index == 0 and self.shows else []
+
+    def region_vanished(self, index: int) -> bool:
+        return self.vanished
 
     def region_read(self, index: int, offset: int, size: int) -> bytes:
         if index != CONFIG:
@@ -397,6 +401,31 @@ def test_mapped_memory_is_reached_without_the_device_and_the_table_is_not_in_it(
     assert host.level
     device.region_read(0, 0x1000, 4)
     assert not host.level and connection.unmasked == 1, "an access to mapped memory ends the interrupt too"
+
+
+def test_mapped_memory_goes_with_the_device_and_comes_with_the_next(modern: Modern_) -> None:
+    device, connection, _ = modern
+    device.lost(PeerLost("model"))
+    assert device.region_read(0, 0x1000, 4) == 0xFFFF_FFFF
+    assert device.region_write(0, 0x1000, 4, 7) is MemTxResult.OK and connection.bars[0][0x1000] == 0
+    after = ModernConnection()
+    device.reconnect(after)
+    assert device.region_write(0, 0x1000, 4, 9) is MemTxResult.OK
+    assert (connection.bars[0][0x1000], after.bars[0][0x1000]) == (0, 9) and not after.accesses
+    device.lost(PeerLost("model"))
+    without = ModernConnection()
+    without.shows = False
+    device.reconnect(without)
+    assert device.region_read(0, 0x3010, 4) == 0 and without.accesses == [(0x3010, 4)]
+
+
+def test_memory_whose_file_was_cut_is_asked_for_by_message(modern: Modern_) -> None:
+    device, connection, host = modern
+    connection.vanished = True
+    assert device.region_write(0, 0x1000, 2, 0x1234) is MemTxResult.OK
+    assert device.region_read(0, 0x1000, 2) == 0x1234
+    assert connection.accesses == [(0x1000, 2)]
+    assert len(host.trace.named("vfio_device_memory_vanished")) == 1
 
 
 @pytest.mark.parametrize("change", [{"table": 0x3F00}, {"table": 0x3001}, {"pba": 0x2008}, {"table": 0x2006}])

@@ -40,7 +40,7 @@ class BatchError(OSError):
 
 
 class Ioctls(Protocol):
-    """Who carries out the ioctls of open files. Every method may raise ``OSError`` with the errno of the system call."""
+    """Who carries out the ioctls of open files. Methods raise ``OSError`` with the errno of the system call."""
 
     def ioctl(self, handle: int, cmd: int, arg: bytes) -> bytes:
         """One ioctl; returns the argument as the host left it, or the result as 4 or 8 bytes."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from vfio_model.errors import PeerLost
@@ -46,7 +46,7 @@ from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
 from vfio_model.pci.msi import CAP_ID_MSI, MsiCapability
 from vfio_model.pci.msi import size as msi_size
 from vfio_model.pci.msix import CAP_ID_MSIX, MSIX_SIZE, MsixCapability
-from vfio_model.pci.parts import BarPart, BarParts, MemoryPart
+from vfio_model.pci.parts import BarPart, BarParts
 from vfio_model.uapi.vfio import PciIrq, PciRegion
 from vfio_model.vfio.pci_facts import DeviceFacts, MappedRegions
 from vfio_model.vfio.region import DeviceConnection
@@ -58,22 +58,35 @@ _MSI: Final = int(PciIrq.VFIO_PCI_MSI_IRQ_INDEX)
 _MSIX: Final = int(PciIrq.VFIO_PCI_MSIX_IRQ_INDEX)
 
 
-class _Mapped(MemoryPart):
-    """Mapped memory of a region. An access to it is, as every other, the end of the interrupt."""
+class _MappedPart:
+    """``size`` bytes from ``offset`` of BAR ``bar`` that the device has shown as memory: accesses go there while
+    :attr:`view` does, else as every other. One is, as every other, the end of the interrupt.
+    """
 
-    def __init__(self, offset: int, view: memoryview, accessed: Callable[[], None]) -> None:
-        super().__init__(offset, view)
-        self._accessed = accessed
+    min_access_size, max_access_size = 1, 8
+
+    def __init__(self, device: VFIOPCIDevice, bar: int, offset: int, view: memoryview) -> None:
+        self.bar, self.offset, self.size, self._device = bar, offset, len(view), device
+        self.view: memoryview | None = view
 
     def read(self, addr: int, size: int) -> int | None:
-        """See ``RegionOps``."""
-        self._accessed()
-        return super().read(addr, size)
+        """See ``RegionOps``; little-endian."""
+        view = self.view
+        if view is not None and self._device.memory_accessed():
+            value = int.from_bytes(view[addr : addr + size], "little")
+            if not self._device.memory_vanished(self.bar):
+                return value
+        return self._device.bar_read(self.bar, self.offset + addr, size)
 
     def write(self, addr: int, size: int, value: int) -> MemTxResult:
         """See ``RegionOps``."""
-        self._accessed()
-        return super().write(addr, size, value)
+        view = self.view
+        if view is not None:
+            view[addr : addr + size] = value.to_bytes(size, "little")
+            self._device.memory_accessed()
+            if not self._device.memory_vanished(self.bar):
+                return MemTxResult.OK
+        return self._device.bar_write(self.bar, self.offset + addr, size, value)
 
 
 class VFIOPCIDevice(PCIDevice):
@@ -101,6 +114,7 @@ class VFIOPCIDevice(PCIDevice):
         """Which interrupt index signals here, and how many of its vectors."""
         self._unmasked = 1
         """The vectors of MSI-X up to the highest that the guest has ever unmasked."""
+        self._mapped: list[_MappedPart] = []
         super().__init__(host)
         if facts.capabilities:
             self.config.add(Field("cap_ptr", CAPABILITY_POINTER, 1, reset=facts.byte(CAPABILITY_POINTER)))
@@ -124,14 +138,16 @@ class VFIOPCIDevice(PCIDevice):
         return MsixCapability(self.config, self.MSIX, self.host.msi, place=self._facts.place(CAP_ID_MSIX))
 
     def _make_parts(self) -> BarParts:
-        mapped: dict[int, list[BarPart]] = {}
         if isinstance(self.connection, MappedRegions):
             for bar in self.BARS:
-                areas = self.connection.region_memory(bar.index)
-                mapped[bar.index] = [part for area in areas for part in self._around_msix(bar.index, *area)]
+                for area in self.connection.region_memory(bar.index):
+                    self._mapped += self._around_msix(bar.index, *area)
+        mapped: dict[int, list[BarPart]] = {}
+        for part in self._mapped:
+            mapped.setdefault(part.bar, []).append(part)
         return BarParts(self.BARS, self.host, self.msix, mapped)
 
-    def _around_msix(self, bar: int, offset: int, view: memoryview) -> Iterator[BarPart]:
+    def _around_msix(self, bar: int, offset: int, view: memoryview) -> Iterator[_MappedPart]:
         """What of a mapped area is not the MSI-X structures, which are emulated here."""
         taken: list[tuple[int, int]] = []
         if self.MSIX is not None and bar == self.MSIX.bar:
@@ -141,12 +157,12 @@ class VFIOPCIDevice(PCIDevice):
         at, end = offset, offset + len(view)
         for start, size in sorted(taken):
             if start > at:
-                yield _Mapped(at, view[at - offset : min(start, end) - offset], self._end_of_interrupt)
+                yield _MappedPart(self, bar, at, view[at - offset : min(start, end) - offset])
             at = max(at, min(start + size, end))
             if start >= end:
                 return
         if at < end:
-            yield _Mapped(at, view[at - offset :], self._end_of_interrupt)
+            yield _MappedPart(self, bar, at, view[at - offset :])
 
     def _emulated_dwords(self) -> Iterator[int]:
         yield from range(0, FIRST_CAPABILITY, 4)
@@ -169,6 +185,7 @@ class VFIOPCIDevice(PCIDevice):
                 command = self.config.get("command") & ~COMMAND_MASTER
                 self.connection.region_write(_CONFIG, COMMAND, command.to_bytes(2, "little"))
                 self._settle()
+        self._forget_memory()
         with self._surviving():
             self.connection.close()
 
@@ -176,6 +193,7 @@ class VFIOPCIDevice(PCIDevice):
         """The device is gone; whoever notices says so. Harmless twice."""
         if self.dead is None:
             self.dead = error
+            self._forget_memory()
             self.host.trace("vfio_device_lost", name=self.name, reason=str(error))
             self.lower_irq()
 
@@ -186,6 +204,7 @@ class VFIOPCIDevice(PCIDevice):
         """
         self.connection, self.dead = connection, None
         self._set = None
+        self._show_memory()
         with self._surviving():
             self._set_irqs()
             self._forward(COMMAND, 2)
@@ -277,6 +296,33 @@ class VFIOPCIDevice(PCIDevice):
             except OSError:
                 return MemTxResult.ERROR
         return MemTxResult.OK
+
+    def memory_accessed(self) -> bool:
+        """Mapped memory is accessed; False when the device is gone."""
+        with self._surviving():
+            self._end_of_interrupt()
+        return self.dead is None
+
+    def memory_vanished(self, bar: int) -> bool:
+        """Whether what was just accessed was not the device's memory: BAR ``bar`` goes by message from now on."""
+        if not isinstance(self.connection, MappedRegions) or not self.connection.region_vanished(bar):
+            return False
+        self.host.trace("vfio_device_memory_vanished", name=self.name, bar=bar)
+        self._forget_memory(bar)
+        return True
+
+    def _forget_memory(self, bar: int | None = None) -> None:
+        for part in self._mapped:
+            if bar in (None, part.bar):
+                part.view = None
+
+    def _show_memory(self) -> None:
+        """The connection is another: what it has mapped of the parts that there are."""
+        for part in self._mapped:
+            areas = self.connection.region_memory(part.bar) if isinstance(self.connection, MappedRegions) else []
+            end = part.offset + part.size
+            holding = [(at, view) for at, view in areas if at <= part.offset and end <= at + len(view)]
+            part.view = next((view[part.offset - at : end - at] for at, view in holding), None)
 
     # -- interrupts ----------------------------------------------------------------------------------------------
 

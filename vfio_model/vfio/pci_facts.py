@@ -26,6 +26,9 @@ class MappedRegions(Protocol):
     def region_memory(self, index: int) -> list[tuple[int, memoryview]]:
         """(offset, bytes) of each area of region ``index`` that is mapped, ascending and apart."""
 
+    def region_vanished(self, index: int) -> bool:
+        """Whether an access found that some of that memory is not the device's any more: its file was cut."""
+
 
 class DeviceFacts:
     """Read once, when a device was opened."""
