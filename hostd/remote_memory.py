@@ -95,13 +95,15 @@ class RemoteMemory:
     def shrunk(self) -> list[IovaMap[_File | None]]:
         """Maps of files that turned out shorter than they were; each file is named once."""
         files = {id(file): file for file in self._files.values() if file.memory.shrunk and not file.told}
+        if not files:
+            return []
         for file in files.values():
             file.told = True
         return [known for known in self.maps if id(known.memory) in files]
 
     def _drop(self, gone: list[IovaMap[_File | None]]) -> None:
         for known in gone:
-            file, known.readable, known.writable = known.memory, None, None
+            file = known.memory
             if file is None:
                 continue
             file.users -= 1

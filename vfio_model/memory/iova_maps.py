@@ -38,7 +38,7 @@ class IovaMap(Generic[Memory]):
 
     ``view`` holds exactly them (item size 1), or is None. :attr:`readable` and :attr:`writable` are the view where it
     serves that way; where they are None and ``perm`` allows the access, it goes by message. ``memory`` is whatever the
-    owner remembers of where the bytes come from, and ``offset`` where in it.
+    owner remembers of where the bytes come from, and ``offset`` where in it. A map that was removed has no bytes.
     """
 
     __slots__ = ("iova", "last", "memory", "offset", "perm", "readable", "size", "writable")
@@ -149,6 +149,8 @@ class IovaMaps(Generic[Memory]):
         return found
 
     def _forget(self, gone: list[IovaMap[Memory]]) -> None:
+        for known in gone:
+            known.readable = known.writable = None
         near = self.near
         if sum(known.size for known in gone) >> PAGE_BITS > _FEW or len(gone) > _FEW:
             near.clear()
@@ -167,7 +169,7 @@ class IovaMaps(Generic[Memory]):
     def clear(self) -> list[IovaMap[Memory]]:
         """Remove all, and return them."""
         gone, self._maps, self._starts, self._arrays = self._maps, [], [], None
-        self.near.clear()
+        self._forget(gone)
         return gone
 
     def nearest(self, iova: int) -> IovaMap[Memory] | None:

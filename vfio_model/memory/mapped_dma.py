@@ -65,28 +65,36 @@ class MappedDma:
 
     def _reader(self) -> Callable[[int, WriteBuffer], MemTxResult]:
         get, slow, ok = self.maps.near.get, self._in_pieces, MemTxResult.OK
+        last: IovaMap[Any] = IovaMap(0, 0, 0, None, None)
 
         def read(iova: int, out: WriteBuffer) -> MemTxResult:
+            nonlocal last
+            at, size = iova - last.iova, len(out)
+            if 0 <= at <= last.size - size and (view := last.readable) is not None:
+                out[:] = view[at : at + size]
+                return ok
             known = get(iova >> PAGE_BITS)
-            if known is not None and (view := known.readable) is not None:
-                at, size = iova - known.iova, len(out)
-                if 0 <= at <= known.size - size:
-                    out[:] = view[at : at + size]
-                    return ok
+            if known is not None and known is not last:
+                last = known
+                return read(iova, out)
             return slow(iova, memoryview(out), is_write=False)
 
         return read
 
     def _writer(self) -> Callable[[int, ReadBuffer], MemTxResult]:
         get, slow, ok = self.maps.near.get, self._in_pieces, MemTxResult.OK
+        last: IovaMap[Any] = IovaMap(0, 0, 0, None, None)
 
         def write(iova: int, data: ReadBuffer) -> MemTxResult:
+            nonlocal last
+            at, size = iova - last.iova, len(data)
+            if 0 <= at <= last.size - size and (view := last.writable) is not None:
+                view[at : at + size] = data
+                return ok
             known = get(iova >> PAGE_BITS)
-            if known is not None and (view := known.writable) is not None:
-                at, size = iova - known.iova, len(data)
-                if 0 <= at <= known.size - size:
-                    view[at : at + size] = data
-                    return ok
+            if known is not None and known is not last:
+                last = known
+                return write(iova, data)
             return slow(iova, memoryview(data), is_write=True)
 
         return write
