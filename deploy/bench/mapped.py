@@ -24,6 +24,8 @@ SCATTERED = 16 << 20
 ABOVE = 4 << 30
 PAGES = 4096
 _CHUNK = (256 << 10) // PAGE
+_PLACES = 256
+"""Pages among which single accesses go round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,12 @@ def rows() -> Iterator[Row]:
     for name, view in (("2 maps", large()), (f"{PAGES:,} maps", paged())):
         for size in (64, PAGE):
             yield _single(name, view, size)
+            yield _elsewhere(name, view, size)
         yield _scattered(name, view)
+
+
+def _label(size: int) -> str:
+    return f"{size} B" if size < 1024 else f"{size >> 10} KiB"
 
 
 def _single(name: str, view: Mapped, size: int) -> Row:
@@ -87,11 +94,27 @@ def _single(name: str, view: Mapped, size: int) -> Row:
     def mapped() -> None:
         write(iova, data)
 
-    label = f"{size} B" if size < 1024 else f"{size >> 10} KiB"
     aim = 4.0 if size < 1024 else 2.0
-    return against(
-        f"DMA {label} by a vfio-user client's {name}", mapped, "bare slice copy", bare, number=4000, rounds=61, aim=aim
-    )
+    name = f"DMA {_label(size)} by a vfio-user client's {name}"
+    return against(name, mapped, "bare slice copy", bare, number=4000, rounds=61, aim=aim)
+
+
+def _elsewhere(name: str, view: Mapped, size: int) -> Row:
+    """Another page each time."""
+    ram, write, data = view.ram, view.dma.write, bytes(size)
+    step = len(view.iovas) // _PLACES
+    iovas, places = view.iovas[::step], view.places[::step]
+
+    def bare() -> None:
+        for at in places:
+            ram[at : at + size] = data
+
+    def mapped() -> None:
+        for iova in iovas:
+            write(iova, data)
+
+    name = f"DMA {_label(size)} by a vfio-user client's {name}, another page each time"
+    return against(name, mapped, "bare slice copies", bare, number=16, per=len(places))
 
 
 def _scattered(name: str, view: Mapped) -> Row:
