@@ -70,6 +70,7 @@ class IovaMaps(Generic[Memory]):
         self._starts: list[int] = []
         self._maps: list[IovaMap[Memory]] = []
         self._arrays: tuple[Any, Any, Any] | None = None
+        self._sources: tuple[Any, Any] | None = None
         self.near: dict[int, IovaMap[Memory]] = {}
         """Page number (``iova >> PAGE_BITS``) to the map that :meth:`find` found there last. Not every address of the
         page need be the map's."""
@@ -120,7 +121,7 @@ class IovaMaps(Generic[Memory]):
         at = bisect_left(self._starts, new.iova)
         self._starts.insert(at, new.iova)
         self._maps.insert(at, new)
-        self._arrays = None
+        self._arrays = self._sources = None
 
     def touching(self, start: int, last: int) -> list[IovaMap[Memory]]:
         """The maps that share a byte with ``start``..``last`` (inclusive)."""
@@ -144,7 +145,7 @@ class IovaMaps(Generic[Memory]):
         if found:
             low, high = self._span(start, last)
             del self._starts[low:high], self._maps[low:high]
-            self._arrays = None
+            self._arrays = self._sources = None
             self._forget(found)
         return found
 
@@ -168,7 +169,8 @@ class IovaMaps(Generic[Memory]):
 
     def clear(self) -> list[IovaMap[Memory]]:
         """Remove all, and return them."""
-        gone, self._maps, self._starts, self._arrays = self._maps, [], [], None
+        gone, self._maps, self._starts = self._maps, [], []
+        self._arrays = self._sources = None
         self._forget(gone)
         return gone
 
@@ -190,6 +192,19 @@ class IovaMaps(Generic[Memory]):
                 np.fromiter((_direct(known) for known in maps), np.uint8, len(maps)),
             )
         return self._arrays
+
+    def sources(self) -> tuple[Any, Any]:
+        """Where in its memory each map begins, and a number that maps of the same memory share, as numpy arrays (u64,
+        i64), in order.
+        """
+        if self._sources is None:
+            np, maps, numbers = lazy_numpy(), self._maps, dict[int, int]()
+            owners = (numbers.setdefault(id(known.memory), len(numbers)) for known in maps)
+            self._sources = (
+                np.fromiter((known.offset for known in maps), np.uint64, len(maps)),
+                np.fromiter(owners, np.int64, len(maps)),
+            )
+        return self._sources
 
     def at(self, place: int) -> IovaMap[Memory]:
         """The map at ``place`` in the order of addresses."""

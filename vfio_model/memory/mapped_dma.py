@@ -190,14 +190,11 @@ class MappedDma:
     def _runs(self, places: Any, offsets: Any, size: int, buffer: memoryview, wanted: int) -> int:
         """Move pieces that lie in maps, as far as these have bytes: one go for each run in the same memory."""
         np = lazy_numpy()
-        used, numbers = np.unique(places, return_inverse=True)
-        maps = [self.maps.at(int(place)) for place in used]
-        owners: dict[int, int] = {}
-        owner = np.array([owners.setdefault(id(known.memory), len(owners)) for known in maps])[numbers]
-        in_memory = offsets + np.array([known.offset for known in maps], dtype=np.uint64)[numbers]
+        begins, owners = self.maps.sources()
+        in_memory, owner = offsets + begins[places], owners[places]
         edges = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(places)] if len(places) else [0]
         for first, stop in itertools.pairwise(edges):
-            memory: Backed = maps[int(numbers[first])].memory
+            memory: Backed = self.maps.at(int(places[first])).memory
             part = buffer[first * size : stop * size]
             if wanted == READ:
                 pages.gather(memory.view, in_memory[first:stop], size, part)
