@@ -541,7 +541,11 @@ class NotifierSetup(Payload, frozen=True):
 
 
 class CommandSpec(Struct, frozen=True):
-    """One command: ``sender`` may send it; payload classes; the most descriptors with it and with its reply."""
+    """One command: ``sender`` may send it; payload classes; the most descriptors with it and with its reply.
+
+    A peer may send more with a command, which are closed unseen (SPDK sends the memory's with DMA_UNMAP, too). In a reply
+    to DEVICE_GET_REGION_INFO there may be the same one for each area (libvfio-user).
+    """
 
     sender: Role
     request: type[Payload]
@@ -557,7 +561,7 @@ COMMANDS: dict[int, CommandSpec] = {
     Command.DMA_MAP: CommandSpec(Role.CLIENT, DmaMap, Empty, fds=1),
     Command.DMA_UNMAP: CommandSpec(Role.CLIENT, DmaUnmap, DmaUnmap),
     Command.DEVICE_GET_INFO: CommandSpec(Role.CLIENT, DeviceInfo, DeviceInfo),
-    Command.DEVICE_GET_REGION_INFO: CommandSpec(Role.CLIENT, RegionInfo, RegionInfo, reply_fds=1),
+    Command.DEVICE_GET_REGION_INFO: CommandSpec(Role.CLIENT, RegionInfo, RegionInfo, reply_fds=253),
     Command.DEVICE_GET_REGION_IO_FDS: CommandSpec(Role.CLIENT, RegionIoFds, RegionIoFds, reply_fds=253),
     Command.DEVICE_GET_IRQ_INFO: CommandSpec(Role.CLIENT, IrqInfo, IrqInfo),
     Command.DEVICE_SET_IRQS: CommandSpec(Role.CLIENT, SetIrqs, Empty, fds=253),

@@ -31,11 +31,15 @@ from protocols.vfio_user.messages import (
     Command,
     CommandSpec,
     DeviceFeature,
+    DeviceInfo,
     DmaAccess,
+    DmaMap,
+    DmaUnmap,
     Empty,
     Extensions,
     Header,
     HeaderFlags,
+    IrqInfo,
     MigData,
     NotifierSetup,
     Payload,
@@ -290,20 +294,23 @@ class VfioUserState:
     # -- the short way -------------------------------------------------------------------------------------------------
 
     def plain_access(self, header: bytes, body: bytes) -> PlainAccess | None:
-        """The REGION_READ or REGION_WRITE in a frame of a client, when nothing about it is unusual: the short way, past
-        :meth:`receive` and :meth:`reply`, of what a device is asked most. It is answered at once by what
-        :func:`plain_answer` or :func:`plain_refusal` makes. None: the frame goes the ordinary way.
+        """The REGION_READ, or REGION_WRITE without reply, in a frame of a client, when nothing about it is unusual.
+
+        This is the short way, past :meth:`receive` and :meth:`reply`, of what a device is asked most. A read is answered
+        at once, by what :func:`plain_answer` or :func:`plain_refusal` makes. None: the frame goes the ordinary way.
         """
         number, command, _, flags, _ = HEADER.unpack(header)
-        is_write = command == _REGION_WRITE
-        if (not is_write and command != _REGION_READ) or self.state is not State.READY or flags & ~_NO_REPLY:
-            return None
-        if len(body) < _ACCESS.size or self.role is not Role.SERVER:
+        if self.state is not State.READY or self.role is not Role.SERVER or len(body) < _ACCESS.size:
             return None
         offset, region, count = _ACCESS.unpack_from(body)
-        if len(body) != _ACCESS.size + (count if is_write else 0) or count > self.capabilities.max_data_xfer_size:
+        if command == _REGION_READ:
+            if flags or len(body) != _ACCESS.size:
+                return None
+        elif command != _REGION_WRITE or flags != _NO_REPLY or len(body) != _ACCESS.size + count:
             return None
-        return number, command, bool(flags), offset, region, count
+        if count > self.capabilities.max_data_xfer_size:
+            return None
+        return number, command, offset, region, count
 
     def _receive_command(self, header: Header, body: bytes, fds: list[int], twin: bool) -> CommandReceived:
         version = header.command == _VERSION
@@ -332,9 +339,9 @@ class VfioUserState:
         return spec
 
     def _request(self, spec: CommandSpec, command: int, body: bytes, fds: int) -> Payload:
-        if fds and fds > min(spec.fds, self.capabilities.max_msg_fds):
+        if fds and fds > (0 if command == _VERSION else self.capabilities.max_msg_fds):
             raise RemoteProtocolError(f"{command_name(command)} with {fds} descriptors")
-        payload = spec.request.unpack(body)
+        payload = spec.request.unpack(_known_part(spec.request, body))
         _check_request(command, payload, self.capabilities.max_data_xfer_size, RemoteProtocolError)
         return payload
 
@@ -379,13 +386,13 @@ class VfioUserState:
         self.extensions = self.capabilities.extensions.both(self.peer.extensions)
 
 
-PlainAccess = tuple[int, int, bool, int, int, int]
-"""id, command, no_reply, offset, region, count."""
+PlainAccess = tuple[int, int, int, int, int]
+"""id, command, offset, region, count."""
 
 
 def plain_answer(access: PlainAccess, body: bytes, data: bytes) -> bytes:
-    """The answer to an access that came with ``body``; ``data`` is what was read, nothing for a write."""
-    return HEADER.pack(access[0], access[1], _ACCESS_END + len(data), _REPLY, 0) + body[: _ACCESS.size] + data
+    """The answer to a read that came with ``body``: the ``data``, all that was asked for."""
+    return HEADER.pack(access[0], access[1], _ACCESS_END + len(data), _REPLY, 0) + body + data
 
 
 def plain_refusal(access: PlainAccess, number: int) -> bytes:
@@ -397,7 +404,16 @@ def _frame(number: int, command: int, flags: int, error: int, body: bytes) -> by
     return HEADER.pack(number, command, HEADER_SIZE + len(body), flags, error) + body
 
 
+_GROWING = (DmaMap, DmaUnmap, DeviceInfo, RegionInfo, RegionIoFds, IrqInfo)
+"""Structures of <linux/vfio.h> that begin with their own size, and may be followed by what is not known here."""
 _SHORT_COUNT = struct.Struct("=QI")
+
+
+def _known_part(kind: type[Payload], body: bytes) -> bytes:
+    """``body`` without what follows the fixed structure. Clients send the buffer that they want the answer in (SPDK for
+    DEVICE_GET_REGION_INFO), or a later form of a structure.
+    """
+    return body[: kind.SIZE] if kind in _GROWING and len(body) > kind.SIZE else body
 
 
 def _unpack_reply(kind: type[Payload], body: bytes) -> Payload:
@@ -405,7 +421,7 @@ def _unpack_reply(kind: type[Payload], body: bytes) -> Payload:
     pass."""
     if kind is DmaAccess and len(body) == _SHORT_COUNT.size:
         return DmaAccess(*_SHORT_COUNT.unpack(body))
-    payload = kind.unpack(body)
+    payload = kind.unpack(body if kind.TAIL else _known_part(kind, body))
     if isinstance(payload, MigData) and len(payload.data) > payload.size:
         return MigData(payload.argsz, payload.size, payload.data[: payload.size])  # padded to what was asked for
     return payload

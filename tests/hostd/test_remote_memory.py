@@ -84,3 +84,16 @@ def test_an_unmap_takes_what_lies_inside_and_cuts_nothing() -> None:
                 live = {at: size for at, size in live.items() if at not in touched}
         assert len(memory) == len(live)
         memory.close()
+
+
+def test_a_look_for_files_that_shrank_does_not_go_through_all_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done after every request, and there may be 65535 maps."""
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 2 * PAGE)
+    memory = RemoteMemory()
+    memory.add(DmaMap(32, 3, 0, 0, 2 * PAGE), [fd])
+    assert memory.guarded
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "maps", None)
+        assert memory.shrunk() == []
+    memory.close()

@@ -1,0 +1,69 @@
+"""A served device and a client that is not ours: bytes as SPDK's host library (lib/vfio_user/host) puts them together."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostd.serve import device_server
+from protocols.transport.shm import create_memory
+from tests.hostd.probe_device import PAGE, ProbeDevice
+
+VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, REGION_READ = 1, 2, 3, 4, 5, 9
+HEADER = struct.Struct("=HHIII")
+FDS = 8
+
+
+class Foreign:
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(path)
+        self.fds: list[int] = []
+
+    def request(self, command: int, body: bytes, fds: tuple[int, ...] = ()) -> bytes:
+        """A request with id 0, as each of theirs; the payload of its answer."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
+        self.socket.sendmsg([HEADER.pack(0, command, HEADER.size + len(body), 0, 0) + body], rights)
+        head, self.fds, _, _ = socket.recv_fds(self.socket, HEADER.size, FDS)
+        number, answered, size, flags, error = HEADER.unpack(head)
+        assert (number, answered, flags, error) == (0, command, 1, 0)
+        data = b""
+        while len(data) < size - HEADER.size:
+            data += self.socket.recv(size - HEADER.size - len(data))
+        return data
+
+
+@pytest.fixture
+def foreign(runtime_dir: Path) -> Iterator[Foreign]:
+    with device_server(ProbeDevice, socket=runtime_dir / "probe") as server:
+        client = Foreign(server.path)
+        yield client
+        client.socket.close()
+
+
+def test_it_sets_a_device_up(foreign: Foreign) -> None:
+    assert foreign.request(VERSION, struct.pack("=HH", 0, 1))[:4] == bytes(4)
+    _, flags, regions, _ = struct.unpack("=4I", foreign.request(GET_INFO, struct.pack("=4I", 16, 0, 0, 0)))
+    assert flags & 2
+    areas = []
+    for index in range(regions):
+        buffer = struct.pack("=IIII", 4064, 0, index, 0).ljust(4064, b"\0")
+        answer = foreign.request(GET_REGION_INFO, buffer)
+        areas.append((struct.unpack_from("=IIII", answer)[1] >> 2 & 1, len(foreign.fds)))
+        for fd in foreign.fds:
+            os.close(fd)
+    assert areas[2] == (1, 1) and sum(mmap for mmap, _ in areas) == 1
+    with create_memory("heap", 4 * PAGE) as heap:
+        for _ in range(3):
+            request = struct.pack("=IIQQQ", 32, 3, PAGE, 0x7F0000000000, PAGE)
+            assert foreign.request(DMA_MAP, request, (heap.fd,)) == b""
+            request = struct.pack("=IIQQ", 24, 0, 0x7F0000000000, PAGE)
+            assert foreign.request(DMA_UNMAP, request, (heap.fd,)) == request
+    access = struct.pack("=QII", 0, 7, 4)
+    assert foreign.request(REGION_READ, access) == access + struct.pack("=HH", 0x1B36, 0x00FE)
