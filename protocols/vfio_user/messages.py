@@ -543,8 +543,8 @@ class NotifierSetup(Payload, frozen=True):
 class CommandSpec(Struct, frozen=True):
     """One command: ``sender`` may send it; payload classes; the most descriptors with it and with its reply.
 
-    A peer may send more with a command, which are closed unseen (SPDK sends the memory's with DMA_UNMAP, too). In a reply
-    to DEVICE_GET_REGION_INFO there may be the same one for each area (libvfio-user).
+    A peer may send more with a command, which are closed unseen (SPDK sends the memory's with DMA_UNMAP, too). In a
+    reply to DEVICE_GET_REGION_INFO there may be the same one for each area (libvfio-user).
     """
 
     sender: Role

@@ -1,4 +1,4 @@
-"""A served device and a client that is not ours: bytes as SPDK's host library (lib/vfio_user/host) puts them together."""
+"""A served device and a client that is not ours: bytes as SPDK's host library (lib/vfio_user/host) sends them."""
 
 from __future__ import annotations
 
