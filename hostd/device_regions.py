@@ -45,6 +45,8 @@ class DeviceRegions:
     def __init__(self, device: PCIDevice, around: ProcessSurroundings) -> None:
         self.device, self._around = device, around
         self._bars = {bar.index: bar for bar in device.BARS}
+        self._simple = {bar.index: (*bar.access, bar.size) for bar in device.BARS if not device.bar_parts(bar.index)}
+        """Sizes of accesses, and of the BAR, where nobody but the device class answers."""
         self._irqs = DeviceIrqs(device, around)
         self.set_irqs, self.set_events = self._irqs.set, self._irqs.set_events
         self.irq_info, self.drop_irqs = self._irqs.info, self._irqs.drop
@@ -84,6 +86,11 @@ class DeviceRegions:
         """REGION_READ. :raise OSError: EINVAL outside a region or for a size that no register has; EIO from the
         device."""
         self.accesses += 1
+        if self._is_one(index, offset, count):
+            value = self.device.bar_read(index, offset, count)
+            if value is None:
+                raise OSError(errno.EIO, f"BAR {index}+{offset:#x}")
+            return value.to_bytes(count, "little")
         if index == _CONFIG:
             pieces = _pieces(offset, count, 1, 4, CONFIG_SIZE)
             return b"".join(self.device.config_read(at, size).to_bytes(size, "little") for at, size in pieces)
@@ -101,6 +108,10 @@ class DeviceRegions:
     def write(self, index: int, offset: int, data: bytes) -> None:
         """REGION_WRITE. :raise OSError: as :meth:`read`."""
         self.accesses += 1
+        if self._is_one(index, offset, len(data)):
+            if self.device.bar_write(index, offset, len(data), int.from_bytes(data, "little")) is not MemTxResult.OK:
+                raise OSError(errno.EIO, f"BAR {index}+{offset:#x}")
+            return
         if index == _CONFIG:
             for at, size in _pieces(offset, len(data), 1, 4, CONFIG_SIZE):
                 self.device.config_write(at, size, int.from_bytes(data[at - offset : at - offset + size], "little"))
@@ -113,6 +124,13 @@ class DeviceRegions:
             value = int.from_bytes(data[at - offset : at - offset + size], "little")
             if self.device.region_write(index, at, size, value) is not MemTxResult.OK:
                 raise OSError(errno.EIO, f"BAR {index}+{at:#x}")
+
+    def _is_one(self, index: int, offset: int, count: int) -> bool:
+        """Whether this is one access of a register, and the device class's to answer."""
+        simple = self._simple.get(index)
+        if simple is None or not simple[0] <= count <= simple[1] or offset + count > simple[2]:
+            return False
+        return not (count & (count - 1) or offset & (count - 1))
 
     def _memory(self, index: int, offset: int, count: int) -> memoryview | None:
         """The bytes themselves, where all of them lie in one mmap area."""

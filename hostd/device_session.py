@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from hostd.device_doorbells import DeviceDoorbells
 from hostd.device_migration import DeviceMigration, NoRoom
@@ -26,7 +27,7 @@ from protocols.transport.unix import close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Command
-from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from protocols.vfio_user.state import CommandReceived, PlainAccess, ReplyReceived, plain_answer, plain_refusal
 from vfio_model.errors import DeadlineExceeded, LocalProtocolError, PeerLost, RemoteProtocolError
 from vfio_model.memory.clock_area import AREA_SIZE, check_clock, check_ticks
 
@@ -36,6 +37,9 @@ IN_READ_SECONDS = 2.0
 """Deadline of what the device asks for while its client waits for an answer; QEMU gives up after 5 s."""
 # Members of an enumeration cost 0.2 us each time that they are looked up in their class.
 _VERSION, _REGION_READ = Command.VERSION, Command.REGION_READ
+_READ = int(Command.REGION_READ)
+MAX_NESTED: Final = 32
+"""Waits inside one another: a client that answers questions with questions is asked no more of them."""
 
 
 class Memory(Protocol):
@@ -79,10 +83,15 @@ class DeviceSession:
         on_end: Callable[[str], None],
         on_start: Callable[[], bool] = lambda: True,
         migration: DeviceMigration | None = None,
+        attention: Callable[[], int] = lambda: 0,
     ) -> None:
         """``on_start()`` is asked when the client has sent VERSION; False refuses it with EBUSY. Without ``migration``
-        the device has no features.
+        the device has no features. ``attention()`` says until when (monotonic ns) this client alone is listened to
+        while it goes on speaking, before the loop has its turn; 0: not at all.
         """
+        self._attention, self._attend_until = attention, 0
+        self._reads = 0
+        """Region reads under way by the short way."""
         self._migration = migration
         self.endpoint = endpoint
         self._on_start = on_start
@@ -109,15 +118,19 @@ class DeviceSession:
     def receive(self) -> None:
         """Serve what has come; called by the loop, and by whoever waits for a reply.
 
-        Who has asked waits for the answer: whether it has sent more is left to the loop.
+        Who has asked waits for the answer: whether it has sent more is left to the loop, unless it is the one that is
+        listened to.
         """
+        self._attend_until = 0 if self._loop.depth else self._attention()
+        wait, receive, plain = False, self.endpoint.receive, self._plain
         try:
-            while not self.closed and (event := self.endpoint.receive()) is not None:
+            while not self.closed and (event := receive(wait=wait, plain=plain)) is not None:
                 if isinstance(event, ReplyReceived):
                     self._reply(event)
                     continue
                 self._command(event)
-                if not event.no_reply:
+                wait = time.monotonic_ns() < self._attend_until
+                if not event.no_reply and not wait:
                     return
         except (PeerLost, RemoteProtocolError) as error:
             self.end(str(error))
@@ -142,7 +155,7 @@ class DeviceSession:
         wait, region writes that are under way are answered first from then on, whatever becomes of them; a read cannot
         be, and what the device asks for in the middle of one has failed after a time that its client can bear.
         """
-        if self.closed or not self.endpoint.ready:
+        if self.closed or not self.endpoint.ready or self._loop.depth >= MAX_NESTED:
             return None
         try:
             if self._client_waits:
@@ -179,7 +192,7 @@ class DeviceSession:
                 return
             self._client_waits = True
             self._answer_writes()
-        reads = bool(self._awaited())
+        reads = bool(self._reads or self._awaited())
         if not wait(min(seconds, IN_READ_SECONDS) if reads else seconds) and not reads:
             self.end(str(late[-1]))
 
@@ -195,6 +208,25 @@ class DeviceSession:
                 request = event.payload
                 assert isinstance(request, wire.RegionAccess), "the state checked what belongs to a write"
                 self.endpoint.reply(event, wire.RegionAccess(request.offset, request.region, request.count))
+
+    def _plain(self, access: PlainAccess, body: bytes) -> bool:
+        """A region access by the short way; whether more is waited for."""
+        _, command, offset, region, count = access
+        self._around.free_clock.catch_up()
+        if command == _READ:
+            self._reads += 1
+            try:
+                answer = plain_answer(access, body, self._regions.read(region, offset, count))
+            except OSError as error:
+                answer = plain_refusal(access, error.errno or errno.EIO)
+            finally:
+                self._reads -= 1
+            if not self.closed:
+                self.endpoint.stream.send(answer)
+        else:
+            with contextlib.suppress(OSError):
+                self._regions.write(region, offset, body[wire.RegionAccess.SIZE :])
+        return not self.closed and time.monotonic_ns() < self._attend_until
 
     def _reply(self, event: ReplyReceived) -> None:
         close_fds(event.fds)

@@ -192,6 +192,11 @@ class FreeRunningClock:
         if self.runs:
             self._virtual.now_ns = max(self._virtual.now_ns, time.monotonic_ns() + self._offset_ns)
 
+    def before_due(self, monotonic_ns: int) -> int:
+        """``monotonic_ns``, or when the next timer is due if that is earlier."""
+        due = self._virtual.next_expiry_ns()
+        return monotonic_ns if due is None else min(monotonic_ns, due - self._offset_ns)
+
     def run_due(self) -> float | None:
         """Run the timers that are due; seconds until the next one, or None when there is none."""
         if not self.runs:

@@ -43,6 +43,8 @@ GIVE_BACK_SECONDS: Final = 2.0
 """How long a device may keep a mapping whose memory is taken away; less than a client waits for its DMA_UNMAP."""
 
 
+ATTENTION_NS: Final = 2_000_000
+"""How long a client alone is listened to, at most."""
 SLICE_SECONDS: Final = 0.01
 
 
@@ -86,13 +88,16 @@ class RemoteClient:
             self._ended,
             self._start,
             unit.migration,
+            self._attention,
         )
+        connection.attend()
 
     def _start(self) -> bool:
         self.owns = self._server.admit(self)
         if not self.owns:
             return False
         state = self.session.endpoint.state
+        self._memory.maps.limit = min(self._memory.maps.limit, state.peer.max_dma_maps)
         self._message.limit = max(1, min(MAX_DMA_MESSAGE, state.peer.max_data_xfer_size))
         if state.extensions.ats:
             self._unit.bind(self._message)
@@ -103,6 +108,13 @@ class RemoteClient:
             # without an IOMMU in front of it, what the client maps is system memory
             self._unit.bind(self._mapped, system=self._mapped)
         return True
+
+    def _attention(self) -> int:
+        """A client that polls a register is answered without a turn of the loop for each read."""
+        unit = self._unit
+        if not self.owns or unit.around.idle_work or self.session.has_clock:
+            return 0
+        return unit.around.free_clock.before_due(time.monotonic_ns() + ATTENTION_NS)
 
     def _call(self, command: Command, payload: wire.Payload) -> wire.Payload | None:
         return self.session.call(command, payload, CLIENT_SECONDS)

@@ -34,9 +34,13 @@ MAX_OUTBOX = 1024
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5: the peer's pidfd without a race."""
 
+ATTENTION_US = 1000
+"""How long a stream that was just spoken on may be waited for alone."""
+_TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("=iII")
 _CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC) | int(socket.MSG_DONTWAIT)
+_WAIT_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _SEND_FLAGS = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 # As plain numbers: the members of socket's IntFlag cost a microsecond for each "and".
 _CUT_DATA, _CUT_CONTROL, _DONTWAIT = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC), int(socket.MSG_DONTWAIT)
@@ -289,8 +293,13 @@ class StreamConnection(_Connection):
         """
         return cls(_connect(path, socket.SOCK_STREAM, name), name)
 
-    def receive(self) -> Frame | None:
-        """The next whole frame, or None when it has not all come yet.
+    def attend(self) -> None:
+        """Let :meth:`receive` wait, for at most :data:`ATTENTION_US`, when it is told to."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, ATTENTION_US))
+        os.set_blocking(self._sock.fileno(), True)  # everything else says MSG_DONTWAIT
+
+    def receive(self, *, wait: bool = False) -> Frame | None:
+        """The next whole frame, or None when it has not all come yet; ``wait`` gives it a moment (see :meth:`attend`).
 
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the size in the header is impossible, or there are too many descriptors.
@@ -298,7 +307,7 @@ class StreamConnection(_Connection):
         body = b""
         try:
             if len(self._header) < HEADER_SIZE:
-                self._read_header()
+                self._read_header(_WAIT_FLAGS if wait else _RECEIVE_FLAGS)
             missing = self._missing
             if missing:
                 body = self._sock.recv(missing, _DONTWAIT)
@@ -312,10 +321,10 @@ class StreamConnection(_Connection):
         self._header, self._fds, self._short, self._missing = b"", [], False, 0
         return frame
 
-    def _read_header(self) -> None:
+    def _read_header(self, receive_flags: int) -> None:
         """:raise BlockingIOError: there is not all of it yet."""
         while (missing := HEADER_SIZE - len(self._header)) > 0:
-            data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, _RECEIVE_FLAGS)
+            data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, receive_flags)
             if ancillary:
                 self._fds += _received_fds(ancillary)
                 if len(self._fds) > SCM_MAX_FD:

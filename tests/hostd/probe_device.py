@@ -1,4 +1,4 @@
-"""A device that does what its driver says, for tests of what is around a device: one DMA, mapping or interrupt a time."""
+"""A device that does what its driver says, for tests of what is around a device: one DMA, mapping, interrupt a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ IDENTIFICATION = 0x50524F42
 ID, IOVA, LENGTH, COMMAND, RESULT, DATA, RUNG, SCRATCH = 0x00, 0x08, 0x10, 0x18, 0x20, 0x28, 0x30, 0x38
 BELL = 0x80
 READ, WRITE, MAP, STORE, KEEP, IRQ, READ_MANY, WRITE_MANY, IDLE_GIVE_BACK = range(1, 10)
-"""Commands: DMA; a mapping, written through in place, kept past its invalidation; vector DATA; LENGTH pages at once; give
-a mapping back when there is nothing else to do."""
+"""Commands: DMA; a mapping, written through in place, kept past its invalidation; vector DATA; LENGTH pages at once;
+give a mapping back when there is nothing else to do."""
 PAGE = 4096
 AREA = (PAGE, 2 * PAGE)
 """Of BAR 2: what the client may map."""

@@ -1,4 +1,4 @@
-"""The fuzz targets of `make fuzz`, by hypothesis: bytes of any kind, and frames that are nearly right, from both sides."""
+"""The targets of `make fuzz`, by hypothesis: bytes of any kind, and frames that are nearly right, from both sides."""
 
 from __future__ import annotations
 
