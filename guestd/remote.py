@@ -15,21 +15,31 @@ import contextlib
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
 
+from guestd.remote_regions import Areas, RegionMaps
 from protocols.transport.kernel import EventFd, Pidfd
-from protocols.transport.loop import Loop
+from protocols.transport.loop import Loop, deadline_scale
 from protocols.transport.unix import close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import Capabilities, Command, Extensions, Payload
+from protocols.vfio_user.messages import (
+    Capabilities,
+    Command,
+    Extensions,
+    MigrationCapability,
+    Payload,
+    TwinSocket,
+)
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
 from vfio_model.errors import DeadlineExceeded, PeerLost, ProtocolError
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
 from vfio_model.vfio.region import IrqHandler
+from vfio_model.vfio.vfio_user import DmaChange, DmaLimits
 
 DEVICE_SECONDS: Final = 5.0
 """Deadline of one request to a device."""
@@ -37,6 +47,15 @@ END_SECONDS: Final = 2.0
 """How long a device process may take to end when its connection was closed."""
 MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
+
+MAX_REGION_INFO: Final = 64 << 10
+"""Bytes of an answer about a region that are asked for."""
+MAX_TURN: Final = 32
+"""Messages of one device that are taken before others have their turn."""
+DMA_PIPELINE: Final = 128
+"""DMA_MAPs and DMA_UNMAPs on their way at a time."""
+DMA_CHANGE_SECONDS: Final = 0.001
+"""What each of them adds to the deadline of all."""
 
 P = TypeVar("P", bound=Payload)
 _serving: ContextVar[bool] = ContextVar("serving", default=False)
@@ -81,9 +100,21 @@ class NoServices:
         return False
 
 
-def capabilities(*, ats: bool) -> Capabilities:
-    """What guestd proposes; without ``ats`` the device's DMA comes by message, or not here at all."""
-    return Capabilities(max_msg_fds=16, extensions=Extensions(ats=ats, clock=True, notifier=ats))
+PGSIZES: Final = 1 << 12 | 1 << 16 | 1 << 21 | 1 << 24 | 1 << 30
+"""Pages that guestd can map for a server."""
+
+
+def capabilities(*, ats: bool, twin: bool = False) -> Capabilities:
+    """What guestd proposes; without ``ats`` the device's DMA goes through maps, or by message, or not here at all.
+    ``twin``: a second socket for what the device asks.
+    """
+    return Capabilities(
+        max_msg_fds=16,
+        pgsizes=PGSIZES,
+        migration=MigrationCapability(),
+        twin_socket=TwinSocket(True) if twin else None,
+        extensions=Extensions(ats=ats, clock=True, notifier=ats),
+    )
 
 
 class _Irq:
@@ -138,13 +169,35 @@ class VfioUserDevice:
         self._posted = False
         """Whether something was sent since the last answer that wants none itself."""
         self._irqs: dict[int, list[_Irq]] = {}
+        self._maps = RegionMaps(name, trace)
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
             loop.register(process, self._process_died, served=True)
+        if not endpoint.ready:
+            self._shake_hands()
+        if endpoint.twin is not None:
+            loop.register(endpoint.twin, self._readable, served=True)
+
+    def _shake_hands(self) -> None:
         try:
-            self._await(endpoint.version(), Command.VERSION)
+            number = self._endpoint.version()
+            self._waiting.add(number)
+            answer = self._await(number, Command.VERSION)
         except (PeerLost, OSError) as error:
             raise self._lose(f"shaking hands: {error}") from error
+        if answer.errno:
+            raise self._lose(f"shaking hands: it refuses: {os.strerror(answer.errno)}")
+
+    @property
+    def limits(self) -> DmaLimits:
+        """What the device takes of DMA_MAP."""
+        peer = self._endpoint.state.peer
+        return DmaLimits(peer.max_dma_maps, peer.pgsizes)
+
+    @property
+    def _access_limit(self) -> int:
+        """Bytes of one region access."""
+        return min(MAX_REGION_ACCESS, self._endpoint.state.peer.max_data_xfer_size)
 
     @property
     def extensions(self) -> Extensions:
@@ -159,9 +212,38 @@ class VfioUserDevice:
         return DeviceInfo(reply.argsz, reply.flags, reply.num_regions, reply.num_irqs)
 
     def get_region_info(self, index: int) -> RegionInfo:
-        """DEVICE_GET_REGION_INFO; a region's descriptor is not used: accesses go by message."""
-        reply = self._call(Command.DEVICE_GET_REGION_INFO, wire.RegionInfo(index=index), wire.RegionInfo)
+        """DEVICE_GET_REGION_INFO."""
+        reply, fds = self._region_info(index, wire.RegionInfo.SIZE)
+        close_fds(fds)
         return RegionInfo(reply.argsz, reply.flags, reply.index, reply.cap_offset, reply.size, reply.offset)
+
+    def _region_info(self, index: int, argsz: int) -> tuple[wire.RegionInfo, list[int]]:
+        request = wire.RegionInfo(argsz=argsz, index=index)
+        reply, fds = self._exchange(Command.DEVICE_GET_REGION_INFO, request, wire.RegionInfo)
+        if reply.index != index:
+            close_fds(fds)
+            raise OSError(errno.EIO, f"{self.name}: it tells of region {reply.index}, not {index}")
+        return reply, fds
+
+    def region_memory(self, index: int) -> Areas:
+        """(offset, bytes) of each area of a region that is mapped here; a server that wants more room for its answer
+        gets it.
+        """
+        if index not in self._maps:
+            reply, fds = self._region_info(index, wire.RegionInfo.SIZE)
+            try:
+                if wire.RegionInfo.SIZE < reply.argsz <= MAX_REGION_INFO:
+                    close_fds(fds)
+                    fds = []
+                    reply, fds = self._region_info(index, reply.argsz)
+                self._maps.add(reply, fds)
+            finally:
+                close_fds(fds)
+        return self._maps.of(index)
+
+    def region_vanished(self, index: int) -> bool:
+        """Whether an access found the file behind a region cut."""
+        return self._maps.vanished(index)
 
     def get_irq_info(self, index: int) -> IrqInfo:
         """DEVICE_GET_IRQ_INFO."""
@@ -170,6 +252,14 @@ class VfioUserDevice:
 
     def region_read(self, index: int, offset: int, size: int) -> bytes:
         """REGION_READ; a short answer is EIO."""
+        limit = self._access_limit
+        if size <= limit:
+            return self._region_read(index, offset, size)
+        return b"".join(
+            self._region_read(index, at, min(limit, offset + size - at)) for at in range(offset, offset + size, limit)
+        )
+
+    def _region_read(self, index: int, offset: int, size: int) -> bytes:
         reply = self._call(Command.REGION_READ, wire.RegionAccess(offset, index, size), wire.RegionAccess)
         if len(reply.data) != size:
             raise OSError(errno.EIO, f"{self.name}: {len(reply.data)} bytes of {size} read")
@@ -177,9 +267,10 @@ class VfioUserDevice:
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """REGION_WRITE, posted."""
-        assert len(data) <= MAX_REGION_ACCESS, "region writes are small"
-        self._posted = True
-        self._send(Command.REGION_WRITE, wire.RegionAccess(offset, index, len(data), data), no_reply=True)
+        limit = self._access_limit
+        for at in range(0, len(data), limit):
+            part = data[at : at + limit]
+            self._post(Command.REGION_WRITE, wire.RegionAccess(offset + at, index, len(part), part))
 
     def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
         """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index. A refusal changes nothing."""
@@ -209,8 +300,7 @@ class VfioUserDevice:
     def unmask_irq(self, index: int) -> None:
         """DEVICE_SET_IRQS, unmask; posted, because the device answers with an interrupt if it wants one."""
         flags = IrqSetFlags.VFIO_IRQ_SET_DATA_NONE | IrqSetFlags.VFIO_IRQ_SET_ACTION_UNMASK
-        self._posted = True
-        self._send(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index, count=1), no_reply=True)
+        self._post(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index, count=1))
 
     def reset(self) -> None:
         """DEVICE_RESET."""
@@ -223,6 +313,7 @@ class VfioUserDevice:
             self._release_endpoint()
             self._see_it_end()
             self._release()
+            self._maps.close()
 
     def sync(self) -> None:
         """Return when the device has taken everything that was posted to it, or is gone."""
@@ -243,12 +334,36 @@ class VfioUserDevice:
 
     def mig_data_read(self, size: int) -> bytes:
         """MIG_DATA_READ: at most ``size`` bytes; none at the end of the state."""
+        size = min(size, self._endpoint.state.peer.max_data_xfer_size)
         return self._call(Command.MIG_DATA_READ, wire.MigData(size=size), wire.MigData).data
 
     def mig_data_write(self, data: bytes) -> None:
-        """MIG_DATA_WRITE."""
-        request = wire.MigData(wire.MigData.SIZE + len(data), len(data), data)
-        self._call(Command.MIG_DATA_WRITE, request, wire.MigData)
+        """MIG_DATA_WRITE, in as many messages as it takes."""
+        limit = self._endpoint.state.peer.max_data_xfer_size
+        for at in range(0, len(data), limit):
+            part = data[at : at + limit]
+            request = wire.MigData(wire.MigData.SIZE + len(part), len(part), part)
+            self._call(Command.MIG_DATA_WRITE, request, wire.MigData)
+
+    # -- DMA maps ------------------------------------------------------------------------------------------------
+
+    def dma_many(self, changes: Sequence[DmaChange]) -> list[int]:
+        """DMA_MAP and DMA_UNMAP, several on their way at a time: the errno of each. However many, they have to be done
+        in time: a guest's hypercall waits.
+
+        :raise PeerLost: the device is gone, or too slow.
+        """
+        if _serving.get():
+            raise self._lose("waiting: its memory changes while a device is served")
+        until = time.monotonic() + (self._seconds + len(changes) * DMA_CHANGE_SECONDS) * deadline_scale()
+        errors: list[int] = []
+        for start in range(0, len(changes), DMA_PIPELINE):
+            some = [_dma_message(change) for change in changes[start : start + DMA_PIPELINE]]
+            numbers = [(self._send(command, request, fds), command) for command, request, fds in some]
+            for number, command in numbers:
+                answer = self._await(number, command, max(until - time.monotonic(), 0) / deadline_scale())
+                errors.append(answer.errno)
+        return errors
 
     # -- what only a device server of ours knows -----------------------------------------------------------------
 
@@ -270,7 +385,16 @@ class VfioUserDevice:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def _send(self, command: Command, payload: Payload, fds: Sequence[int] = (), *, no_reply: bool = False) -> int:
+    def _send(self, command: Command, payload: Payload, fds: Sequence[int] = ()) -> int:
+        number = self._transmit(command, payload, fds, no_reply=False)
+        self._waiting.add(number)
+        return number
+
+    def _post(self, command: Command, payload: Payload) -> None:
+        self._posted = True
+        self._transmit(command, payload, (), no_reply=True)
+
+    def _transmit(self, command: Command, payload: Payload, fds: Sequence[int], *, no_reply: bool) -> int:
         if self.lost is not None:
             raise PeerLost(self.name, self.lost.doing)
         try:
@@ -279,25 +403,35 @@ class VfioUserDevice:
             raise self._lose(error.doing) from error
 
     def _call(self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()) -> P:
-        """Send and wait. :raise OSError: the device's errno, EDEADLK while a device is answered. :raise PeerLost: it is
-        gone, or too late.
+        """As :meth:`_exchange`, for answers without descriptors."""
+        answer, got = self._exchange(command, payload, reply, fds)
+        close_fds(got)
+        return answer
+
+    def _exchange(
+        self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()
+    ) -> tuple[P, list[int]]:
+        """Send and wait; the descriptors of the answer are the caller's.
+
+        :raise OSError: the device's errno, EDEADLK while a device is answered. :raise PeerLost: it is gone, or too
+        late.
         """
         if _serving.get():
             raise OSError(errno.EDEADLK, f"{self.name}: {wire.command_name(command)} while another device is served")
         answer = self._await(self._send(command, payload, fds), command)
         self._posted = False
         if answer.errno:
+            close_fds(answer.fds)
             raise OSError(answer.errno, f"{self.name}: {wire.command_name(command)}: {os.strerror(answer.errno)}")
         assert isinstance(answer.payload, reply), "the protocol state checked what answers what"
-        return answer.payload
+        return answer.payload, answer.fds
 
-    def _await(self, number: int, command: Command) -> ReplyReceived:
-        self._waiting.add(number)
+    def _await(self, number: int, command: Command, seconds: float | None = None) -> ReplyReceived:
         replies = self._replies
         try:
             self._loop.serve_until(
                 lambda: number in replies or self.lost is not None,
-                self._seconds,
+                self._seconds if seconds is None else seconds,
                 self.name,
                 wire.command_name(command),
             )
@@ -314,13 +448,16 @@ class VfioUserDevice:
 
     def _readable(self) -> None:
         try:
-            while self.lost is None and (event := self._endpoint.receive()) is not None:
-                close_fds(event.fds)  # nothing that a device sends needs a descriptor
+            for _ in range(MAX_TURN):
+                if self.lost is not None or (event := self._endpoint.receive()) is None:
+                    return
+                if isinstance(event, ReplyReceived) and event.id in self._waiting:
+                    self._replies[event.id] = event
+                    continue
+                close_fds(event.fds)  # nothing that a device asks needs a descriptor
                 if isinstance(event, CommandReceived):
                     with _answering():
                         self._serve(event)
-                elif event.id in self._waiting:
-                    self._replies[event.id] = event
         except PeerLost as error:
             self._lose(f"{error.doing}: it ended the connection")
         except ProtocolError as error:
@@ -356,6 +493,7 @@ class VfioUserDevice:
             self._trace("vfio_user_lost", name=self.name, reason=reason)
             self._release()
             self.on_lost(self.lost)
+            self._maps.close()
         return PeerLost(self.name, self.lost.doing)
 
     def _see_it_end(self) -> None:
@@ -371,6 +509,8 @@ class VfioUserDevice:
 
     def _release_endpoint(self) -> None:
         self._loop.unregister(self._endpoint)
+        if self._endpoint.twin is not None:
+            self._loop.unregister(self._endpoint.twin)
         self._endpoint.close()
 
     def _release(self) -> None:
@@ -382,3 +522,10 @@ class VfioUserDevice:
         for irqs in self._irqs.values():
             _close_irqs(irqs)
         self._irqs.clear()
+
+
+def _dma_message(change: DmaChange) -> tuple[Command, wire.DmaMap | wire.DmaUnmap, tuple[int, ...]]:
+    if not change.is_map:
+        return Command.DMA_UNMAP, wire.DmaUnmap(address=change.iova, size=change.size), ()
+    request = wire.DmaMap(flags=change.perm, offset=change.offset, address=change.iova, size=change.size)
+    return Command.DMA_MAP, request, () if change.fd < 0 else (change.fd,)
