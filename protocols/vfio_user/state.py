@@ -296,7 +296,7 @@ class VfioUserState:
     def plain_access(self, header: bytes, body: bytes) -> PlainAccess | None:
         """The REGION_READ, or REGION_WRITE without reply, in a frame of a client, when nothing about it is unusual.
 
-        This is the short way, past :meth:`receive` and :meth:`reply`, of what a device is asked most. A read is answered
+        This is the short way, past :meth:`receive` and :meth:`reply`, of what is asked most. A read is answered
         at once, by what :func:`plain_answer` or :func:`plain_refusal` makes. None: the frame goes the ordinary way.
         """
         number, command, _, flags, _ = HEADER.unpack(header)
