@@ -30,6 +30,9 @@ class Lazy:
 COMMANDS = {
     "run": Lazy("deploy.commands.run:command", "Run a scenario against live processes and print a verdict."),
     "serve": Lazy("deploy.commands.serve:command", "Serve a device model by vfio-user: QEMU attaches it."),
+    "new-device": Lazy(
+        "deploy.commands.new_device:command", "Make a device of your own: a package that works, with its test."
+    ),
     "scenarios": Lazy("deploy.commands.scenarios:command", "List the scenarios that come with vfio-model."),
     "check": Lazy(
         "deploy.commands.check:command", "Replay a QEMU trace through the model and report every difference."
