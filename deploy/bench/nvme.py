@@ -22,6 +22,8 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
 from vfio_model.memory.topology import transaction
 from vfio_model.pci.config_space import COMMAND_MASTER, COMMAND_MEMORY
+from vfio_model.pci.msix import CONTROL_ENABLE as MSIX_ENABLE
+from vfio_model.pci.msix import VECTOR_CONTROL
 from vfio_model.ranges import Hva
 from vfio_model.trace import NULL_TRACE
 
@@ -75,6 +77,10 @@ class Controller:
         self.device.attach_dma(AddressSpace("system", root))
         self.device.realize()
         self.device.config_write(4, 2, COMMAND_MEMORY | COMMAND_MASTER)
+        msix = self.device.msix
+        assert msix is not None, "the model has the capability"
+        self.device.config_write(msix.offset + 2, 2, MSIX_ENABLE)
+        self._write(regs.MSIX_TABLE + VECTOR_CONTROL, 0)
         self._tail = self._head = 0
         self._phase = 1
         self._enable()
@@ -88,7 +94,7 @@ class Controller:
         self._write(regs.ACQ, _ADMIN_CQ, 8)
         self._write(regs.CC, regs.CC_EN.at(1) | regs.CC_IOSQES.at(regs.SQES) | regs.CC_IOCQES.at(regs.CQES))
         size = 1 | ENTRIES - 1 << 16
-        creates = ((AdminOpcode.CREATE_CQ, _CQ, regs.QUEUE_CONTIGUOUS),
+        creates = ((AdminOpcode.CREATE_CQ, _CQ, regs.QUEUE_CONTIGUOUS | regs.QUEUE_IRQ_ENABLED),
                    (AdminOpcode.CREATE_SQ, _SQ, regs.QUEUE_CONTIGUOUS | 1 << 16))  # fmt: skip
         for number, (opcode, base, cdw11) in enumerate(creates):
             entry = regs.SQE.pack(opcode, 0, number, 0, 0, 0, base, 0, size, cdw11, 0, 0, 0, 0)

@@ -2,75 +2,35 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import click
-import msgspec
-from rich.table import Table
 
-from deploy.bench import dma, huge, live
+from deploy.bench import dma, huge, live, mapped, nvme, vfio_user
 from deploy.bench.measure import Row
-from deploy.console import StepProgress, output
+from deploy.bench.report import show
+from deploy.console import StepProgress
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "64B": lambda: dma.small(64),
     "4K": lambda: dma.small(4096),
     "scattered": dma.scattered,
     "batch": dma.batches,
+    "mapped": mapped.rows,
+    "vfio-user": vfio_user.rows,
+    "nvme": nvme.rows,
     "live": live.rows,
     "huge": huge.rows,
 }
-
-
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def _aim(row: Row) -> str:
-    if row.aim is None:
-        return ""
-    return f"{'≥' if row.at_least else '≤'} {row.aim:g}"
-
-
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="ratios are judged, absolute times are those of this machine in this run")
-    for heading in ("what", "time", "limit", "limit's time", "ratio", "aim", "met", "p99", "note"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        limit = "" if row.limit_seconds is None else _time(row.limit_seconds)
-        met = {True: "yes", False: "NO", None: ""}[row.met]
-        p99 = f"{row.extra['p99_us']:g} us" if "p99_us" in row.extra else ""
-        table.add_row(row.name, _time(row.seconds), row.limit, limit, ratio, _aim(row), met, p99, row.note)
-    return table
-
-
-def _json(row: Row) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "name": row.name,
-        "seconds": row.seconds,
-        "limit": row.limit,
-        "limit_seconds": row.limit_seconds,
-        "ratio": row.ratio,
-        "aim": row.aim,
-        "aim_is": "at least" if row.at_least else "at most",
-        "met": row.met,
-        "note": row.note,
-    }
-    return value | row.extra
 
 
 @click.command()
 @click.option("--only", type=click.Choice(list(PARTS)), multiple=True, help="Measure this part alone (repeatable).")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON; times in seconds.")
 def command(only: tuple[str, ...], as_json: bool) -> None:
-    """Measure DMA, translation, hypercalls and revocation, as ratios to limits that the same run measures.
+    """Measure DMA, translation, hypercalls, revocation, vfio-user and NVMe, as ratios to limits that the same run
+    measures.
 
     Each figure and its limit are timed in turn; the ratio is the median of the rounds' ratios. Takes about a minute.
     """
@@ -82,18 +42,4 @@ def command(only: tuple[str, ...], as_json: bool) -> None:
             progress(part, number, len(chosen))
             rows += PARTS[part]()
         progress("done", len(chosen), len(chosen))
-    if as_json:
-        document = {
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "seconds": round(time.monotonic() - began, 1),
-            "rows": [_json(row) for row in rows],
-        }
-        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
-        return
-    output().print(_table(rows))
-    judged = [row for row in rows if row.met is not None]
-    missed = [row.name for row in judged if not row.met]
-    click.echo(
-        f"{len(judged) - len(missed)} of {len(judged)} aims met" + (f"; not: {', '.join(missed)}" if missed else "")
-    )
+    show(rows, time.monotonic() - began, as_json=as_json)
