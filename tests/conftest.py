@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machine: builds a machine that --kvm accelerates; such a test must bear it")
+    config.addinivalue_line(
+        "markers", "long: takes a minute; make test-kvm leaves it out, pytest --kvm -m machine does not"
+    )
     Switch.on = config.getoption("--kvm")
     if hasattr(config, "workerinput"):  # an xdist worker: the controller has set SESSION; the base is its own
         base = Path(os.environ[BASE]) / config.workerinput["workerid"]

@@ -11,9 +11,13 @@ import pytest
 from guestd.config import DeviceConfig, GuestConfig, MachineConfig
 from guestd.guest import Guest
 from protocols.transport.loop import Loop
+from tests.acceleration import kvm
+from tests.guestd.accelerated_guest import HostedGuest
 from vfio_model.devices.e1000.device import E1000Device
 from vfio_model.errors import ConfigError
 from vfio_model.trace import ListTrace
+
+pytestmark = pytest.mark.machine
 
 FRAME = b"\xff" * 6 + bytes(60)
 Start = Callable[..., Guest]
@@ -28,8 +32,8 @@ def start(tmp_path: Path, loop: Loop) -> Iterator[Start]:
     guests: list[Guest] = []
 
     def make(*devices: DeviceConfig, **names: dict[str, str]) -> Guest:
-        config = GuestConfig(machine=MachineConfig(ram=1 << 24), devices=list(devices), **names)
-        guests.append(Guest(config, tmp_path, loop, ListTrace()))
+        config = GuestConfig(machine=MachineConfig(ram=1 << 24, kvm=kvm()), devices=list(devices), **names)
+        guests.append(HostedGuest(config, tmp_path, loop, ListTrace()))
         guests[-1].start()
         return guests[-1]
 

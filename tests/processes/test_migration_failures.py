@@ -15,7 +15,7 @@ from tests.processes.migration_rig import EDU, NIC, GuestProcess, Pair, Proxy, p
 from tests.processes.rig import until
 from vfio_model.devices.dma_burst import regs as burst
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.long]
 
 PAGE, MIB = 4096, 1 << 20
 GPA, IOVA = 0x100_0000, 0x10_0000

@@ -22,7 +22,7 @@ from tests.processes.test_migration_failures import (
     through,
 )
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.long]
 
 POINTS = 10
 """Of each seed."""

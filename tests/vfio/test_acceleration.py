@@ -21,8 +21,6 @@ from vfio_model.uapi.hvcall import HCall, HReturn
 from vfio_model.uapi.kvm import KvmIoctl
 from vfio_model.uapi.vfio import Ioctl
 
-pytestmark = pytest.mark.machine
-
 SUCCESS, PARAMETER, TOO_HARD = int(HReturn.H_SUCCESS), int(HReturn.H_PARAMETER), int(HReturn.H_TOO_HARD)
 PUT, STUFF, INDIRECT = HCall.H_PUT_TCE, HCall.H_STUFF_TCE, HCall.H_PUT_TCE_INDIRECT
 PAGE = 0x1000

@@ -161,7 +161,7 @@ def test_a_fill_of_2_to_the_31_entries_is_one_run_for_its_followers() -> None:
     assert [table.get(index) for index in used] == [3, 0, 0, 0, 0, 0, (entries - 1) << 12 | 3]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_fill_in_slices_is_a_fill(data: st.DataObject) -> None:
     machine = pseries(dma=DmaOptions(dma_win_size=64 << 12))
