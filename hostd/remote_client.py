@@ -152,7 +152,7 @@ class RemoteClient:
             self._cache.flush()
         if self._mapped is not None and self._mapped.mappings.invalidate(first, last):
             self._await_mappings(first, last)
-        size = self._memory.remove(request)
+        size = self._memory.remove(first, last)
         self._trace("remote_dma_unmap", iova=first, last=last, bytes=size)
 
     def look(self) -> None:

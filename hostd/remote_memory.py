@@ -50,12 +50,13 @@ class RemoteMemory:
         try:
             if request.flags & ~(READ | WRITE) or len(fds) > 1:
                 raise OSError(errno.EINVAL, f"flags {request.flags:#x}, {len(fds)} descriptors")
-            self.maps.check(request.address, request.size)
+            place = self.maps.check(request.address, request.size)
             file = self._file(fds[0], request.offset + request.size) if fds else None
         finally:
             close_fds(fds)
         view = None if file is None else file.view[request.offset : request.offset + request.size]
-        self.maps.add(IovaMap(request.address, request.size, request.flags, view, file, request.offset))
+        new = IovaMap(request.address, request.size, request.flags, view, file, request.offset)
+        self.maps.insert(place, new)
         if file is not None:
             file.users += 1
 
@@ -81,9 +82,12 @@ class RemoteMemory:
         self.maps.inside(request.address, last)
         return request.address, last
 
-    def remove(self, request: DmaUnmap) -> int:
-        """DMA_UNMAP; returns how many bytes were mapped there. :raise OSError: as :meth:`touched`."""
-        gone = self.maps.remove(*self.touched(request))
+    def remove(self, first: int, last: int) -> int:
+        """DMA_UNMAP of what :meth:`touched` said; returns how many bytes were mapped there.
+
+        :raise OSError: EINVAL when a map would be cut in two: it has come since.
+        """
+        gone = self.maps.remove(first, last)
         self._drop(gone)
         return sum(known.size for known in gone)
 

@@ -77,9 +77,9 @@ def test_an_unmap_takes_what_lies_inside_and_cuts_nothing() -> None:
             cut = any(at < start or at + size > start + pages for at, size in touched.items())
             if cut:
                 with pytest.raises(OSError):
-                    memory.remove(DmaUnmap(24, 0, start * PAGE, pages * PAGE))
+                    memory.remove(*memory.touched(DmaUnmap(24, 0, start * PAGE, pages * PAGE)))
             else:
-                gone = memory.remove(DmaUnmap(24, 0, start * PAGE, pages * PAGE))
+                gone = memory.remove(*memory.touched(DmaUnmap(24, 0, start * PAGE, pages * PAGE)))
                 assert gone == PAGE * sum(touched.values())
                 live = {at: size for at, size in live.items() if at not in touched}
         assert len(memory) == len(live)

@@ -12,7 +12,7 @@ Source: ``include/uapi/linux/vfio.h`` ("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_D
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
@@ -101,27 +101,30 @@ class IovaMaps(Generic[Memory]):
             return None
         return known.iova, known.writable
 
-    def check(self, iova: int, size: int) -> None:
-        """Whether ``size`` bytes from ``iova`` can be mapped.
+    def check(self, iova: int, size: int) -> int:
+        """Whether ``size`` bytes from ``iova`` can be mapped; the place at which :meth:`insert` puts them.
 
         :raise OSError: EINVAL for a range that is empty or wraps, EEXIST for an overlap, ENOSPC for too many.
         """
         last = iova + size - 1
         if size <= 0 or iova < 0 or last > U64_MAX:
             raise OSError(errno.EINVAL, f"{size:#x} bytes at {iova:#x} are no range of addresses")
-        at = bisect_right(self._starts, last) - 1
-        if at >= 0 and self._maps[at].last >= iova:
-            raise OSError(errno.EEXIST, f"{iova:#x}..{last:#x} overlaps the map {self._maps[at]!r}")
+        at = bisect_right(self._starts, last)
+        if at and self._maps[at - 1].last >= iova:
+            raise OSError(errno.EEXIST, f"{iova:#x}..{last:#x} overlaps the map {self._maps[at - 1]!r}")
         if len(self._maps) >= self.limit:
             raise OSError(errno.ENOSPC, f"{self.limit} maps are there already")
+        return at
+
+    def insert(self, place: int, new: IovaMap[Memory]) -> None:
+        """Add ``new`` at the ``place`` that :meth:`check` gave for it just now."""
+        self._starts.insert(place, new.iova)
+        self._maps.insert(place, new)
+        self._arrays = self._sources = None
 
     def add(self, new: IovaMap[Memory]) -> None:
         """Add ``new``. :raise OSError: as :meth:`check`."""
-        self.check(new.iova, new.size)
-        at = bisect_left(self._starts, new.iova)
-        self._starts.insert(at, new.iova)
-        self._maps.insert(at, new)
-        self._arrays = self._sources = None
+        self.insert(self.check(new.iova, new.size), new)
 
     def touching(self, start: int, last: int) -> list[IovaMap[Memory]]:
         """The maps that share a byte with ``start``..``last`` (inclusive)."""
@@ -133,17 +136,13 @@ class IovaMaps(Generic[Memory]):
 
         :raise OSError: EINVAL when one lies there in part only: it would be cut in two.
         """
-        found = self.touching(start, last)
-        for known in (*found[:1], *found[-1:]):
-            if known.iova < start or known.last > last:
-                raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {known!r} in two")
-        return found
+        return _whole(self.touching(start, last), start, last)
 
     def remove(self, start: int, last: int) -> list[IovaMap[Memory]]:
         """Remove the maps in ``start``..``last`` (inclusive) and return them. :raise OSError: as :meth:`inside`."""
-        found = self.inside(start, last)
+        low, high = self._span(start, last)
+        found = _whole(self._maps[low:high], start, last)
         if found:
-            low, high = self._span(start, last)
             del self._starts[low:high], self._maps[low:high]
             self._arrays = self._sources = None
             self._forget(found)
@@ -209,6 +208,14 @@ class IovaMaps(Generic[Memory]):
     def at(self, place: int) -> IovaMap[Memory]:
         """The map at ``place`` in the order of addresses."""
         return self._maps[place]
+
+
+def _whole(found: list[IovaMap[Memory]], start: int, last: int) -> list[IovaMap[Memory]]:
+    """``found``, of which only the first and the last can leave the range."""
+    for known in (*found[:1], *found[-1:]):
+        if known.iova < start or known.last > last:
+            raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {known!r} in two")
+    return found
 
 
 def _direct(known: IovaMap[Any]) -> int:
