@@ -129,7 +129,7 @@ class DeviceSession:
                     self._reply(event)
                     continue
                 self._command(event)
-                wait = time.monotonic_ns() < self._attend_until
+                wait = time.monotonic_ns() < self._attend_until and not self.endpoint.congested
                 if not event.no_reply and not wait:
                     return
         except (PeerLost, RemoteProtocolError) as error:
@@ -226,7 +226,7 @@ class DeviceSession:
         else:
             with contextlib.suppress(OSError):
                 self._regions.write(region, offset, body[wire.RegionAccess.SIZE :])
-        return not self.closed and time.monotonic_ns() < self._attend_until
+        return not self.closed and time.monotonic_ns() < self._attend_until and not self.endpoint.congested
 
     def _reply(self, event: ReplyReceived) -> None:
         close_fds(event.fds)

@@ -46,7 +46,8 @@ Callback = Callable[[], None]
 
 class Source(Protocol):
     """What can be registered. Also understood: ``zmq_socket`` (which is polled instead of the descriptor), and
-    ``wants_write`` with ``flush()``.
+    ``wants_write`` with ``flush()``; while something waits there and ``congested`` holds, it is not read at top level
+    (waits go on reading: what they wait for may be there).
     """
 
     def fileno(self) -> int: ...
@@ -92,13 +93,13 @@ def _nothing() -> None:
 
 
 class _Entry:
-    __slots__ = ("armed", "callback", "fd", "served", "source", "writer", "zmq")
+    __slots__ = ("armed", "callback", "fd", "held", "served", "source", "writer", "zmq")
 
     def __init__(self, source: Source, callback: Callback, served: bool) -> None:
         self.source, self.callback, self.served, self.fd = source, callback, served, source.fileno()
         self.zmq: zmq.Socket[bytes] | None = getattr(source, "zmq_socket", None)
         self.writer = cast(_Writer, source) if hasattr(source, "wants_write") else None
-        self.armed = False
+        self.armed = self.held = False
 
 
 class _Timers:
@@ -276,13 +277,20 @@ class Loop:
 
     def _arm_writers(self) -> None:
         for entry in self._writers:
-            if entry.writer is not None and entry.writer.wants_write != entry.armed:
-                self._arm(entry, not entry.armed)
+            if entry.writer is None:
+                continue
+            on = entry.writer.wants_write
+            if on or entry.armed:
+                held = on and getattr(entry.writer, "congested", False)
+                if on != entry.armed or held != entry.held:
+                    self._arm(entry, on, held)
 
-    def _arm(self, entry: _Entry, on: bool) -> None:
-        entry.armed = on
+    def _arm(self, entry: _Entry, on: bool, held: bool) -> None:
+        before, entry.armed, entry.held = entry.armed, on, held
         out = select.EPOLLOUT if on else 0
-        self._all.modify(entry.fd, select.EPOLLIN | out)
+        self._all.modify(entry.fd, out if held else select.EPOLLIN | out)
+        if on == before:
+            return
         if entry.served:
             self._served.modify(entry.fd, select.EPOLLIN | out)
         elif on:

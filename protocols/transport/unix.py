@@ -31,6 +31,8 @@ MAX_PACKET = 256 << 10
 """Bytes of one SEQPACKET message."""
 MAX_OUTBOX = 1024
 """Messages that wait for a peer which does not read; one more and it is cut off."""
+CONGESTED_MESSAGES, CONGESTED_BYTES = MAX_OUTBOX // 2, 8 << 20
+"""What waits for a peer whose further requests had better wait, too."""
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5: the peer's pidfd without a race."""
 
@@ -130,6 +132,11 @@ class _Connection:
     def unsent(self) -> int:
         """Bytes that wait for :meth:`flush`."""
         return sum(len(data) for data, _ in self._outbox)
+
+    @property
+    def congested(self) -> bool:
+        """Whether so much waits for the peer that nothing should be done that makes it more."""
+        return len(self._outbox) >= CONGESTED_MESSAGES or (bool(self._outbox) and self.unsent >= CONGESTED_BYTES)
 
     def peer(self) -> Peer:
         """Credentials of the other end at the time it connected."""

@@ -56,6 +56,13 @@ class VfioUserEndpoint:
         """Whether bytes wait for the socket to become writable."""
         return self.stream.wants_write
 
+    @property
+    def congested(self) -> bool:
+        """Whether a server leaves further commands in the socket: their client does not take the answers that there
+        are. A client that sends many at once is slowed down, not cut off.
+        """
+        return self.stream.congested and self.state.role is _SERVER
+
     def fileno(self) -> int:
         """For a poller."""
         return self.stream.fileno()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -67,3 +68,22 @@ def test_it_sets_a_device_up(foreign: Foreign) -> None:
             assert foreign.request(DMA_UNMAP, request, (heap.fd,)) == request
     access = struct.pack("=QII", 0, 7, 4)
     assert foreign.request(REGION_READ, access) == access + struct.pack("=HH", 0x1B36, 0x00FE)
+
+
+def test_many_requests_at_once_wait_until_their_answers_are_taken(foreign: Foreign) -> None:
+    """A client may send one request after the other, and read answers when it has time."""
+    foreign.request(VERSION, struct.pack("=HH", 0, 0))
+    access = struct.pack("=QII", 0, 7, 4)
+    request = HEADER.pack(0, REGION_READ, HEADER.size + len(access), 0, 0) + access
+    data = access + struct.pack("=HH", 0x1B36, 0x00FE)
+    answer = HEADER.pack(0, REGION_READ, HEADER.size + len(data), 1, 0) + data
+    sent, room = 0, select.poll()
+    room.register(foreign.socket, select.POLLOUT)
+    while room.poll(300) and sent < 20000:
+        foreign.socket.sendall(request)
+        sent += 1
+    assert 500 < sent < 20000
+    foreign.socket.settimeout(10)
+    for _ in range(sent):
+        assert foreign.socket.recv(len(answer), socket.MSG_WAITALL) == answer
+    assert foreign.request(REGION_READ, access) == answer[HEADER.size :]
