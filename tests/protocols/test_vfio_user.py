@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from protocols.transport import unix
-from protocols.transport.vfio_user import VfioUserEndpoint
+from protocols.transport.vfio_user import VfioUserEndpoint, server_capabilities
 from protocols.vfio_user.messages import (
     COMMANDS,
     Capabilities,
@@ -26,15 +27,18 @@ from protocols.vfio_user.messages import (
     Extensions,
     Header,
     HeaderFlags,
+    MigData,
     MigrationCapability,
     Payload,
     RegionAccess,
     RegionInfo,
+    RegionWriteMulti,
     Role,
     SetIrqs,
     TranslateReply,
     TranslateRequest,
     TranslationEntry,
+    TwinSocket,
     Version,
 )
 from protocols.vfio_user.state import TRANSITIONS, CommandReceived, ReplyReceived, State, Step, VfioUserState
@@ -427,3 +431,84 @@ def test_endpoints_carry_descriptors_and_close_those_of_unknown_commands(
     assert isinstance(reply, ReplyReceived) and reply.command == Command.DMA_MAP
     with pytest.raises(RemoteProtocolError, match="not asked"):
         client.receive()
+
+
+# -- what VERSION settles --------------------------------------------------------------------------------------------
+
+
+def said_in(frame: bytes) -> dict[str, object]:
+    """The capabilities in a VERSION."""
+    said: dict[str, object] = json.loads(frame[20:].rstrip(b"\0"))["capabilities"]
+    return said
+
+
+def proposal(text: bytes, minor: int = 0) -> tuple[VfioUserState, CommandReceived]:
+    server = VfioUserState(Role.SERVER, server_capabilities(Extensions(clock=True)))
+    body = struct.pack("=HH", 0, minor) + text
+    return server, command(server, Header(1, 1, 16 + len(body), 0, 0).pack() + body)
+
+
+def test_a_server_says_no_more_than_the_client_proposed() -> None:
+    server, event = proposal(b'{"capabilities":{"max_msg_fds":8,"max_dma_maps":10,"pgsizes":4096}}\0', minor=3)
+    reply = server.accept(event)
+    assert said_in(reply) == {"max_msg_fds": 16, "max_dma_maps": 10, "pgsizes": 4096}
+    assert struct.unpack_from("=HH", reply, 16) == (0, 0), "a minor version that both have"
+    server, event = proposal(QEMU)
+    assert said_in(server.accept(event)) == {
+        "max_msg_fds": 16,
+        "max_data_xfer_size": 1 << 20,
+        "max_dma_maps": 65535,
+        "pgsizes": 4096,
+        "write_multiple": True,
+        "migration": {"pgsize": 4096, "max_bitmap_size": 256 << 20},
+    }
+    assert server.write_multiple and not server.twin
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_second_socket_is_for_two_who_want_it(both: bool) -> None:
+    wishes = Capabilities(max_msg_fds=16, twin_socket=TwinSocket(both))
+    client, server = negotiated(client=wishes, server=server_capabilities(Extensions()))
+    assert client.twin is server.twin is both
+    if not both:
+        return
+    _, asked = server.command(Command.DMA_READ, DmaAccess(0, 8))
+    with pytest.raises(RemoteProtocolError, match="wrong one"):
+        client.receive(asked[:16], asked[16:], [], twin=False)
+    event = client.receive(asked[:16], asked[16:], [], twin=True)
+    assert isinstance(event, CommandReceived) and event.twin
+    answer = client.reply(event, DmaAccess(0, 8, bytes(8)))
+    with pytest.raises(RemoteProtocolError, match="wrong one"):
+        server.receive(answer[:16], answer[16:], [], twin=False)
+    server.receive(answer[:16], answer[16:], [], twin=True)
+
+
+def test_a_second_socket_that_nobody_asked_for_is_refused() -> None:
+    client = VfioUserState(Role.CLIENT, OURS)
+    client.version()
+    body = struct.pack("=HH", 0, 0) + b'{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}\0'
+    with pytest.raises(RemoteProtocolError, match="second socket"):
+        feed(client, Header(0, 1, 16 + len(body), 1, 0).pack() + body, [3])
+
+
+def test_state_data_that_is_padded_to_what_was_asked_for_is_cut() -> None:
+    client, _ = negotiated()
+    number, _ = client.command(Command.MIG_DATA_READ, MigData(size=64))
+    body = struct.pack("=II", 12, 4) + b"data" + bytes(60)
+    event = feed(client, Header(number, Command.MIG_DATA_READ, 16 + len(body), 1, 0).pack() + body)
+    assert isinstance(event, ReplyReceived) and event.payload == MigData(12, 4, b"data")
+
+
+def test_many_writes_need_to_be_negotiated() -> None:
+    writes = RegionWriteMulti.of([RegionAccess(8, 2, 4, b"four"), RegionAccess(0, 0, 8, b"eighteen")])
+    assert RegionWriteMulti.unpack(writes.pack()).writes() == [
+        RegionAccess(8, 2, 4, b"four"),
+        RegionAccess(0, 0, 8, b"eighteen"),
+    ]
+    client, server = negotiated()
+    with pytest.raises(LocalProtocolError):
+        client.command(Command.REGION_WRITE_MULTI, writes)
+    body = writes.pack()
+    assert command(server, Header(1, 15, 16 + len(body), 0, 0).pack() + body).payload is None
+    with pytest.raises(LocalProtocolError):
+        RegionWriteMulti.of([RegionAccess(0, 0, 9, bytes(9))])
