@@ -44,6 +44,8 @@ fuzz: $(STAMP)  ## fuzz the vfio-user code, FUZZ_SECONDS for each target
 
 bench: $(STAMP)  ## measure, as ratios to limits taken in the same run
 	@$(BIN)/vfio-model bench
+	@tools/get-qemu --guest-x86 .qemu
+	@$(BIN)/python -m tests.interop.bench
 
 # Stock QEMU and a Linux guest by Debian's packages, in .qemu/; VFIO_MODEL_QEMU names another qemu-system-ppc64.
 interop: $(STAMP)  ## compare with stock QEMU, plug our devices into it and into its Linux (fetches them)

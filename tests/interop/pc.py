@@ -54,6 +54,11 @@ class PcQemu:
             self._end()
             raise AssertionError(f"QEMU did not start: {said}") from error
 
+    @property
+    def pid(self) -> int:
+        """QEMU's."""
+        return self._child.pid
+
     def _alive(self) -> bool:
         return self._child.poll() is None
 

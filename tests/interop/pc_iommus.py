@@ -86,9 +86,14 @@ class Vtd:
         """See :class:`Iommu`."""
         self._pc.store(self.base + 0x20, 8, self._root)
         self._command(30)
-        self._pc.store(self.base + 0x28, 8, 1 << 63 | 1 << 61)
+        self.invalidate_contexts()
         self._invalidate(1 << 63 | 1 << 60)
         self._command(31)
+
+    def invalidate_contexts(self) -> None:
+        """All of them: what is mapped is looked up anew."""
+        self._pc.store(self.base + 0x28, 8, 1 << 63 | 1 << 61)
+        self._pc.wait("context invalidation", lambda: not self._pc.load(self.base + 0x28, 8) >> 63)
 
     def _invalidate(self, command: int) -> None:
         self._pc.store(self.base + 0xF8, 8, command)
