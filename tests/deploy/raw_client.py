@@ -142,6 +142,11 @@ class RawClient:
         return answer[8:]
 
     @property
+    def migration(self) -> int:
+        """What VFIO_DEVICE_FEATURE_MIGRATION says: 1 STOP_COPY, 2 P2P, 4 PRE_COPY."""
+        return int.from_bytes(self.feature(GET | FEATURE_MIGRATION, bytes(8)), "little")
+
+    @property
     def state(self) -> int:
         """The migration state."""
         return int(struct.unpack("=Ii", self.feature(GET | FEATURE_STATE, bytes(8)))[0])

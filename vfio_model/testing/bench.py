@@ -13,13 +13,17 @@ Nothing here has a process, a socket or real time: a test takes microseconds and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
 from vfio_model.clock import VirtualClock
 from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.dma import DMAImpl, Iovas, OnInvalidate
 from vfio_model.memory.dma_log import DmaLog, LoggedDma
+from vfio_model.memory.mapping import DMAMapping
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
+from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, WriteBuffer
 from vfio_model.pci.config_space import COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from vfio_model.pci.device import PCIDevice
 from vfio_model.pci.msix import CONTROL_ENABLE as MSIX_ENABLE
@@ -52,6 +56,35 @@ class Host:
         self.signals.append(f"msi {vector}")
 
 
+class _Interrupted:
+    """``impl``, with a call before each access (a :class:`~vfio_model.memory.dma.DMAImpl`)."""
+
+    def __init__(self, impl: DMAImpl, before: Callable[[], None]) -> None:
+        self._impl, self._before = impl, before
+
+    def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
+        self._before()
+        return self._impl.read(iova, out)
+
+    def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
+        self._before()
+        return self._impl.write(iova, data)
+
+    def read_many(self, iovas: Iovas, size: int, out: WriteBuffer) -> MemTxResult:
+        self._before()
+        return self._impl.read_many(iovas, size, out)
+
+    def write_many(self, iovas: Iovas, size: int, data: ReadBuffer) -> MemTxResult:
+        self._before()
+        return self._impl.write_many(iovas, size, data)
+
+    def map(
+        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None = None
+    ) -> DMAMapping | None:
+        self._before()
+        return self._impl.map(iova, length, direction, on_invalidate)
+
+
 class Bench(Generic[D]):
     """A ``device_class`` with ``props``, realized, decoding and a bus master. ``HOST`` is what surrounds it.
 
@@ -69,6 +102,7 @@ class Bench(Generic[D]):
         self.space = AddressSpace("system", root)
         self._class, self._props = device_class, props
         self._log: DmaLog | None = None
+        self._impl: DMAImpl = self.space
         self.device = device_class(self.host, **props)
         self.device.attach_dma(self.space)
         self.device.system.bind(self.space)
@@ -126,6 +160,17 @@ class Bench(Generic[D]):
         for vector in range(msix.spec.vectors):
             self.write(msix.spec.table_offset + vector * ENTRY_SIZE + VECTOR_CONTROL, 0, 4, msix.spec.bar)
 
+    def during_dma(self, happens: Callable[[], None]) -> None:
+        """``happens()`` inside the next DMA, before it moves a byte: what a client may ask while the device waits for
+        memory or a translation that it has to ask for.
+        """
+
+        def once() -> None:
+            self.device.attach_dma(self._impl)
+            happens()
+
+        self.device.attach_dma(_Interrupted(self._impl, once))
+
     # -- migration ---------------------------------------------------------------------------------------------------
 
     def migrate(self) -> Self:
@@ -148,7 +193,8 @@ class Bench(Generic[D]):
     def log_writes(self) -> None:
         """From now on :meth:`written` knows what the device writes."""
         self._log = DmaLog(_PAGE, [Range(0, U64_MAX)])
-        self.device.attach_dma(LoggedDma(self.space, self._log))
+        self._impl = LoggedDma(self.space, self._log)
+        self.device.attach_dma(self._impl)
 
     def written(self) -> list[int]:
         """Addresses of the pages (4096 bytes) of RAM that the device wrote since it was last asked."""
