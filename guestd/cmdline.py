@@ -15,7 +15,7 @@ QEMU's:
     ``+`` between them).
 ``-device vfio-pci,group=N``
     the IOMMU group, which QEMU finds in sysfs.
-``-device vfio-user-pci,socket=PATH,dma=shared|message``
+``-device vfio-user-pci,socket=PATH,dma=shared|mapped|message,reconnect-ms=MS``
     a remote device; it gets guest RAM mapped when the machine's memory backend is shared.
 ``-device NAME,drive=…,netdev=…``
     besides names of ``-drive``, ``-blockdev``, ``-netdev`` what ``vfio_model.backends.opening`` knows: ``mem:64M``.

@@ -147,8 +147,11 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     dirty_tracking: bool = True
     """Whether an assigned device is asked which pages it wrote while the machine migrates, if it knows; else its
     container is asked, if that knows, and else everything that it may write counts as written."""
-    dma: Literal["shared", "message"] = "shared"
-    """Whether a remote device gets guest RAM mapped, or sends a message for every access."""
+    dma: Literal["shared", "mapped", "message"] = "shared"
+    """How a remote device reaches guest RAM. ``shared``: one that can ask for translations has all of it mapped, any
+    other as ``mapped``: what the IOMMU lets it reach. ``message``: it sends a message for every access."""
+    reconnect_ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 5000
+    """The longest pause between attempts to reach a remote device that was lost; 0: it stays lost."""
 
     @property
     def group_path(self) -> str:

@@ -198,9 +198,21 @@ def _assigned(own: dict[str, object]) -> dict[str, object]:
 
 def _remote(own: dict[str, object]) -> dict[str, object]:
     for name in own:
-        if name not in ("socket", "dma"):
+        if name not in ("socket", "dma", "reconnect-ms"):
             raise ConfigError(f"Property '{REMOTE}.{name}' not found")
-    socket = own.get("socket", "")
-    if isinstance(socket, dict):
-        socket = socket.get("path", "")
-    return {"attach": "remote", "socket": socket, **({"dma": own["dma"]} if "dma" in own else {})}
+    fields: dict[str, object] = {"attach": "remote", "socket": _socket_path(own.get("socket", ""))}
+    if "dma" in own:
+        fields["dma"] = own["dma"]
+    if "reconnect-ms" in own:
+        fields["reconnect_ms"] = _value("reconnect-ms", int, own["reconnect-ms"], text=True)
+    return fields
+
+
+def _socket_path(socket: object) -> object:
+    """Of a path, or of QEMU's ``SocketAddress``."""
+    if not isinstance(socket, dict):
+        return socket
+    kind = socket.get("type")
+    if kind != "unix" or not isinstance(socket.get("path"), str):
+        raise ConfigError(f"Property '{REMOTE}.socket': a UNIX socket with a path is needed, not '{kind}'")
+    return socket["path"]

@@ -53,15 +53,20 @@ class DeviceStates:
         """They are stopped by loading their states: :meth:`run` has something to do."""
         self._stopped = True
 
+    def joined(self, device: VFIOPCIDevice) -> None:
+        """``device`` came back, running: it rests when the others do."""
+        if self._stopped:
+            self._try(_STOPPING, [device])
+
     def run(self) -> None:
         """Undo the above; a device that is gone stays so. Harmless when they run."""
         if self._stopped:
             self._stopped = False
             self._try(_STARTING)
 
-    def _try(self, states: tuple[DeviceState, ...]) -> None:
+    def _try(self, states: tuple[DeviceState, ...], devices: list[VFIOPCIDevice] | None = None) -> None:
         for state in states:
-            for device in self._devices():
+            for device in self._devices() if devices is None else devices:
                 try:
                     set_state(migrating(device), state)
                 except (OSError, PeerLost, VMStateError) as error:

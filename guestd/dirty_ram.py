@@ -5,7 +5,8 @@ who writes                           how it is known
 ==================================== =============================================================
 this process (CPUs, its devices,     :mod:`vfio_model.memory.dirty_log`
 DMA that comes by message)
-a remote device with RAM mapped      it has to give the map back meanwhile, and writes by message
+a remote device that translates      it has to give the map of RAM back meanwhile, and writes by message
+a remote device that gets maps       its own log if it keeps one, else all that is mapped
 an assigned device                   :mod:`vfio_model.vfio.dirty`, one for each container
 ==================================== =============================================================
 
@@ -35,7 +36,7 @@ class DirtyRam:
         self._guest, self._trace = guest, trace
         self._maps: dict[RAMBlock, DirtyMap] = {}
         self._syncs: list[DirtySync] = []
-        self._losses = 0
+        self._losses = self._remote_losses = 0
         self.syncs = 0
         """How often devices have been asked."""
 
@@ -51,7 +52,7 @@ class DirtyRam:
         :raise OSError, PeerLost: somebody cannot track; nobody does then.
         """
         self._maps = dirty_log.start(self._regions)
-        self._losses = self._guest.host.losses
+        self._losses, self._remote_losses = self._guest.host.losses, self._guest.remote.losses
         try:
             self._guest.remote.share_ram(share=False)
             for sync in self._make_syncs():
@@ -70,6 +71,12 @@ class DirtyRam:
                 source = choose_source(container.backend, self._behind(frozenset(container.groups)))
                 self._trace("migration_dirty_source", space=space.name, source=type(source).__name__)
                 yield DirtySync(source, container.backend, space, system, self._mark)
+        for link in self._guest.remote.links.values():
+            if link.space is not None and not link.space.lost:
+                backend, space = link.space.backend, link.phb.address_space
+                source = choose_source(backend, [link.connection])
+                self._trace("migration_dirty_source", space=link.config.id, source=type(source).__name__)
+                yield DirtySync(source, backend, space, system, self._mark)
 
     def _behind(self, groups: frozenset[str]) -> list[FeatureDevice | None]:
         found: list[FeatureDevice | None] = []
@@ -90,6 +97,8 @@ class DirtyRam:
             sync.sync()
         if self._guest.host.losses != self._losses or self._guest.host.lost:
             raise VMStateError("the host was lost: nobody knows what its devices wrote")
+        if self._guest.remote.losses != self._remote_losses:
+            raise VMStateError("a remote device was lost: nobody knows what it wrote")
 
     @property
     def dirty_bytes(self) -> int:

@@ -21,7 +21,7 @@ from guestd.backends import Backends, EmulatedHost, check_names, with_address
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig, GuestConfig
 from guestd.device_states import DeviceStates
-from guestd.host_link import GuestSide, HostLink, HostOptions, watch_losses
+from guestd.host_link import GuestSide, HostLink, HostOptions
 from guestd.remote_devices import GuestParts, RemoteDevices
 from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory
@@ -87,7 +87,7 @@ class Guest:
             loop, lambda: self.clock.frozen, drives=config.drives, netdevs=config.netdevs, uplinks=config.uplinks
         )
         self.remote = RemoteDevices(
-            GuestParts(name, directory, config.notifier, self.ram, self.machine.system, self.clock),
+            GuestParts(name, directory, config.notifier, self.ram, self.machine.system, self.clock, self._remote_back),
             loop,
             trace,
         )
@@ -182,6 +182,7 @@ class Guest:
         config, _ = self.devices.pop(name)
         self.phb_of(config).bus.detach(PCIAddress.parse(config.addr).devfn)
         self.host.forget(name)
+        self.remote.forget(name)
         self._trace("device_del", id=name)
 
     def _emulated(self, config: DeviceConfig, devfn: int) -> PCIDevice:
@@ -212,9 +213,16 @@ class Guest:
         device: VFIOPCIDevice | None = None
         phb = self.phb_of(config)
         connection = self.remote.open(config, phb, lambda: device is not None and device.bus_master)
-        device = self._plug(config, devfn, connection)
-        watch_losses(device)
+        try:
+            device = self._plug(config, devfn, connection)
+        except (OSError, PeerLost, ConfigError):
+            self.remote.forget(config.id)
+            raise
+        self.remote.follow(config.id, device)
         return device
+
+    def _remote_back(self, device: VFIOPCIDevice) -> None:
+        self.states.joined(device)
 
     def _when_idle(self, callback: object) -> None:
         """It rests while time stands."""

@@ -162,7 +162,7 @@ class VfioUserDevice:
         self.name, self.process, self._lives_for_us = name, process, lives_for_us
         self.on_lost: Callable[[PeerLost], None] = lambda _error: None
         self.lost: PeerLost | None = None
-        self._endpoint, self._loop, self._seconds, self._trace = endpoint, loop, seconds, trace
+        self._endpoint, self._loop, self.seconds, self._trace = endpoint, loop, seconds, trace
         self._services: DeviceServices = services or NoServices()
         self._replies: dict[int, ReplyReceived] = {}
         self._waiting: set[int] = set()
@@ -355,7 +355,7 @@ class VfioUserDevice:
         """
         if _serving.get():
             raise self._lose("waiting: its memory changes while a device is served")
-        until = time.monotonic() + (self._seconds + len(changes) * DMA_CHANGE_SECONDS) * deadline_scale()
+        until = time.monotonic() + (self.seconds + len(changes) * DMA_CHANGE_SECONDS) * deadline_scale()
         errors: list[int] = []
         for start in range(0, len(changes), DMA_PIPELINE):
             some = [_dma_message(change) for change in changes[start : start + DMA_PIPELINE]]
@@ -431,7 +431,7 @@ class VfioUserDevice:
         try:
             self._loop.serve_until(
                 lambda: number in replies or self.lost is not None,
-                self._seconds if seconds is None else seconds,
+                self.seconds if seconds is None else seconds,
                 self.name,
                 wire.command_name(command),
             )

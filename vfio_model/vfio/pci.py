@@ -197,6 +197,13 @@ class VFIOPCIDevice(PCIDevice):
             self.host.trace("vfio_device_lost", name=self.name, reason=str(error))
             self.lower_irq()
 
+    def difference(self, connection: DeviceConnection) -> str:
+        """What tells the device behind ``connection`` from this one; empty when :meth:`reconnect` may be asked for.
+
+        :raise OSError: as :class:`DeviceFacts`. :raise PeerLost: it is gone.
+        """
+        return self._facts.difference(DeviceFacts(connection))
+
     def reconnect(self, connection: DeviceConnection) -> None:
         """Go on with ``connection``, a device of the same kind that was just opened (and therefore reset).
 

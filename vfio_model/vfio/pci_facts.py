@@ -8,13 +8,29 @@ from typing import Final, Protocol, runtime_checkable
 
 from vfio_model.errors import ConfigError
 from vfio_model.pci.bar import BARS, BarSpec, BarType
-from vfio_model.pci.config_space import CAPABILITY_POINTER, CONFIG_SIZE, FIRST_CAPABILITY, STATUS, STATUS_CAP_LIST
+from vfio_model.pci.config_space import (
+    CAPABILITY_POINTER,
+    CLASS_DEVICE,
+    CONFIG_SIZE,
+    DEVICE_ID,
+    FIRST_CAPABILITY,
+    STATUS,
+    STATUS_CAP_LIST,
+    SUBSYSTEM_ID,
+    VENDOR_ID,
+)
 from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_LAYOUT, CONTROL_MULTIPLE_CAPABLE_SHIFT
 from vfio_model.pci.msix import BIR_MASK, CAP_ID_MSIX, CONTROL_SIZE_MASK, MsixSpec
 from vfio_model.uapi.vfio import PciRegion
 from vfio_model.vfio.region import DeviceConnection
 
 _CONFIG: Final = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
+_IDENTITY: Final = (
+    ("vendor", VENDOR_ID),
+    ("device", DEVICE_ID),
+    ("class", CLASS_DEVICE),
+    ("subsystem", SUBSYSTEM_ID),
+)
 _MAX_CAPABILITIES: Final = 48
 """More than fit into configuration space: where a list with a loop ends."""
 
@@ -40,6 +56,24 @@ class DeviceFacts:
         self.bars = tuple(self._bars(connection))
         self.capabilities = dict(self._capabilities())
         """The offset of the first of each kind, by its id."""
+
+    def difference(self, other: DeviceFacts) -> str:
+        """What of ``other`` a guest would take for another device; empty when nothing."""
+        for name, offset in _IDENTITY:
+            if self.word(offset) != other.word(offset):
+                return f"{name} {other.word(offset):#06x}, not {self.word(offset):#06x}"
+        for what, mine, its in (
+            ("BARs", self.bars, other.bars),
+            ("capabilities", self.capabilities, other.capabilities),
+            ("messages", self._messages, other._messages),
+        ):
+            if mine != its:
+                return f"{what} {its}, not {mine}"
+        return ""
+
+    @property
+    def _messages(self) -> tuple[object, ...]:
+        return self.msi_vectors, self.msi_layout if self.msi_vectors else None, self.msix
 
     def word(self, offset: int) -> int:
         """The 16-bit register at ``offset``."""

@@ -28,7 +28,6 @@ from typing import Final, NamedTuple, Protocol
 from vfio_model.errors import PeerLost
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
-from vfio_model.memory.iova_maps import IovaMap, IovaMaps
 from vfio_model.memory.listener import MemoryRegionSection
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.ranges import U64_MAX, Hva, Range
@@ -38,10 +37,10 @@ from vfio_model.vfio.container import DMA_MAX_MAPPINGS, MappingQueue
 from vfio_model.vfio.host_window import HostWindows, VFIOHostDMAWindow
 from vfio_model.vfio.ioctl import BatchError, ContainerFile
 from vfio_model.vfio.listener import VFIOListener
+from vfio_model.vfio.sent_maps import SentMap, SentMaps
 
 _MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
 _RW: Final = 3
-_NOWHERE: Final = -1
 
 
 class DmaChange(NamedTuple):
@@ -103,8 +102,8 @@ class VfioUserMaps:
     ) -> None:
         self._peer, self._blocks, self._limits, self._trace = peer, tuple(blocks), limits, trace
         self._by_message = by_message
-        self._maps: IovaMaps[int] = IovaMaps(1 << 64)
-        """Those with an IOVA each; their ``memory`` is the vaddr."""
+        self._maps = SentMaps()
+        """All but those of windows that go by message."""
         self._windows: list[_Window] = []
 
     def __len__(self) -> int:
@@ -168,7 +167,7 @@ class VfioUserMaps:
             return []
         last = iova + size - 1
         known = self._maps.touching(iova, last)
-        if [(each.iova, each.last, each.memory, each.perm) for each in known] == [(iova, last, vaddr, perm)]:
+        if known == [SentMap(iova, size, perm, vaddr)]:
             return []
         changes = self._clear(iova, last)
         while len(self) >= self._limits.max_dma_maps:
@@ -182,16 +181,16 @@ class VfioUserMaps:
         changes.append(self._add(iova, size, vaddr, perm))
         return changes
 
-    def _add(self, iova: int, size: int, vaddr: int, perm: int) -> DmaChange:
-        new = IovaMap(iova, size, perm, None, vaddr)
+    def _add(self, iova: int, size: int, vaddr: int | None, perm: int) -> DmaChange:
+        new = SentMap(iova, size, perm, vaddr)
         self._maps.add(new)
         return self._change(new)
 
-    def _change(self, known: IovaMap[int]) -> DmaChange:
+    def _change(self, known: SentMap) -> DmaChange:
         """The DMA_MAP of it."""
-        if not self._by_message and known.memory != _NOWHERE:
+        if not self._by_message and known.vaddr is not None:
             for block in self._blocks:
-                offset = block.offset_of(Hva(known.memory))
+                offset = block.offset_of(Hva(known.vaddr))
                 if offset is not None and offset + known.size <= block.size and block.fd >= 0:
                     offset += block.fd_offset
                     return DmaChange(True, known.iova, known.size, known.perm, block.fd, offset)
@@ -208,24 +207,21 @@ class VfioUserMaps:
 
     def _clear(self, first: int, last: int) -> list[DmaChange]:
         """Every map that shares a byte with the range goes; what of it lies outside comes back."""
-        gone = self._maps.touching(first, last)
-        if not gone:
-            return []
+        gone = self._maps.take(first, last)
         changes = [DmaChange(False, known.iova, known.size) for known in gone]
-        self._maps.remove(gone[0].iova, gone[-1].last)
         for known in gone[:1]:
             if known.iova < first:
-                changes.append(self._add(known.iova, first - known.iova, known.memory, known.perm))
+                changes.append(self._add(known.iova, first - known.iova, known.vaddr, known.perm))
         for known in gone[-1:]:
             if known.last > last:
-                vaddr = known.memory if known.memory == _NOWHERE else known.memory + last + 1 - known.iova
+                vaddr = None if known.vaddr is None else known.vaddr + last + 1 - known.iova
                 changes.append(self._add(last + 1, known.last - last, vaddr, known.perm))
         return changes
 
     def _fullest(self) -> _Window | None:
         """The window whose going by message makes the most room."""
         counts = [
-            (len(self._maps.touching(window.range.start, window.range.last)), number)
+            (self._maps.count(window.range.start, window.range.last), number)
             for number, window in enumerate(self._windows)
             if not window.by_message
         ]
@@ -263,12 +259,12 @@ class VfioUserMaps:
         ]
         for known in missing:
             self._tell(Range.sized(known.iova, known.size), f"{self._peer.name} refuses its map")
-            self._maps.remove(known.iova, known.last)
+            self._maps.take(known.iova, known.last)
         again: list[DmaChange] = []
         for known in missing:
             window = self._window(known.iova)
             if window is None:
-                again.append(self._add(known.iova, known.size, _NOWHERE, known.perm))
+                again.append(self._add(known.iova, known.size, None, known.perm))
             elif not window.by_message:
                 again += self._go_by_message(window)
         return again
