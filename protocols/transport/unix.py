@@ -17,6 +17,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import struct
 from collections import deque
 from dataclasses import dataclass, field
@@ -501,6 +502,9 @@ class _Listener:
 
 
 def _remove_stale(path: str, kind: socket.SocketKind) -> None:
+    for there in (path, f"{path}~"):
+        if os.path.exists(there) and not stat.S_ISSOCK(os.stat(there).st_mode):
+            raise ConfigError("something that is no socket is there", where=there, hint="nothing of yours is replaced")
     if not os.path.exists(path):
         return
     with socket.socket(socket.AF_UNIX, kind) as probe:

@@ -159,6 +159,18 @@ def test_a_live_path_is_not_stolen_and_a_dead_one_is_replaced(runtime: Path) -> 
     StreamListener(runtime / "x.sock").close()
 
 
+@pytest.mark.parametrize("name", ["disk.img", "disk.img~", "folder"])
+def test_what_is_no_socket_is_not_replaced_by_one(runtime: Path, name: str) -> None:
+    there = runtime / name
+    if name == "folder":
+        there.mkdir()
+    else:
+        there.write_text("precious")
+    with pytest.raises(ConfigError, match="no socket"):
+        StreamListener(runtime / name.removesuffix("~"))
+    assert there.is_dir() or there.read_text() == "precious"
+
+
 def test_a_path_that_is_too_long_says_so(runtime: Path) -> None:
     with pytest.raises(ConfigError, match="108 bytes, the kernel takes 107"):
         SeqpacketListener("/tmp/" + "x" * 103)
