@@ -335,7 +335,8 @@ class VfioUserDevice:
     def mig_data_read(self, size: int) -> bytes:
         """MIG_DATA_READ: at most ``size`` bytes; none at the end of the state."""
         size = min(size, self._endpoint.state.peer.max_data_xfer_size)
-        return self._call(Command.MIG_DATA_READ, wire.MigData(size=size), wire.MigData).data
+        request = wire.MigData(wire.MigData.SIZE + size, size)
+        return self._call(Command.MIG_DATA_READ, request, wire.MigData).data
 
     def mig_data_write(self, data: bytes) -> None:
         """MIG_DATA_WRITE, in as many messages as it takes."""
@@ -343,7 +344,7 @@ class VfioUserDevice:
         for at in range(0, len(data), limit):
             part = data[at : at + limit]
             request = wire.MigData(wire.MigData.SIZE + len(part), len(part), part)
-            self._call(Command.MIG_DATA_WRITE, request, wire.MigData)
+            self._call(Command.MIG_DATA_WRITE, request, wire.Empty)
 
     # -- DMA maps ------------------------------------------------------------------------------------------------
 

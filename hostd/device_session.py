@@ -365,7 +365,7 @@ class DeviceSession:
 
 def _migrate(
     migration: DeviceMigration, command: int, request: wire.DeviceFeature | wire.MigData
-) -> wire.DeviceFeature | wire.MigData:
+) -> wire.DeviceFeature | wire.MigData | wire.Empty:
     head = wire.DeviceFeature.SIZE
     if isinstance(request, wire.DeviceFeature):
         try:
@@ -375,6 +375,7 @@ def _migrate(
         return wire.DeviceFeature(head + len(data), request.flags, data)
     if command == Command.MIG_DATA_READ:
         data = migration.read(request.size)
-        return wire.MigData(wire.MigData.SIZE + len(data), len(data), data)
+        # padded, as libvfio-user's servers do and its client expects
+        return wire.MigData(wire.MigData.SIZE + len(data), len(data), data.ljust(request.size, b"\0"))
     migration.write(request.data)
-    return wire.MigData(wire.MigData.SIZE, request.size)
+    return wire.Empty()

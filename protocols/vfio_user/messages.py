@@ -474,7 +474,9 @@ class DeviceFeature(Payload, frozen=True):
 
 @layout("II", 8, tail=True)
 class MigData(Payload, frozen=True):
-    """MIG_DATA_READ, MIG_DATA_WRITE and their replies: ``size`` bytes, which are ``data`` as the direction demands."""
+    """MIG_DATA_READ, its reply, and MIG_DATA_WRITE: ``size`` bytes, which are ``data`` as the direction demands. A reply
+    may be padded to the size that was asked for.
+    """
 
     argsz: int = 8
     size: int = 0
@@ -573,7 +575,7 @@ COMMANDS: dict[int, CommandSpec] = {
     Command.REGION_WRITE_MULTI: CommandSpec(Role.CLIENT, RegionWriteMulti, RegionWriteMultiReply),
     Command.DEVICE_FEATURE: CommandSpec(Role.CLIENT, DeviceFeature, DeviceFeature),
     Command.MIG_DATA_READ: CommandSpec(Role.CLIENT, MigData, MigData),
-    Command.MIG_DATA_WRITE: CommandSpec(Role.CLIENT, MigData, MigData),
+    Command.MIG_DATA_WRITE: CommandSpec(Role.CLIENT, MigData, Empty),
     Command.X_TRANSLATE: CommandSpec(Role.SERVER, TranslateRequest, TranslateReply, extension="ats"),
     Command.X_CLOCK: CommandSpec(Role.CLIENT, ClockSetup, Empty, fds=4, extension="clock"),
     Command.X_NOTIFIER: CommandSpec(Role.CLIENT, NotifierSetup, Empty, extension="notifier"),

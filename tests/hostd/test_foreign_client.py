@@ -17,6 +17,9 @@ from protocols.transport.shm import create_memory
 from tests.hostd.probe_device import PAGE, ProbeDevice
 
 VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, REGION_READ = 1, 2, 3, 4, 5, 9
+DEVICE_FEATURE, MIG_DATA_READ, MIG_DATA_WRITE = 16, 17, 18
+SET_STATE = 2 | 1 << 17
+STOP, RUNNING, STOP_COPY, RESUMING = 1, 2, 3, 4
 HEADER = struct.Struct("=HHIII")
 FDS = 8
 
@@ -87,3 +90,24 @@ def test_many_requests_at_once_wait_until_their_answers_are_taken(foreign: Forei
     for _ in range(sent):
         assert foreign.socket.recv(len(answer), socket.MSG_WAITALL) == answer
     assert foreign.request(REGION_READ, access) == answer[HEADER.size :]
+
+
+def test_the_state_comes_padded_and_goes_unanswered(foreign: Foreign) -> None:
+    """As libvfio-user's servers answer: as many bytes as were asked for, and no payload for a write."""
+
+    def enter(*states: int) -> None:
+        for state in states:
+            request = struct.pack("=IIIi", 16, SET_STATE, state, -1)
+            assert foreign.request(DEVICE_FEATURE, request) == request
+
+    foreign.request(VERSION, struct.pack("=HH", 0, 0))
+    enter(STOP, STOP_COPY)
+    state, size, asked = b"", 1000, 1000
+    while size == asked:
+        answer = foreign.request(MIG_DATA_READ, struct.pack("=II", 8 + asked, asked))
+        argsz, size = struct.unpack_from("=II", answer)
+        assert argsz == 8 + size and len(answer) == 8 + asked and not any(answer[argsz:])
+        state += answer[8:argsz]
+    enter(STOP, RESUMING)
+    assert foreign.request(MIG_DATA_WRITE, struct.pack("=II", 8 + len(state), len(state)) + state) == b""
+    enter(STOP, RUNNING)
