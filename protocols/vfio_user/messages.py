@@ -474,8 +474,9 @@ class DeviceFeature(Payload, frozen=True):
 
 @layout("II", 8, tail=True)
 class MigData(Payload, frozen=True):
-    """MIG_DATA_READ, its reply, and MIG_DATA_WRITE: ``size`` bytes, which are ``data`` as the direction demands. A reply
-    may be padded to the size that was asked for.
+    """MIG_DATA_READ, its reply, and MIG_DATA_WRITE: ``size`` bytes, which are ``data`` as the direction demands.
+
+    A reply may be padded to the size that was asked for.
     """
 
     argsz: int = 8
