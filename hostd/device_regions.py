@@ -90,7 +90,7 @@ class DeviceRegions:
             value = self.device.bar_read(index, offset, count)
             if value is None:
                 raise OSError(errno.EIO, f"BAR {index}+{offset:#x}")
-            return value.to_bytes(count, "little")
+            return (value & (1 << count * 8) - 1).to_bytes(count, "little")
         if index == _CONFIG:
             pieces = _pieces(offset, count, 1, 4, CONFIG_SIZE)
             return b"".join(self.device.config_read(at, size).to_bytes(size, "little") for at, size in pieces)
@@ -102,7 +102,7 @@ class DeviceRegions:
             value = read(index, at, size)
             if value is None:
                 raise OSError(errno.EIO, f"BAR {index}+{at:#x}")
-            data += value.to_bytes(size, "little")
+            data += (value & (1 << size * 8) - 1).to_bytes(size, "little")
         return bytes(data)
 
     def write(self, index: int, offset: int, data: bytes) -> None:

@@ -13,9 +13,16 @@ import yaml
 
 from deploy import run, scenario, yaml_lines
 from deploy.quantity import dec_hook
+from tests.deploy.page import Page, Step
+from tests.deploy.raw_client import RawClient
+from vfio_model import device_api
+from vfio_model.memory.dma import DMASpace
+from vfio_model.pci.device import PCIDevice
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+OWNERS = (PCIDevice, DMASpace, device_api, device_api.Timer)
+"""Whose methods the page on devices names."""
 REFERENCE = (DOCS / "scenarios.md").read_text()
 STEPS = {
     field.encode_name: next(kind for kind in field.type.__args__ if kind is not msgspec.UnsetType)
@@ -84,12 +91,51 @@ def test_the_example_of_a_scenario_runs() -> None:
     assert verdict.passed, verdict.reason
 
 
-def test_the_device_of_ones_own_runs_as_written(tmp_path: Path) -> None:
-    program = tmp_path / "mine.py"
-    program.write_text(code("devices.md", "python"))
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    said = code("devices.md", "console").split("\n", 1)[1]
-    assert (done.stdout, done.returncode) == (said, 0), done.stderr
+def test_the_device_of_ones_own_runs_as_written(runtime_dir: Path) -> None:
+    """All but what needs QEMU (``make interop`` has that)."""
+    page = Page("devices.md", runtime_dir)
+    served = page.step("vfio-model serve")
+    with page.running(served) as said:
+        assert said == served.said
+        done = [served]
+        for step in page.steps():
+            if step.command.split()[:2] not in (["vfio-model", "serve"], ["python", "drive.py"]):
+                assert page.run(step) == step.said, step.command
+                done.append(step)
+    assert len(done) == len(page.steps()) - 1 == 5
+
+
+def test_it_is_sixty_lines_and_the_pages_programs_are_clean(runtime_dir: Path) -> None:
+    page = Page("devices.md", runtime_dir)
+    assert len(page.files()["mine.py"].splitlines()) <= 60
+    checker = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml")]
+    done = subprocess.run([*checker, *page.files()], cwd=runtime_dir, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_python_form_serves_the_same(runtime_dir: Path) -> None:
+    page = Page("devices.md", runtime_dir)
+    said = page.step("vfio-model serve").said.replace("mine.py:Mine", "Mine").replace("mine", "other")
+    with page.running(Step("python serve_mine.py", said)) as heard, RawClient(runtime_dir / "other.sock") as client:
+        assert heard == said
+        assert client.read(0, 0, 4) == 0x4D494E45
+        client.write(0, 0x10, 4, 1 << 20)
+        assert client.read(0, 0x10, 4) == 4096, "its limit"
+    assert len(page.files()["serve_mine.py"].split("\n\n")[-1].splitlines()) == 1
+
+
+def test_the_page_names_the_whole_device_api_and_nothing_else() -> None:
+    text = (DOCS / "devices.md").read_text()
+    section = text[text.index("## The API") : text.index("### What a class must never do")]
+    spans = set(re.findall(r"\b[A-Za-z_]\w*", " ".join(re.findall(r"`([^`]+)`", section))))
+    assert set(device_api.__all__) <= spans, "every name that authors import"
+    stated = {name for name in vars(PCIDevice) if name.isupper()}
+    rows = "".join(re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE))
+    named = set(re.findall(r"`([A-Z_]+)`", rows))
+    assert named == stated | {"VENDOR_ID", "DEVICE_ID"}
+    methods = set(re.findall(r"`(?:self\.)?(\w+)\(", section)) - {"function", "super"}
+    missing = {name for name in methods if not any(hasattr(owner, name) for owner in OWNERS)}
+    assert not missing, "what is called so exists"
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)
@@ -98,6 +144,6 @@ def test_every_path_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
     tops = {path.name for path in ROOT.iterdir()}
     named = {span for span in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if span.split("/")[0] in tops}
-    links = {document.parent / link for link in re.findall(r"\]\(([\w./-]+)", text)}
+    links = {document.parent / link for link in re.findall(r"\]\((?!https?:)([\w./-]+)", text)}
     missing = [path for path in (*links, *(ROOT / span for span in named)) if not path.exists()]
     assert not missing

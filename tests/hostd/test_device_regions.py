@@ -14,7 +14,9 @@ from protocols.transport.kernel import EventFd
 from protocols.vfio_user.messages import SetIrqs
 from vfio_model.devices.edu import regs
 from vfio_model.devices.edu.device import EduDevice
+from vfio_model.pci.bar import BarSpec
 from vfio_model.pci.config_space import CONFIG_SIZE
+from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import NULL_TRACE
 
 CONFIG, INTX, MSI = 7, 0, 1
@@ -65,6 +67,22 @@ def test_configuration_space_can_be_read_at_once_and_in_parts(regions: DeviceReg
 def test_accesses_outside_are_invalid(regions: DeviceRegions, region: int, offset: int, count: int) -> None:
     assert raised(regions.read, region, offset, count) == errno.EINVAL
     assert raised(regions.write, region, offset, bytes(count)) == errno.EINVAL
+
+
+@pytest.mark.parametrize(("value", "count"), [((1 << 64) - 1, 4), (-1, 4), (1 << 40, 8), (0x1FF, 1)])
+def test_what_a_device_says_is_cut_to_the_access(value: int, count: int) -> None:
+    class Wide(PCIDevice):
+        VENDOR_ID, DEVICE_ID = 0x1234, 1
+        BARS = (BarSpec(0, 4096), BarSpec(2, 8192, mmap=((4096, 4096),)))
+
+        def bar_read(self, bar: int, offset: int, size: int) -> int | None:
+            return value
+
+    around = ProcessSurroundings(NULL_TRACE)
+    regions = DeviceRegions(Wide(around), around)
+    said = (value & (1 << 64) - 1).to_bytes(8, "little")[:count]
+    assert (regions.read(0, 0, count), regions.read(2, 0, count)) == (said, said)
+    around.close()
 
 
 def test_interrupts_go_where_they_were_pointed_and_outlive_a_reset(regions: DeviceRegions) -> None:

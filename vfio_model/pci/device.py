@@ -265,7 +265,7 @@ class PCIDevice:
         """Called once, after the last access: stop timers and idle work."""
 
     def bar_read(self, bar: int, offset: int, size: int) -> int | None:
-        """The value of ``size`` bytes at ``offset`` of BAR ``bar``; None is a device error."""
+        """The value of ``size`` bytes at ``offset`` of BAR ``bar``, which is cut to them; None is a device error."""
         return (1 << size * 8) - 1
 
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> MemTxResult:
