@@ -191,7 +191,8 @@ def test_without_multi_tce_the_calls_for_many_are_missing() -> None:
         ("{phbs: [{index: 1, id: a}, {index: 2, id: a}]}", "the same bus"),
         ("{phbs: [{index: 31}]}", "index"),
         ("{quirks: [none-such]}", "no quirk 'none-such'"),
-        ("{dma_win_size: 6K}", "multiples of 4096"),
+        ("{dma_win_addr: 6K}", "multiples of 4096"),
+        ("{dma_win_size: 2K}", "not less"),
         ("{dma_win_addr: 0xfffffffffffff000, dma_win_size: 8K}", "within 64 bits"),
     ],
 )

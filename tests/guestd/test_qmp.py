@@ -120,7 +120,7 @@ def test_a_command_that_waits_serves_what_is_served(
         order.append("ends")
 
     machine.loop.register(served, serve, served=True)
-    monkeypatch.setattr(machine.guest, "add_device", slow)
+    monkeypatch.setattr(machine.operations, "add_device", slow)
     machine.operations.subscribers.append(lambda name, _data, _ns: order.append(name))
     one.connection.send(b'{"execute":"device_add","arguments":{"driver":"edu"}}')
     assert one.read() == {"return": {}}

@@ -35,6 +35,7 @@ from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from tests import acceleration
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, RtasConfig, assign_bars, probe, set_command
+from vfio_model.host.kvm_table import locked_pages
 from vfio_model.iommu.spapr import regs
 from vfio_model.memory.lane import LANES_SIZE, lanes_snapshot
 from vfio_model.pci.address import PCIAddress
@@ -172,6 +173,13 @@ class Live:
         self.bars[name] = bar = self._window.to_cpu(function.bars[0].address)
         burst = self._configs[name]["model"] == "dma-burst"
         self.drivers[name] = DmaBurstDriver(self.cpu, bar) if burst else EduDma(self.cpu, bar)
+
+    def locked_unassigned(self) -> int:
+        """The pages that are locked while the guest has no assigned device: those of its tables in the kernel, where it
+        has any (windows of less than 4 GiB)."""
+        windows = self.status("guestd")["windows"] if self.kvm else []
+        tables = [each["entries"] for each in windows if each["entries"] << each["page_shift"] < 1 << 32]
+        return self.before_guest + sum(locked_pages(entries, 1 << 16) for entries in tables)
 
     def unplug(self, name: str) -> None:
         """``device_del``."""

@@ -81,7 +81,7 @@ class Program:
         if what == "unplug":
             live.unplug(NIC)
             self.plugged = False
-            assert live.locked_vm() == live.before_guest
+            assert live.locked_vm() == live.locked_unassigned()
         elif what == "plug":
             live.plug(NIC)
             self.plugged = True
