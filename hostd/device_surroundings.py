@@ -144,6 +144,9 @@ class Vectors:
             event.ring()
 
 
+_MS = 1_000_000
+
+
 class SharedClock:
     """The guest's clock as this device follows it: the shared word, our tick word, and the doorbells of a step."""
 
@@ -151,14 +154,15 @@ class SharedClock:
         self.step = step
         self._clock, self._ticks, self._done = clock, ticks, done
         self._ahead_ns: int | None = None
-        """By how much the device is older than this guest: it may have served another one."""
+        """By how much the device is older than this guest: it may have served another one. Whole milliseconds, so that a
+        device that counts these counts the guest's."""
 
     def take(self, virtual: VirtualClock) -> None:
         """A step was signalled: run what is due by the shared time, then say that it is done."""
         self.step.drain()
         now = read_time(self._clock.words)
         if self._ahead_ns is None:
-            self._ahead_ns = max(virtual.now_ns - now, 0)
+            self._ahead_ns = max(-(-(virtual.now_ns - now) // _MS) * _MS, 0)
         virtual.advance_to(now + self._ahead_ns)
         if self.step.fd < 0:
             return  # a timer did DMA by message, and found its client gone: this clock is closed
