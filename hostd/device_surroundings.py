@@ -154,8 +154,8 @@ class SharedClock:
         self.step = step
         self._clock, self._ticks, self._done = clock, ticks, done
         self._ahead_ns: int | None = None
-        """By how much the device is older than this guest: it may have served another one. Whole milliseconds, so that a
-        device that counts these counts the guest's."""
+        """By how much the device is older than this guest: it may have served another one. Whole milliseconds: a device
+        that counts these counts the guest's."""
 
     def take(self, virtual: VirtualClock) -> None:
         """A step was signalled: run what is due by the shared time, then say that it is done."""

@@ -52,8 +52,8 @@ def _module(place: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    """The module in the file ``path``, executed once. It finds what lies beside it, as a script does, and where it is part
-    of a package its relative imports."""
+    """The module in the file ``path``, executed once. It finds what lies beside it, as a script does, and its relative
+    imports where it is part of a package."""
     root, names = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
         root, names = root.parent, [root.name, *names]
