@@ -3,6 +3,9 @@
 The device owns the descriptors from head to tail, the tail excluded. They are fetched ahead, a run in one DMA: the
 guest may not touch what the device owns, so a copy stays good until the head has passed it or the ring is set up anew.
 A ring without length, or with head or tail outside it, has nothing to work on.
+
+A DMA may take its time, and what the guest writes meanwhile is obeyed: the ring may be another one, or none, when a
+descriptor that was read from it has been carried out.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ class Ring:
         self._registers, self._where, self._dma = registers, where, dma
         self._fetched = memoryview(b"")
         self._at = 0
+        self.epoch = 0
+        """Changes when the ring is set up anew."""
         for offset in (where.base_low, where.base_high, where.length, where.head):
             registers.on_write(offset, self._set_up)
 
@@ -44,6 +49,7 @@ class Ring:
     def forget(self) -> None:
         """Fetch anew: the ring was set up, or its memory may have changed."""
         self._fetched, self._at = memoryview(b""), 0
+        self.epoch += 1
 
     def tail_written(self) -> None:
         """What was fetched beyond the tail that the guest has set is not the device's any more."""
@@ -73,23 +79,29 @@ class Ring:
         )
 
     def peek(self) -> memoryview | None:
-        """The descriptor at the head, which the device owns; None when memory does not answer."""
+        """The descriptor at the head, which the device owns; None when memory does not answer, or the ring has changed
+        meanwhile."""
         if self._at >= len(self._fetched) and not self._fetch():
             return None
         return self._fetched[self._at : self._at + DESCRIPTOR_SIZE]
 
     def _fetch(self) -> bool:
-        head = self.head
+        head, epoch = self.head, self.epoch
         run = min(self.owned, self.count - head, FETCH)
         buffer = bytearray(run * DESCRIPTOR_SIZE)
-        if self._dma.read(self.address(head), buffer):
-            self.forget()
+        failed = self._dma.read(self.address(head), buffer)
+        if failed or self.epoch != epoch:
+            self._fetched, self._at = memoryview(b""), 0
             return False
         self._fetched, self._at = memoryview(buffer), 0
         return run > 0
 
+    def holds(self, epoch: int) -> bool:
+        """Whether the descriptor at the head is the device's, in the ring of ``epoch``."""
+        return self.epoch == epoch and self.owned > 0
+
     def advance(self) -> int:
-        """Pass the descriptor at the head; its index."""
+        """Pass the descriptor at the head, which the device owns still (:meth:`holds`); its index."""
         head = self.head
         self._registers[self._where.head] = (head + 1) % self.count
         self._at += DESCRIPTOR_SIZE

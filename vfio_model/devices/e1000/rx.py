@@ -56,6 +56,7 @@ class Receiver:
         self._registers, self.ring, self._dma = registers, ring, dma
         self._interrupts, self._t0, self._statistics, self._trace = interrupts, t0, statistics, trace
         self._filter = ReceiveFilter(registers)
+        self._working = False
 
     @property
     def enabled(self) -> bool:
@@ -69,9 +70,18 @@ class Receiver:
         return _BUFFERS[bool(control & Rctl.BSEX)][control >> regs.RCTL_BSIZE_SHIFT & 3]
 
     def offer(self, frame: bytes) -> bool:
-        """``frame`` has come; False when it must wait for descriptors."""
+        """``frame`` has come; False when it must wait for descriptors, or for the frame before it."""
         if not self.enabled or len(frame) < ETHERNET_HEADER:
             return True
+        if self._working:
+            return False
+        self._working = True
+        try:
+            return self._take(frame)
+        finally:
+            self._working = False
+
+    def _take(self, frame: bytes) -> bool:
         frame = frame.ljust(SHORTEST, b"\0")
         match = self._filter.match(frame)
         if match is Match.NONE or self._oversized(frame):
@@ -97,12 +107,12 @@ class Receiver:
             status |= RxStatus.VP
         strip = self._registers[RCTL] & Rctl.SECRC
         data = body if strip else body + zlib.crc32(frame).to_bytes(FCS, "little")
+        epoch = self.ring.epoch
         used = self._place(data)
         if used is None:
             return self._no_buffers(len(data))
         self._statistics.seen(len(frame))
-        if used:
-            self._write_back(used, body, status, special)
+        if used and self._write_back(used, body, status, special, epoch):
             self._statistics.received(frame)
             self._signal(len(frame) + FCS, len(used))
         else:
@@ -112,15 +122,18 @@ class Receiver:
     def _place(self, data: bytes) -> list[tuple[int, int]] | None:
         """Put ``data`` into buffers: (index, bytes) of each descriptor that was used, which the head has passed.
 
-        None when there are too few descriptors, nothing when memory or the guest's ring cannot take it.
+        None when there are too few descriptors, nothing when memory or the guest's ring cannot take it, or the ring is
+        another one before the end.
         """
         size, ring = self.buffer_size, self.ring
-        owned, needed, start = ring.owned, -(-len(data) // size), ring.head
+        owned, needed, start, epoch = ring.owned, -(-len(data) // size), ring.head, ring.epoch
         if owned < needed:
             return None
         view, used = memoryview(data), []
         for _ in range(min(owned, needed + NULLS)):
             descriptor = ring.peek()
+            if ring.epoch != epoch:
+                return []
             if descriptor is None:
                 self._failed("receive descriptor", ring.address(ring.head))
                 break
@@ -128,6 +141,8 @@ class Receiver:
             part = view[: size if address else 0]
             if part and self._dma.write(address, part):
                 self._failed("receive buffer", address)
+            if not ring.holds(epoch):
+                return []
             used.append((ring.advance(), len(part)))
             view = view[len(part) :]
             if not view:
@@ -148,7 +163,8 @@ class Receiver:
         self._statistics.count(regs.MPC)
         return True
 
-    def _write_back(self, used: list[tuple[int, int]], body: bytes, status: int, special: int) -> None:
+    def _write_back(self, used: list[tuple[int, int]], body: bytes, status: int, special: int, epoch: int) -> bool:
+        """Whether all of it went into the ring of ``epoch``."""
         checked, errors = self._checks(body)
         total = ones_sum(body[self._registers[RXCSUM] & regs.RXCSUM_PCSS :])
         status |= checked | RxStatus.DD | RxStatus.EOP
@@ -157,7 +173,10 @@ class Receiver:
             where = self.ring.address(index) + RECEIVE_WRITE_BACK_AT
             if self._dma.write(where, RECEIVE_WRITE_BACK.pack(size, *fields)):
                 self._failed("receive descriptor", where)
+            if self.ring.epoch != epoch:
+                return False
             fields = (0, RxStatus.DD, 0, 0)
+        return True
 
     def _checks(self, body: bytes) -> tuple[int, int]:
         """3.2.9 "Receive Packet Checksum Offloading"."""

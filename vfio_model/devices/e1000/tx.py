@@ -11,6 +11,9 @@ A tail write does at most :data:`BUDGET` descriptors and frames at once, the res
 is written back for what asked for it (RS), in one DMA for all that was done at once; it says that the data has been
 fetched. The two contexts, one for segmentation and one for checksums alone, stay until the guest gives others.
 
+While a buffer is fetched the guest goes on: a tail that it writes then is found when the slice goes on, a transmitter
+that it disables stops there, and a reset forgets what is in flight.
+
 Frames here have no check sequence, so IFCS changes nothing.
 """
 
@@ -71,7 +74,8 @@ class Transmitter:
         self._registers, self.ring, self._dma = registers, ring, dma
         self._interrupts, self._delayed, self._statistics, self._trace = interrupts, delayed, statistics, trace
         self._output, self._when_idle = output, when_idle
-        self._scheduled = False
+        self._scheduled = self._working = False
+        self._epoch = 0
         self._written_back: list[int] = []
         self._causes = 0
         self._may_wait = False
@@ -94,37 +98,53 @@ class Transmitter:
         """Nothing is in flight, no context is known."""
         self._clear()
         self.ring.forget()
+        self._epoch += 1
+        self._written_back, self._causes, self._may_wait = [], 0, False
 
     # -- work ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """There may be something to send."""
-        if not self._scheduled and self._advance():
+        """There may be something to send. Harmless while something is sent: that goes on with what was added."""
+        if not self._scheduled and not self._working and self._advance():
             self._scheduled = True
             self._when_idle(self._slice)
 
     def _slice(self) -> bool:
-        self._scheduled = self._advance()
+        self._scheduled = self._working or self._advance()
         return self._scheduled
+
+    @property
+    def _enabled(self) -> bool:
+        return bool(self._registers[regs.TCTL] & Tctl.EN)
 
     def _advance(self) -> bool:
         """Do a slice; whether something is left."""
-        budget = BUDGET
         before = self.ring.owned
-        if not self._registers[regs.TCTL] & Tctl.EN or not (before or self.segmenting):
+        if not self._enabled or not (before or self.segmenting):
             return False
-        stuck = False
-        while budget > 0 and not stuck:
+        self._working = True
+        try:
+            stuck = self._do_slice()
+            self._finish(before)
+        finally:
+            self._working = False
+        return self._enabled and not stuck and bool(self.segmenting or self.ring.owned)
+
+    def _do_slice(self) -> bool:
+        """Whether a descriptor could not be fetched."""
+        budget = BUDGET
+        while budget > 0 and self._enabled:
             if self.segmenting:
                 budget -= self._send_segments(budget)
             elif self.ring.owned:
-                raw = self.ring.peek()
-                stuck = raw is None
-                budget -= self._failed("descriptor", self.ring.head) if raw is None else self._descriptor(raw)
+                epoch, raw = self.ring.epoch, self.ring.peek()
+                if raw is None and self.ring.epoch == epoch:
+                    self._failed("descriptor", self.ring.head)
+                    return True
+                budget -= 1 if raw is None else self._descriptor(raw)
             else:
                 break
-        self._finish(before)
-        return not stuck and bool(self.segmenting or self.ring.owned)
+        return False
 
     def _finish(self, before: int) -> None:
         if self._written_back:
@@ -149,13 +169,17 @@ class Transmitter:
 
     def _descriptor(self, raw: memoryview) -> int:
         """One descriptor; what it counts against the budget."""
-        command, moved = raw[11], 0
+        command, moved, epoch = raw[11], 0, self.ring.epoch
         if not command & TxCommand.DEXT:
             moved = self._legacy(raw)
         elif raw[10] >> 4 == DTYP_CONTEXT:
             self._context(decode_context(raw))
         elif raw[10] >> 4 == DTYP_DATA:
             moved = self._data(raw)
+        if not self.ring.holds(epoch):
+            if self.ring.epoch != epoch:
+                self._written_back = []
+            return 1
         index = self.ring.advance()
         if command & TxCommand.RS:
             self._written_back.append(self.ring.address(index) + TRANSMIT_STATUS_AT)
@@ -181,8 +205,7 @@ class Transmitter:
         descriptor = decode_legacy(raw)
         if not self.gathering:
             self._begin(tse=False, options=0, tag=None)
-        self._gather(descriptor.address, descriptor.length)
-        if descriptor.command & TxCommand.EOP:
+        if self._gather(descriptor.address, descriptor.length) and descriptor.command & TxCommand.EOP:
             if descriptor.command & TxCommand.IC:
                 insert_checksum(self.packet, descriptor.checksum_start, 0, descriptor.checksum_offset)
             self._send_whole(self._tag_of(descriptor.command, descriptor.special))
@@ -193,8 +216,7 @@ class Transmitter:
         tag = self._tag_of(descriptor.command, descriptor.special)
         if not self.gathering:
             self._begin(tse=bool(descriptor.command & TxCommand.TSE), options=descriptor.options, tag=tag)
-        self._gather(descriptor.address, descriptor.length)
-        if descriptor.command & TxCommand.EOP:
+        if self._gather(descriptor.address, descriptor.length) and descriptor.command & TxCommand.EOP:
             if self.tse:
                 self._begin_segments()
             else:
@@ -208,18 +230,23 @@ class Transmitter:
     def _tag_of(self, command: int, special: int) -> int | None:
         return special if command & TxCommand.VLE and self._registers[regs.CTRL] & Ctrl.VME else None
 
-    def _gather(self, address: int, length: int) -> None:
+    def _gather(self, address: int, length: int) -> bool:
+        """False when a reset has come meanwhile: there is no packet any more."""
         if self.spoiled or len(self.packet) + length > (LARGEST_SEGMENTED if self.tse else LARGEST):
             self.spoiled = True
-            return
-        part = bytearray(length)
-        if self._dma.read(address, part):
+            return True
+        part, epoch = bytearray(length), self._epoch
+        failed = self._dma.read(address, part)
+        if self._epoch != epoch:
+            return False
+        if failed:
             self._failed("buffer", address)
             self.spoiled = True
         if self.packet:
             self.packet += part
         else:
             self.packet = part
+        return True
 
     def _send_whole(self, tag: int | None) -> None:
         if not self.spoiled:
@@ -238,12 +265,14 @@ class Transmitter:
         self.segmenting = True
 
     def _send_segments(self, most: int) -> int:
-        context = self.segmentation_context
+        context, epoch = self.segmentation_context, self._epoch
         count = segment_count(len(self.packet), context)
         stop = min(count, self.next_segment + most)
         sent = stop - self.next_segment
         for index in range(self.next_segment, stop):
             self._send(segment(self.packet, context, self.options, index), self.tag)
+            if self._epoch != epoch:
+                return 1
         self.next_segment = stop
         if stop >= count:
             self._empty()
