@@ -31,6 +31,7 @@ from protocols.transport.kernel import Pidfd, die_with_parent
 from protocols.transport.unix import SeqpacketConnection
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, PeerLost
+from vfio_model.pci.declaration import check_made
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import NULL_TRACE, Trace
 
@@ -140,7 +141,13 @@ def _assigned_main(
 def device_factory(model: Model) -> Callable[[ProcessSurroundings, dict[str, object]], PCIDevice]:
     """Makes devices of ``model``."""
     cls = find_model(model) if isinstance(model, str) else model
-    return lambda around, props: cls(around, **props)
+
+    def make(around: ProcessSurroundings, props: dict[str, object]) -> PCIDevice:
+        device = cls(around, **props)
+        check_made(cls, device)
+        return device
+
+    return make
 
 
 @contextlib.contextmanager

@@ -31,10 +31,19 @@ def find_class(name: str) -> type[PCIDevice]:
     if not colon:
         hint = "known: " + ", ".join(sorted(DEVICES)) + "; one of your own is path/to/file.py:Class"
         raise ConfigError(f"no device model {name!r}", hint=hint)
-    found = getattr(_module(place), attribute, None)
-    if not isinstance(found, type) or not issubclass(found, PCIDevice):
-        raise ConfigError(f"{attribute!r} is no subclass of PCIDevice", where=place)
-    return found
+    module = _module(place)
+    found = getattr(module, attribute, None)
+    if isinstance(found, type) and issubclass(found, PCIDevice):
+        return found
+    what = "there is no class" if found is None else "no subclass of PCIDevice is"
+    there = sorted(each for each, value in vars(module).items() if _is_device(value))
+    raise ConfigError(
+        f"{what} {attribute!r}", where=place, hint="device classes there: " + (", ".join(there) or "none")
+    )
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, PCIDevice) and value is not PCIDevice
 
 
 def _module(place: str) -> ModuleType:

@@ -31,7 +31,8 @@ def command(device: str, path: str | None, fd: int | None, directory: Path | Non
     if (path is None) == (fd is None):
         raise ConfigError("where shall it be reached?", where="serve", hint="give --socket PATH or --fd N")
     model, *pairs = _pieces(device)
-    argv = [sys.executable, "-m", "hostd", "device", "--model", model]
+    # -P: what lies in the working directory is not what this project imports
+    argv = [sys.executable, "-P", "-m", "hostd", "device", "--model", model]
     argv += ["--socket", os.path.abspath(path)] if path is not None else ["--fd", str(fd)]
     for pair in pairs:
         argv += ["--prop", pair]

@@ -96,3 +96,14 @@ def test_templates_and_types_are_in_the_package() -> None:
         assert list((ROOT / package).glob(pattern))
         assert f'"{pattern}"' in (ROOT / "pyproject.toml").read_text()
     assert importlib.metadata.version("vfio-model")
+
+
+def test_a_state_that_does_not_fit_its_description_is_told_when_it_is_served(
+    runtime_dir: Path,
+) -> None:
+    assert invoke(["new-device", "my_card", "--directory", str(runtime_dir)]) == 0
+    device = runtime_dir / "my_card" / "device.py"
+    device.write_text(device.read_text().replace('"remaining_ns": self', '"remaining": self'))
+    done = run(sys.executable, "-m", "deploy.cli", "serve", f"{device}:MyCard", "--socket", "x", cwd=runtime_dir)
+    assert done.returncode == 2
+    assert done.stderr == "hostd: MyCard.export_state: my_card: the state has no 'remaining_ns'\n"

@@ -39,7 +39,7 @@ def described(*fields: Field) -> VMStateDescription:
     return VMStateDescription("mine", 1, fields)
 
 
-def ignore(*_: object) -> None:
+def ignore(*_: object, **__: object) -> None:
     return None
 
 
@@ -115,6 +115,11 @@ def test_a_class_that_cannot_be_says_why(make: Callable[[], object], words: str)
 def test_a_device_that_cannot_be_says_why(cls: type[PCIDevice], props: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Bench(cls, **props)
+
+
+def test_an_init_that_forgets_the_base_class_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"Mine: __init__ does not call the base class's \(super\(\).__init__"):
+        Bench(stated(__init__=ignore))
 
 
 def test_a_base_class_of_ones_own_may_leave_its_identity_open() -> None:

@@ -70,6 +70,13 @@ def check_identity(cls: type, device: object) -> None:
             raise ConfigError(f"a device needs a {name}", where=cls.__name__, hint=hint)
 
 
+def check_made(cls: type, device: object) -> None:
+    """:raise ConfigError: when ``device``, made by ``cls``, was not made by its base class as well."""
+    if not hasattr(device, "on_mapping_change"):
+        hint = "super().__init__(host, **props) comes first in it"
+        raise ConfigError("__init__ does not call the base class's", where=cls.__name__, hint=hint)
+
+
 def _of_type(cls: type, name: str, kind: Any) -> Any:
     value = getattr(cls, name)
     if not isinstance(value, kind):

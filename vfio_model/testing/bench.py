@@ -25,6 +25,7 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
 from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, WriteBuffer
 from vfio_model.pci.config_space import COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
+from vfio_model.pci.declaration import check_made
 from vfio_model.pci.device import PCIDevice
 from vfio_model.pci.msix import CONTROL_ENABLE as MSIX_ENABLE
 from vfio_model.pci.msix import ENTRY_SIZE, VECTOR_CONTROL
@@ -104,6 +105,7 @@ class Bench(Generic[D]):
         self._log: DmaLog | None = None
         self._impl: DMAImpl = self.space
         self.device = device_class(self.host, **props)
+        check_made(device_class, self.device)
         self.device.attach_dma(self.space)
         self.device.system.bind(self.space)
         self.device.realize()
