@@ -7,6 +7,7 @@ The limits are bare echoes over the same kind of socket, with as many bytes and 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import statistics
@@ -66,6 +67,14 @@ class Client:
                 return event.payload
 
 
+def guest_memory() -> int:
+    """A new memfd as QEMU's ``memory-backend-memfd`` makes it: its size is sealed."""
+    fd = os.memfd_create("bench-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, RAM)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return fd
+
+
 @contextmanager
 def served(device: str) -> Iterator[tuple[Client, int]]:
     """A client of ``device``, served by a process of this pid."""
@@ -92,9 +101,8 @@ def rows() -> Iterator[Row]:
     """Every figure of the two processes."""
     with ExitStack() as stack:
         client, pid = stack.enter_context(served("edu"))
-        memory = os.memfd_create("bench-ram", os.MFD_CLOEXEC)
+        memory = guest_memory()
         stack.callback(os.close, memory)
-        os.ftruncate(memory, RAM)
         head = HEADER_SIZE + wire.RegionAccess.SIZE
         read = stack.enter_context(echo(head, head + 4))
         mapping = stack.enter_context(echo(HEADER_SIZE + wire.DmaMap.SIZE, HEADER_SIZE, memory))

@@ -23,7 +23,7 @@ from deploy.bench.measure import Row
 from deploy.bench.placement import opposite
 from deploy.bench.report import show
 from deploy.bench.stream_echo import Trips, echo
-from deploy.bench.vfio_user import ECHO_FD
+from deploy.bench.vfio_user import ECHO_FD, guest_memory
 from protocols.vfio_user.messages import HEADER_SIZE, DmaMap
 from tests.interop.pc import Function, PcQemu, vfio_user
 from tests.interop.pc_guest import boot
@@ -47,7 +47,7 @@ def replays(where: Path) -> Iterator[Row]:
     with ExitStack() as stack:
         served = stack.enter_context(Served("edu", where / "edu"))
         pc = stack.enter_context(PcQemu([*Vtd.options, *vfio_user(served.socket, SLOT)]))
-        memory = os.memfd_create("bench-ram", os.MFD_CLOEXEC)
+        memory = guest_memory()
         stack.callback(os.close, memory)
         trips = stack.enter_context(echo(HEADER_SIZE + DmaMap.SIZE, HEADER_SIZE, memory))
         function = Function(pc, SLOT)

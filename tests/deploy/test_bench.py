@@ -1,0 +1,94 @@
+"""What the bench compares does what it says: nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+
+import psutil
+import pytest
+
+from deploy.bench import mapped, nvme, vfio_user
+from deploy.bench.measure import Row
+from deploy.bench.report import show
+from deploy.bench.stream_echo import echo
+from protocols.vfio_user import messages as wire
+from protocols.vfio_user.messages import Command
+from vfio_model.devices.edu import regs as edu
+from vfio_model.devices.nvme.regs import NvmOpcode
+from vfio_model.errors import VfioModelError
+
+
+def open_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.parametrize("with_descriptor", [False, True])
+def test_an_echo_answers_keeps_no_descriptor_and_ends(with_descriptor: bool) -> None:
+    read, write = os.pipe()
+    with echo(48, 16, read if with_descriptor else None) as trips:
+        before = open_descriptors(trips.pid)
+        for _ in range(100):
+            trips.once()
+        assert open_descriptors(trips.pid) == before
+    assert not psutil.pid_exists(trips.pid)
+    os.close(read)
+    os.close(write)
+
+
+def test_a_served_device_is_asked_maps_and_unmaps() -> None:
+    memory = vfio_user.guest_memory()
+    with vfio_user.served("edu") as (client, pid):
+        answer = client.ask(Command.REGION_READ, wire.RegionAccess(edu.IDENTIFICATION, 0, 4))
+        assert isinstance(answer, wire.RegionAccess)
+        assert answer.data == edu.IDENTIFICATION_VALUE.to_bytes(4, "little")
+        assert client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory]) == wire.Empty()
+        with pytest.raises(VfioModelError, match="File exists"):
+            client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory])
+        client.ask(Command.DMA_UNMAP, wire.DmaUnmap(size=4096))
+        assert client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory]) == wire.Empty()
+    assert not psutil.pid_exists(pid)
+    os.close(memory)
+
+
+@pytest.mark.parametrize("view", [mapped.large(), mapped.paged()], ids=["large", "paged"])
+def test_what_is_mapped_is_where_the_bare_copy_puts_it(view: mapped.Mapped) -> None:
+    for number in random.Random(3).sample(range(len(view.iovas)), 50):
+        data = number.to_bytes(8, "little")
+        assert not view.dma.write(view.iovas[number], data)
+        assert view.ram[view.places[number] :][:8] == data
+
+
+def test_the_controller_of_the_bench_moves_what_it_is_told() -> None:
+    controller, numbers = nvme.Controller(), random.Random(5)
+    data = numbers.randbytes(nvme.SEQUENTIAL)
+    first, second = 0x100_0000, 0x200_0000
+    controller.ram[first : first + len(data)] = data
+    controller.fill([nvme.Transfer(NvmOpcode.WRITE, 0, first, len(data))] * nvme.ENTRIES)
+    for _ in range(3):
+        controller.carry_out(nvme.ENTRIES - 1)  # the ends of both queues are passed
+    controller.fill([nvme.Transfer(NvmOpcode.READ, n * 4096, second + n * 4096, 4096) for n in range(nvme.ENTRIES)])
+    for _ in range(nvme.ENTRIES // 32):
+        controller.carry_out(32)
+    assert bytes(controller.ram[second : second + len(data)]) == data
+
+
+def test_a_command_that_fails_ends_the_bench() -> None:
+    controller = nvme.Controller()
+    controller.fill([nvme.Transfer(NvmOpcode.READ, nvme.DISK, 0x100_0000, 4096)] * nvme.ENTRIES)
+    with pytest.raises(VfioModelError, match="status"):
+        controller.carry_out(1)
+
+
+def test_rows_are_shown_with_what_was_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("slow", 2.0, "limit", 1.0, aim=1.5), Row("fast", 1.0, "limit", 1.0, aim=1.5), Row("plain", 1.0)]
+    show(rows, 3.0, as_json=False)
+    assert "1 of 2 aims met; not: slow" in capsys.readouterr().out
+    show(rows, 3.0, as_json=True)
+    shown = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["name"], row["ratio"], row["met"]) for row in shown] == [
+        ("slow", 2.0, False),
+        ("fast", 1.0, True),
+        ("plain", None, None),
+    ]
