@@ -161,16 +161,18 @@ class Bench(Generic[D]):
         for vector in range(msix.spec.vectors):
             self.write(msix.spec.table_offset + vector * ENTRY_SIZE + VECTOR_CONTROL, 0, 4, msix.spec.bar)
 
-    def during_dma(self, happens: Callable[[], None]) -> None:
-        """``happens()`` inside the next DMA, before it moves a byte: what a client may ask while the device waits for
-        memory or a translation that it has to ask for.
+    def during_dma(self, happens: Callable[[], None], *, skip: int = 0) -> None:
+        """``happens()`` inside the next DMA but ``skip``, before it moves a byte: what a client may ask while the device
+        waits for memory or a translation that it has to ask for.
         """
+        left = iter(range(skip, -1, -1))
 
-        def once() -> None:
-            self.device.attach_dma(self._impl)
-            happens()
+        def count() -> None:
+            if next(left, None) == 0:
+                self.device.attach_dma(self._impl)
+                happens()
 
-        self.device.attach_dma(_Interrupted(self._impl, once))
+        self.device.attach_dma(_Interrupted(self._impl, count))
 
     # -- migration ---------------------------------------------------------------------------------------------------
 
