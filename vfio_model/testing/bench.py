@@ -162,7 +162,7 @@ class Bench(Generic[D]):
             self.write(msix.spec.table_offset + vector * ENTRY_SIZE + VECTOR_CONTROL, 0, 4, msix.spec.bar)
 
     def during_dma(self, happens: Callable[[], None], *, skip: int = 0) -> None:
-        """``happens()`` inside the next DMA but ``skip``, before it moves a byte: what a client may ask while the device
+        """``happens()`` inside the next DMA but ``skip``, before it moves a byte: what a client may ask while a device
         waits for memory or a translation that it has to ask for.
         """
         left = iter(range(skip, -1, -1))
