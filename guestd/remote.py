@@ -37,7 +37,7 @@ from protocols.vfio_user.messages import (
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
 from vfio_model.errors import DeadlineExceeded, PeerLost, ProtocolError
 from vfio_model.trace import NULL_TRACE, Trace
-from vfio_model.uapi.vfio import DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
+from vfio_model.uapi.vfio import DeviceFlags, DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
 from vfio_model.vfio.region import IrqHandler
 from vfio_model.vfio.vfio_user import DmaChange, DmaLimits
 
@@ -170,6 +170,8 @@ class VfioUserDevice:
         """Whether something was sent since the last answer that wants none itself."""
         self._irqs: dict[int, list[_Irq]] = {}
         self._maps = RegionMaps(name, trace)
+        self._flags: int | None = None
+        """What the device can do, once it was asked."""
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
             loop.register(process, self._process_died, served=True)
@@ -303,7 +305,11 @@ class VfioUserDevice:
         self._post(Command.DEVICE_SET_IRQS, wire.SetIrqs(flags=int(flags), index=index, count=1))
 
     def reset(self) -> None:
-        """DEVICE_RESET."""
+        """DEVICE_RESET. :raise OSError: ENOTTY for a device that says that it has none."""
+        if self._flags is None:
+            self._flags = self.get_info().flags
+        if not self._flags & DeviceFlags.VFIO_DEVICE_FLAGS_RESET:
+            raise OSError(errno.ENOTTY, f"{self.name}: it cannot be reset")
         self._call(Command.DEVICE_RESET, wire.Empty(), wire.Empty)
 
     def close(self) -> None:

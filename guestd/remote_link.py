@@ -223,10 +223,13 @@ class RemoteLink:
             endpoint.version()
         except PeerLost as error:
             self._stop_shaking()
+            endpoint.close()
             self._not_back(error)
 
     def _silent(self) -> None:
-        self._stop_shaking()
+        endpoint = self._stop_shaking()
+        if endpoint is not None:
+            endpoint.close()
         self._not_back(PeerLost(self.config.id, "shaking hands: it does not answer"))
 
     def _stop_shaking(self) -> VfioUserEndpoint | None:
