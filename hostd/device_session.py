@@ -14,7 +14,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from hostd.device_doorbells import DeviceDoorbells
 from hostd.device_migration import DeviceMigration, NoRoom
@@ -113,6 +113,14 @@ class DeviceSession:
             wire.ClockSetup: lambda _request, fds: self._set_clock(fds),
         }
         """Requests whose descriptors are taken over."""
+        self._simple: dict[type[wire.Payload] | type[None], Callable[[Any], wire.Payload]] = {
+            wire.DmaUnmap: self._unmap,
+            wire.DeviceInfo: lambda _request: regions.info(),
+            wire.IrqInfo: lambda request: regions.irq_info(request.index),
+            wire.RegionWriteMulti: self._write_multi,
+            wire.NotifierSetup: self._subscribe,
+        }
+        """What their answers say comes from the request alone."""
         loop.register(endpoint, self.receive, served=True)
 
     def receive(self) -> None:
@@ -270,6 +278,9 @@ class DeviceSession:
             taking(request, fds)
             return wire.Empty(), ()
         close_fds(fds)
+        simple = self._simple.get(type(request))
+        if simple is not None:
+            return simple(request), ()
         if isinstance(request, wire.RegionInfo):
             return self._regions.region_info(request.index, request.argsz)
         if isinstance(request, wire.RegionIoFds):
@@ -277,29 +288,24 @@ class DeviceSession:
         return self._answer(event.command, request), ()
 
     def _answer(self, command: int, request: wire.Payload | None) -> wire.Payload:
-        regions = self._regions
         if isinstance(request, wire.RegionAccess):
             return self._access(command, request)
-        if isinstance(request, wire.RegionWriteMulti):
-            return self._write_multi(request)
-        if isinstance(request, wire.DeviceInfo):
-            return regions.info()
-        if isinstance(request, wire.IrqInfo):
-            return regions.irq_info(request.index)
-        if isinstance(request, wire.DmaUnmap):
-            self._memory.dma_unmap(request)
-            return request
-        if isinstance(request, wire.NotifierSetup):
-            self._memory.notifier(request)
-            return wire.Empty()
         if command == Command.DEVICE_RESET:
-            regions.reset()
+            self._regions.reset()
             if self._migration is not None:
                 self._migration.reset()
             return wire.Empty()
         if self._migration is not None and isinstance(request, wire.DeviceFeature | wire.MigData):
             return _migrate(self._migration, command, request)
         raise OSError(errno.ENOTSUP, f"command {command}")
+
+    def _unmap(self, request: wire.DmaUnmap) -> wire.Payload:
+        self._memory.dma_unmap(request)
+        return request
+
+    def _subscribe(self, request: wire.NotifierSetup) -> wire.Payload:
+        self._memory.notifier(request)
+        return wire.Empty()
 
     def _write_multi(self, request: wire.RegionWriteMulti) -> wire.RegionWriteMultiReply:
         """The first write that is refused ends it; how many were done says which."""
