@@ -152,6 +152,8 @@ class IovaMaps(Generic[Memory]):
         for known in gone:
             known.readable = known.writable = None
         near = self.near
+        if not near:
+            return
         if sum(known.size for known in gone) >> PAGE_BITS > _FEW or len(gone) > _FEW:
             near.clear()
             return
