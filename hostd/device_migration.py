@@ -228,6 +228,7 @@ class DeviceMigration:
             raise VMStateError(f"the state of a {section.name}; this is a {description.name}", where="device state")
         state = decode(description, section.version, section.data, device.export_state(), where=section.where)
         device.check_state(state, where=section.where)
+        device.reset()  # whatever it was about to do, it is another one now
         device.import_state(state)
 
     def read(self, size: int) -> bytes:

@@ -120,6 +120,22 @@ def test_what_is_no_state_or_no_feature_is_refused_and_changes_nothing() -> None
     assert MigrationInfo.unpack(feature(GET | INFO, b"")).flags == 7
 
 
+def test_a_device_that_was_at_work_becomes_the_one_whose_state_it_takes() -> None:
+    other, used = Process(), Process()
+    for process in other, used:
+        process.device.bar_write(0, regs.DMA_COUNT, 8, 16)
+        process.device.bar_write(0, regs.DMA_DST, 8, regs.BUFFER_ADDRESS)
+    other.to(DeviceState.STOP_COPY)
+    used.device.bar_write(0, regs.DMA_COMMAND, 8, regs.DMA_RUN)
+    used.ram.view[:16] = b"x" * 16
+    used.to(DeviceState.RESUMING)
+    used.migration.write(other.read_all())
+    used.to(DeviceState.RUNNING)
+    used.around.clock.advance(200 * MS)
+    assert used.device.bar_read(0, regs.DMA_COUNT, 8) == 16
+    assert bytes(used.device.buffer[:16]) == bytes(16), "a transfer that the other one never began"
+
+
 def test_a_device_that_does_not_describe_itself_cannot_be_migrated() -> None:
     class Plain(PCIDevice):
         VENDOR_ID, DEVICE_ID = 0x1234, 0x1111
