@@ -147,7 +147,14 @@ class RemoteClient:
 
     def dma_unmap(self, request: wire.DmaUnmap) -> None:
         """DMA_UNMAP; whatever was cached or mapped over it goes first."""
-        first, last = self._memory.touched(request)
+        try:
+            first, last = self._memory.touched(request)
+        except OSError as error:
+            self._trace("remote_dma_unmap_refused", iova=request.address, size=request.size, reason=str(error.strerror))
+            self._failures.say(
+                f"DMA_UNMAP of {request.size:#x} bytes at {request.address:#x} is refused: {error.strerror}"
+            )
+            raise
         if self._cache is not None:
             self._cache.flush()
         if self._mapped is not None and self._mapped.mappings.invalidate(first, last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from hostd.serve import device_server
+from hostd.serve import ServedDevice, device_server
 from protocols.transport.shm import create_memory
-from tests.hostd.probe_device import PAGE, ProbeDevice
+from tests.hostd.probe_device import PAGE, SCRATCH, ProbeDevice
 
-VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, REGION_READ = 1, 2, 3, 4, 5, 9
+VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, REGION_READ, REGION_WRITE = 1, 2, 3, 4, 5, 9, 10
 DEVICE_FEATURE, MIG_DATA_READ, MIG_DATA_WRITE = 16, 17, 18
+NO_REPLY = 0x10
 SET_STATE = 2 | 1 << 17
 STOP, RUNNING, STOP_COPY, RESUMING = 1, 2, 3, 4
 HEADER = struct.Struct("=HHIII")
@@ -30,13 +32,13 @@ class Foreign:
         self.socket.connect(path)
         self.fds: list[int] = []
 
-    def request(self, command: int, body: bytes, fds: tuple[int, ...] = ()) -> bytes:
-        """A request with id 0, as each of theirs; the payload of its answer."""
+    def request(self, command: int, body: bytes, fds: tuple[int, ...] = (), *, refused: int = 0) -> bytes:
+        """A request with id 0, as each of theirs; the payload of its answer, which says errno ``refused``."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         self.socket.sendmsg([HEADER.pack(0, command, HEADER.size + len(body), 0, 0) + body], rights)
         head, self.fds, _, _ = socket.recv_fds(self.socket, HEADER.size, FDS)
         number, answered, size, flags, error = HEADER.unpack(head)
-        assert (number, answered, flags, error) == (0, command, 1, 0)
+        assert (number, answered, flags, error) == (0, command, 0x21 if refused else 1, refused)
         data = b""
         while len(data) < size - HEADER.size:
             data += self.socket.recv(size - HEADER.size - len(data))
@@ -44,11 +46,16 @@ class Foreign:
 
 
 @pytest.fixture
-def foreign(runtime_dir: Path) -> Iterator[Foreign]:
-    with device_server(ProbeDevice, socket=runtime_dir / "probe") as server:
-        client = Foreign(server.path)
-        yield client
-        client.socket.close()
+def server(runtime_dir: Path) -> Iterator[ServedDevice]:
+    with device_server(ProbeDevice, socket=runtime_dir / "probe") as served:
+        yield served
+
+
+@pytest.fixture
+def foreign(server: ServedDevice) -> Iterator[Foreign]:
+    client = Foreign(server.path)
+    yield client
+    client.socket.close()
 
 
 def test_it_sets_a_device_up(foreign: Foreign) -> None:
@@ -71,6 +78,15 @@ def test_it_sets_a_device_up(foreign: Foreign) -> None:
             assert foreign.request(DMA_UNMAP, request, (heap.fd,)) == request
     access = struct.pack("=QII", 0, 7, 4)
     assert foreign.request(REGION_READ, access) == access + struct.pack("=HH", 0x1B36, 0x00FE)
+
+
+def test_the_log_says_why_a_map_and_an_unmap_are_refused(capfd: pytest.CaptureFixture[str], foreign: Foreign) -> None:
+    foreign.request(VERSION, struct.pack("=HH", 0, 0))
+    foreign.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x4000, 2 * PAGE))
+    foreign.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x5000, PAGE), refused=errno.EEXIST)
+    foreign.request(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x5000, PAGE), refused=errno.EINVAL)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "refused" in line]
+    assert len(lines) == 2 and all("0x4000..0x5fff" in line for line in lines)
 
 
 def test_many_requests_at_once_wait_until_their_answers_are_taken(foreign: Foreign) -> None:
@@ -111,3 +127,19 @@ def test_the_state_comes_padded_and_goes_unanswered(foreign: Foreign) -> None:
     enter(STOP, RESUMING)
     assert foreign.request(MIG_DATA_WRITE, struct.pack("=II", 8 + len(state), len(state)) + state) == b""
     enter(STOP, RUNNING)
+
+
+def test_who_hangs_up_in_the_middle_of_its_requests_keeps_nobody_out(server: ServedDevice) -> None:
+    """What it posted is carried out, and the next client has the device at once."""
+    access = struct.pack("=QII", SCRATCH, 0, 8)
+    for value in range(1, 20):
+        client = Foreign(server.path)
+        client.request(VERSION, struct.pack("=HH", 0, 0))
+        for number in (*range(30), value):
+            body = access + struct.pack("=Q", number)
+            client.socket.send(HEADER.pack(0, REGION_WRITE, HEADER.size + len(body), NO_REPLY, 0) + body)
+        client.socket.close()
+        client = Foreign(server.path)
+        client.request(VERSION, struct.pack("=HH", 0, 0))
+        assert client.request(REGION_READ, access) == access + struct.pack("=Q", value)
+        client.socket.close()
