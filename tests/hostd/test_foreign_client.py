@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import json
 import os
 import select
 import socket
@@ -80,13 +81,18 @@ def test_it_sets_a_device_up(foreign: Foreign) -> None:
     assert foreign.request(REGION_READ, access) == access + struct.pack("=HH", 0x1B36, 0x00FE)
 
 
-def test_the_log_says_why_a_map_and_an_unmap_are_refused(capfd: pytest.CaptureFixture[str], foreign: Foreign) -> None:
-    foreign.request(VERSION, struct.pack("=HH", 0, 0))
-    foreign.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x4000, 2 * PAGE))
-    foreign.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x5000, PAGE), refused=errno.EEXIST)
-    foreign.request(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x5000, PAGE), refused=errno.EINVAL)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "refused" in line]
-    assert len(lines) == 2 and all("0x4000..0x5fff" in line for line in lines)
+def test_the_trace_says_why_a_map_and_an_unmap_are_refused(runtime_dir: Path) -> None:
+    with device_server(ProbeDevice, socket=runtime_dir / "probe", directory=runtime_dir) as server:
+        client = Foreign(server.path)
+        client.request(VERSION, struct.pack("=HH", 0, 0))
+        client.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x4000, 2 * PAGE))
+        client.request(DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0x5000, PAGE), refused=errno.EEXIST)
+        client.request(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x5000, PAGE), refused=errno.EINVAL)
+        client.socket.close()
+    events = [json.loads(line) for line in (runtime_dir / "probe.events").read_text().splitlines()]
+    refused = {event["event"]: event["fields"]["reason"] for event in events if "refused" in event["event"]}
+    assert refused.keys() == {"remote_dma_map_refused", "remote_dma_unmap_refused"}
+    assert all("0x4000..0x5fff" in reason for reason in refused.values())
 
 
 def test_many_requests_at_once_wait_until_their_answers_are_taken(foreign: Foreign) -> None:
