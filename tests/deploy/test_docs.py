@@ -18,6 +18,7 @@ from tests.deploy.raw_client import RawClient
 from vfio_model import device_api
 from vfio_model.memory.dma import DMASpace
 from vfio_model.pci.device import PCIDevice
+from vfio_model.testing import Bench
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -126,7 +127,7 @@ def test_the_python_form_serves_the_same(runtime_dir: Path) -> None:
 
 def test_the_page_names_the_whole_device_api_and_nothing_else() -> None:
     text = (DOCS / "devices.md").read_text()
-    section = text[text.index("## The API") : text.index("### What a class must never do")]
+    section = text[text.index("## The API") : text.index("### What a test does")]
     spans = set(re.findall(r"\b[A-Za-z_]\w*", " ".join(re.findall(r"`([^`]+)`", section))))
     assert set(device_api.__all__) <= spans, "every name that authors import"
     stated = {name for name in vars(PCIDevice) if name.isupper()}
@@ -136,6 +137,9 @@ def test_the_page_names_the_whole_device_api_and_nothing_else() -> None:
     methods = set(re.findall(r"`(?:self\.)?(\w+)\(", section)) - {"function", "super"}
     missing = {name for name in methods if not any(hasattr(owner, name) for owner in OWNERS)}
     assert not missing, "what is called so exists"
+    paragraph = text[text.index("### What a test does") : text.index("### What a class must never do")]
+    public = {name for name in vars(Bench) if not name.startswith("_") and name != "HOST"}
+    assert public - {"bring_up"} <= set(re.findall(r"`(\w+)`", paragraph))
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)
