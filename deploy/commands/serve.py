@@ -14,7 +14,7 @@ from vfio_model.errors import ConfigError
 
 @click.command()
 @click.argument("device", metavar="DEVICE[,PROP=VALUE...]")
-@click.option("--socket", "path", metavar="PATH", help="Where to listen (at most 107 bytes).")
+@click.option("--socket", "--socket-path", "path", metavar="PATH", help="Where to listen (at most 107 bytes).")
 @click.option("--fd", type=click.IntRange(min=0), help="Instead: an inherited socket, listening or connected.")
 @click.option("--trace", "directory", type=click.Path(path_type=Path, file_okay=False), help="Keep a trace in there.")
 @click.option("--json", "as_json", is_flag=True, help="When ready, say so as one line of JSON on stdout.")

@@ -469,10 +469,13 @@ def test_commands_that_nobody_knows_are_refused_one_by_one(server: ServedDevice)
 # -- from the command line -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_says_how_qemu_attaches_it_and_ends_in_order(runtime_dir: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "option"), [(signal.SIGINT, "--socket"), (signal.SIGTERM, "--socket-path")])
+def test_the_command_says_how_qemu_attaches_it_and_ends_in_order(
+    runtime_dir: Path, number: signal.Signals, option: str
+) -> None:
+    """``--socket-path`` is what the document's "Backend Program Conventions" ask for."""
     path = runtime_dir / "edu.sock"
-    command = [sys.executable, "-m", "deploy.cli", "serve", "edu,dma_mask=0xffffffff", "--socket", str(path), "--json"]
+    command = [sys.executable, "-m", "deploy.cli", "serve", "edu,dma_mask=0xffffffff", option, str(path), "--json"]
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert popen.stdout is not None and popen.stderr is not None
     ready = json.loads(popen.stdout.readline())
@@ -500,6 +503,8 @@ def test_the_command_says_how_qemu_attaches_it_and_ends_in_order(runtime_dir: Pa
         (["edu,foo=1", "--socket", "x"], "no property 'foo'"),
         (["edu,dma_mask=zz", "--socket", "x"], "not a int"),
         (["edu", "--socket", "/nonexistent/x"], "cannot listen"),
+        (["edu", "--socket", "/etc/passwd"], "no socket"),
+        (["edu", "--socket", "."], "no socket"),
         (["edu", "--fd", "99"], "not open"),
         (["nowhere.py:Device", "--socket", "x"], "no such file"),
     ],
