@@ -10,20 +10,21 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from deploy.bench.measure import Action, Row, against, in_turn
+from deploy.bench.measure import Action, Row, in_turn
 from deploy.bench.placement import opposite
 from deploy.bench.stream_echo import echo
 from protocols.transport.vfio_user import VfioUserEndpoint, connect
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import HEADER_SIZE, Capabilities, Command
+from protocols.vfio_user.messages import HEADER, HEADER_SIZE, Capabilities, Command, Header, HeaderFlags
 from protocols.vfio_user.state import ReplyReceived
 from vfio_model.errors import VfioModelError
 from vfio_model.uapi.vfio import PciRegion
@@ -38,6 +39,11 @@ _NUMBER = 256
 _ROUNDS = 31
 _KEPT = 1 << 40
 """Where one map stays: a client that maps page by page has more of the same file mapped."""
+_READ = HEADER_SIZE + wire.RegionAccess.SIZE
+_UNMAP = HEADER_SIZE + wire.DmaUnmap.SIZE
+MAX_ANSWER = 4096
+Ask = Callable[[Command, wire.Payload, Sequence[int]], object]
+AskBare = Callable[[Command, wire.Payload, int, int | None], None]
 ECHO = "bare AF_UNIX echo of as many bytes"
 ECHO_FD = "bare AF_UNIX echo that carries a descriptor"
 
@@ -67,6 +73,31 @@ class Client:
                 return event.payload
 
 
+class BareClient:
+    """Sends frames and takes answers of a size that is known: what a client costs at the least."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        version = wire.Version().pack()
+        sock.sendall(Header(0, Command.VERSION, HEADER_SIZE + len(version), 0, 0).pack() + version)
+        header = Header.unpack(sock.recv(HEADER_SIZE, socket.MSG_WAITALL))
+        sock.recv(header.size - HEADER_SIZE, socket.MSG_WAITALL)
+        if header.flags != HeaderFlags.REPLY:
+            raise VfioModelError(f"the device refuses VERSION: {os.strerror(header.errno)}")
+
+    def ask(self, command: Command, payload: wire.Payload, reply: int, fd: int | None = None) -> None:
+        """One round trip; the whole answer has ``reply`` bytes. :raise VfioModelError: another answer came."""
+        body = payload.pack()
+        frame = HEADER.pack(1, command, HEADER_SIZE + len(body), 0, 0) + body
+        if fd is None:
+            self._sock.send(frame)
+        else:
+            socket.send_fds(self._sock, [frame], [fd])
+        answer = self._sock.recv(MAX_ANSWER)
+        if len(answer) != reply or Header.unpack(answer[:HEADER_SIZE]).flags != HeaderFlags.REPLY:
+            raise VfioModelError(f"not an answer of {reply} bytes: {answer.hex()}")
+
+
 def guest_memory() -> int:
     """A new memfd as QEMU's ``memory-backend-memfd`` makes it: its size is sealed."""
     fd = os.memfd_create("bench-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -76,8 +107,8 @@ def guest_memory() -> int:
 
 
 @contextmanager
-def served(device: str) -> Iterator[tuple[Client, int]]:
-    """A client of ``device``, served by a process of this pid."""
+def served(device: str) -> Iterator[tuple[str, int]]:
+    """The socket of ``device``, and the pid of the process that serves it."""
     with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as directory:
         path = Path(directory) / "device.sock"
         command = [sys.executable, "-m", "deploy.cli", "serve", device, "--socket", str(path), "--json"]
@@ -88,11 +119,7 @@ def served(device: str) -> Iterator[tuple[Client, int]]:
                 assert process.stdout is not None, "a pipe"
                 if not process.stdout.readline():
                     raise VfioModelError(f"{device} is not served")
-                endpoint = connect(str(path), device, Capabilities(max_msg_fds=16))
-                try:
-                    yield Client(endpoint), process.pid
-                finally:
-                    endpoint.close()
+                yield str(path), process.pid
             finally:
                 process.terminate()
 
@@ -100,52 +127,78 @@ def served(device: str) -> Iterator[tuple[Client, int]]:
 def rows() -> Iterator[Row]:
     """Every figure of the two processes."""
     with ExitStack() as stack:
-        client, pid = stack.enter_context(served("edu"))
+        path, pid = stack.enter_context(served("edu"))
+        other, other_pid = stack.enter_context(served("edu"))
+        endpoint = stack.enter_context(closing(connect(path, "edu", Capabilities(max_msg_fds=16))))
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock.connect(other)
+        ours, bare = Client(endpoint).ask, BareClient(sock).ask
         memory = guest_memory()
         stack.callback(os.close, memory)
-        head = HEADER_SIZE + wire.RegionAccess.SIZE
-        read = stack.enter_context(echo(head, head + 4))
-        mapping = stack.enter_context(echo(HEADER_SIZE + wire.DmaMap.SIZE, HEADER_SIZE, memory))
-        unmap = HEADER_SIZE + wire.DmaUnmap.SIZE
-        unmapping = stack.enter_context(echo(unmap, unmap))
-        answering = (pid, read.pid, mapping.pid, unmapping.pid)
+        limits = [
+            stack.enter_context(echo(_READ, _READ + 4)),
+            stack.enter_context(echo(HEADER_SIZE + wire.DmaMap.SIZE, HEADER_SIZE, memory)),
+            stack.enter_context(echo(_UNMAP, _UNMAP)),
+        ]
+        answering = (pid, other_pid, *(limit.pid for limit in limits))
         stack.enter_context(opposite(asking=(os.getpid(),), answering=answering))
-        yield from _region_reads(client, read.once)
-        yield from _maps(client, memory, mapping.once, unmapping.once)
+        for name, region, offset in (("configuration space", _CONFIG, 0), ("a register of edu", 0, _EDU_ID)):
+            yield from _reads(name, wire.RegionAccess(offset, region, 4), ours, bare, limits[0].once)
+        yield from _maps(memory, ours, bare, limits[1].once, limits[2].once)
 
 
-def _region_reads(client: Client, bare: Action) -> Iterator[Row]:
-    for name, region, offset in (("configuration space", _CONFIG, 0), ("a register of edu", 0, _EDU_ID)):
-        request = wire.RegionAccess(offset, region, 4)
+def _reads(name: str, request: wire.RegionAccess, ours: Ask, bare: AskBare, limit: Action) -> Iterator[Row]:
+    def asked_by_ours() -> None:
+        ours(Command.REGION_READ, request, ())
 
-        def read(request: wire.RegionAccess = request) -> None:
-            client.ask(Command.REGION_READ, request)
+    def asked_by_bare() -> None:
+        bare(Command.REGION_READ, request, _READ + 4, None)
 
-        yield against(f"vfio-user: 4 bytes of {name} read", read, ECHO, bare, number=_NUMBER, aim=1.5)
+    name = f"vfio-user: 4 bytes of {name} read"
+    times = in_turn([asked_by_bare, asked_by_ours, limit], number=_NUMBER, rounds=_ROUNDS)
+    yield from _two(name, ECHO, times[0], times[1], times[2])
 
 
-def _maps(client: Client, memory: int, bare_fd: Action, bare: Action) -> Iterator[Row]:
+def _maps(memory: int, ours: Ask, bare: AskBare, limit_fd: Action, limit: Action) -> Iterator[Row]:
     """Pages of one file mapped and unmapped, one message each."""
-    client.ask(Command.DMA_MAP, wire.DmaMap(flags=_RW, address=_KEPT, size=PAGE), [memory])
-    at = {"map": 0, "unmap": 0}
+    places: dict[str, int] = {}
 
     def page(what: str) -> int:
-        offset = at[what]
-        at[what] = (offset + PAGE) % RAM
+        offset = places.get(what, 0)
+        places[what] = (offset + PAGE) % RAM
         return offset
 
-    def dma_map() -> None:
-        offset = page("map")
-        client.ask(Command.DMA_MAP, wire.DmaMap(flags=_RW, offset=offset, address=offset, size=PAGE), [memory])
+    def mapping(what: str) -> wire.DmaMap:
+        offset = page(what)
+        return wire.DmaMap(flags=_RW, offset=offset, address=offset, size=PAGE)
 
-    def dma_unmap() -> None:
-        client.ask(Command.DMA_UNMAP, wire.DmaUnmap(address=page("unmap"), size=PAGE))
+    def map_by_bare() -> None:
+        bare(Command.DMA_MAP, mapping("map by bare"), HEADER_SIZE, memory)
 
-    mapped, unmapped, echo_fd, plain = in_turn([dma_map, dma_unmap, bare_fd, bare], number=_NUMBER, rounds=_ROUNDS)
-    yield _row("vfio-user: DMA_MAP with its descriptor", mapped, ECHO_FD, echo_fd)
-    yield _row("vfio-user: DMA_UNMAP", unmapped, ECHO, plain)
+    def map_by_ours() -> None:
+        ours(Command.DMA_MAP, mapping("map by ours"), [memory])
+
+    def unmap_by_bare() -> None:
+        bare(Command.DMA_UNMAP, wire.DmaUnmap(address=page("unmap by bare"), size=PAGE), _UNMAP, None)
+
+    def unmap_by_ours() -> None:
+        ours(Command.DMA_UNMAP, wire.DmaUnmap(address=page("unmap by ours"), size=PAGE), ())
+
+    kept = wire.DmaMap(flags=_RW, address=_KEPT, size=PAGE)
+    ours(Command.DMA_MAP, kept, [memory])
+    bare(Command.DMA_MAP, kept, HEADER_SIZE, memory)
+    actions = [map_by_bare, map_by_ours, limit_fd, unmap_by_bare, unmap_by_ours, limit]
+    times = in_turn(actions, number=_NUMBER, rounds=_ROUNDS)
+    yield from _two("vfio-user: DMA_MAP with its descriptor", ECHO_FD, *times[:3])
+    yield from _two("vfio-user: DMA_UNMAP", ECHO, *times[3:])
 
 
-def _row(name: str, mine: list[float], limit: str, theirs: list[float]) -> Row:
+def _two(name: str, limit: str, bare: list[float], ours: list[float], theirs: list[float]) -> Iterator[Row]:
+    """What the server costs, seen by a client as bare as the echo's; and by ours."""
+    yield _row(name, bare, limit, theirs, "the server's part: the client is as bare as the echo's")
+    yield _row(f"{name}, our client", ours, limit, theirs, "")
+
+
+def _row(name: str, mine: list[float], limit: str, theirs: list[float], note: str) -> Row:
     ratio = statistics.median(m / t for m, t in zip(mine, theirs, strict=True))
-    return Row(name, statistics.median(mine), limit, statistics.median(theirs), 1.5, given_ratio=ratio)
+    return Row(name, statistics.median(mine), limit, statistics.median(theirs), 1.5, note=note, given_ratio=ratio)

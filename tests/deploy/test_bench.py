@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+from contextlib import closing
 
 import psutil
 import pytest
@@ -13,8 +15,9 @@ from deploy.bench import mapped, nvme, vfio_user
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.bench.stream_echo import echo
+from protocols.transport.vfio_user import connect
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import Command
+from protocols.vfio_user.messages import Capabilities, Command
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.nvme.regs import NvmOpcode
 from vfio_model.errors import VfioModelError
@@ -37,9 +40,23 @@ def test_an_echo_answers_keeps_no_descriptor_and_ends(with_descriptor: bool) -> 
     os.close(write)
 
 
+def test_the_bare_client_asks_what_ours_asks() -> None:
+    memory = vfio_user.guest_memory()
+    with vfio_user.served("edu") as (path, _), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(path)
+        client = vfio_user.BareClient(sock)
+        client.ask(Command.REGION_READ, wire.RegionAccess(edu.IDENTIFICATION, 0, 4), 36)
+        client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), 16, memory)
+        with pytest.raises(VfioModelError, match="not an answer"):
+            client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), 16, memory)
+        client.ask(Command.DMA_UNMAP, wire.DmaUnmap(size=4096), 40)
+    os.close(memory)
+
+
 def test_a_served_device_is_asked_maps_and_unmaps() -> None:
     memory = vfio_user.guest_memory()
-    with vfio_user.served("edu") as (client, pid):
+    with vfio_user.served("edu") as (path, pid), closing(connect(path, "edu", Capabilities())) as endpoint:
+        client = vfio_user.Client(endpoint)
         answer = client.ask(Command.REGION_READ, wire.RegionAccess(edu.IDENTIFICATION, 0, 4))
         assert isinstance(answer, wire.RegionAccess)
         assert answer.data == edu.IDENTIFICATION_VALUE.to_bytes(4, "little")
