@@ -5,14 +5,18 @@ To add one: write a function that makes a :class:`Bench` and name it in :data:`E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from deploy.inline.guest import served
 from guestd.dma_services import DmaServices
 from hostd.remote_dma import MessageDma, translator
-from protocols.vfio_user.messages import Command, Payload
+from hostd.remote_memory import RemoteMemory
+from protocols.transport.shm import MappedMemory, create_memory
+from protocols.vfio_user.messages import Command, DmaMap, DmaUnmap, Payload
 from tests.host.rig import Rig
 from tests.memory.fakes import DictIOMMU, ram_block, system_memory
 from vfio_model.host.dma import AssignedImpl
@@ -20,11 +24,17 @@ from vfio_model.host.hpa import Placement
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.atc import CachedImpl
 from vfio_model.memory.dma import DMAImpl
+from vfio_model.memory.iommu_region import IOMMUTLBEntry, IOMMUTLBEvent
 from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps
 from vfio_model.memory.lane import LANES_SIZE, Lane, LaneArea, init_lanes
+from vfio_model.memory.mapped_dma import MappedDma
+from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import AliasRegion, MemoryRegion, RAMRegion
 from vfio_model.memory.revoke import NoFence, Revoke
 from vfio_model.memory.ring import RingReader, RingWriter, init_ring, ring_size
+from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
+from vfio_model.ranges import Hva
+from vfio_model.vfio.vfio_user import DmaChange, VfioUserIOMMU, VfioUserSpace
 
 PAGE = 65536
 PAGES = 8
@@ -132,6 +142,66 @@ def cached() -> Bench:
     return Bench(device.impl, device.view, device.remap)
 
 
+@functools.cache
+def _shared_ram() -> MappedMemory:
+    """RAM of a vfio-user client, which lives as long as this process."""
+    return create_memory("conformance", PAGES * PAGE)
+
+
+class MappingClient:
+    """A client that has its server follow an IOMMU by DMA_MAP; in between is nothing but the payloads."""
+
+    name = "server"
+
+    def __init__(self) -> None:
+        memory = _shared_ram()
+        memory.view[:] = bytes(len(memory.view))
+        self.block = RAMBlock("ram", memory.view, page_size=PAGE, hva=Hva(1 << 40), fd=memory.fd)
+        root = MemoryRegion("system", 1 << 64)
+        root.add_subregion(0, RAMRegion("ram", self.block))
+        system = AddressSpace("memory", root)
+        self.iommu = DictIOMMU(system, 64 * PAGE, page=PAGE)
+        space = AddressSpace("device", self.iommu)
+        self._answer = served(DmaServices(space, system, lambda: True))
+        self.server = RemoteMemory()
+        self.impl = MappedDma(self.server.maps, MessageDma(self._call))
+        VfioUserSpace(VfioUserIOMMU(self, (self.block,)), system, space)
+
+    def _call(self, command: Command, payload: Payload) -> Payload | None:
+        return self._answer(command, payload)
+
+    def dma_many(self, changes: Sequence[DmaChange]) -> list[int]:
+        """The server's side of DMA_MAP and DMA_UNMAP, which takes all that it is sent."""
+        for change in changes:
+            if change.is_map:
+                request = DmaMap(32, change.perm, change.offset, change.iova, change.size)
+                self.server.add(request, [] if change.fd < 0 else [os.dup(change.fd)])
+            else:
+                self.server.remove(*self.server.touched(DmaUnmap(24, 0, change.iova, change.size)))
+        return [0] * len(changes)
+
+    def give_up(self, reason: str) -> None:
+        """It is not."""
+        raise AssertionError(reason)
+
+    def remap(self, pages: Mapping[int, tuple[int, int]]) -> None:
+        """Change the table and tell those who follow it."""
+        for iova in self.iommu.pages:
+            gone = IOMMUTLBEntry(None, iova * PAGE, 0, PAGE - 1, IOMMUAccessFlags.NONE)
+            self.iommu.notify(IOMMUTLBEvent(IOMMUNotifierFlag.UNMAP, gone))
+        self.iommu.pages = {iova: (page * PAGE, perm) for iova, (page, perm) in pages.items()}
+        for iova, (page, perm) in pages.items():
+            entry = IOMMUTLBEntry(self.iommu.target, iova * PAGE, page * PAGE, PAGE - 1, IOMMUAccessFlags(perm))
+            self.iommu.notify(IOMMUTLBEvent(IOMMUNotifierFlag.MAP, entry))
+        assert self.iommu.flush() is None
+
+
+def vfio_user() -> Bench:
+    """A vfio-user server without extensions."""
+    client = MappingClient()
+    return Bench(client.impl, client.block.view, client.remap)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
     "plain": plain,
     "viommu": lambda: viommu(vectors=False),
@@ -141,6 +211,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
     "assigned-scatter": lambda: assigned(compiled=False, hpa="scatter"),
     "assigned-levels": lambda: assigned(compiled=False, levels=2),
     "cached": cached,
+    "vfio-user": vfio_user,
 }
 EXPECTED: tuple[str, ...] = (
     "plain",
@@ -151,6 +222,7 @@ EXPECTED: tuple[str, ...] = (
     "assigned-scatter",
     "assigned-levels",
     "cached",
+    "vfio-user",
 )
 """Every test of the suite runs over each of these."""
 if find_spec("vfio_model.host._path") is not None:  # built
