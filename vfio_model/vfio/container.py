@@ -52,6 +52,8 @@ class MappingBackend(Protocol):
     """Whether one MAP_DMA may cover pages that are unmapped one by one later."""
     write_only: bool
     """Whether a mapping can be written and not read. On a host's container it can be read, too."""
+    whole_windows: bool
+    """Whether an IOMMU's window is all that is mapped, whatever its entries say: nobody follows these then."""
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """Make the host able to map all of ``section``.

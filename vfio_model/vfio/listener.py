@@ -153,6 +153,8 @@ class VFIOListener(MemoryListener):
         giommu = VFIOGuestIOMMU(self._backend, section, self._system, refused=refused, trace=self._trace)
         giommu.linked = linked
         self._guest_iommus.append(giommu)
+        if self._backend.whole_windows:
+            return
         region.register_notifier(giommu.notifier)
         if refused is None:
             region.replay(giommu.notifier)
@@ -191,7 +193,8 @@ class VFIOListener(MemoryListener):
         if giommu is None:
             return
         self._guest_iommus.remove(giommu)
-        section.mr.unregister_notifier(giommu.notifier)
+        if not self._backend.whole_windows:
+            section.mr.unregister_notifier(giommu.notifier)
         if giommu.refused is None:
             self._backend.queue.unmap(Iova(section.range.start), section.size)
             self._backend.queue.flush()

@@ -51,7 +51,7 @@ class SpaprV2:
         self.queue = MappingQueue(container.port, container.handle, trace=trace)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.coalesces = True
-        self.write_only = False
+        self.write_only = self.whole_windows = False
         self.info = SpaprTceInfo()
         self.smallest_ram_page = 1 << 63
         self._trace = trace

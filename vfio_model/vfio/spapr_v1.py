@@ -36,7 +36,7 @@ class SpaprV1:
         self.queue = MappingQueue(container.port, container.handle, trace=trace)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.coalesces = True
-        self.write_only = False
+        self.write_only = self.whole_windows = False
         self.info = SpaprTceInfo()
 
     def set_type(self) -> None:

@@ -91,7 +91,7 @@ class Type1:
         self.queue: MappingQueue = Type1Queue(container.port, container.handle, trace=trace)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.coalesces = False
-        self.write_only = False
+        self.write_only = self.whole_windows = False
         self.pgsizes = _DEFAULT_PGSIZES
         """Bitmap of the page sizes that can be mapped, in bytes."""
         self.dirty_pages_supported = False

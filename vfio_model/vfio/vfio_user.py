@@ -309,6 +309,7 @@ class VfioUserIOMMU:
         self.dma_max_mappings = limits.max_dma_maps
         self.coalesces = True
         self.write_only = True
+        self.whole_windows = by_message
 
     def add_window(self, section: MemoryRegionSection) -> None:
         """See ``MappingBackend``."""
