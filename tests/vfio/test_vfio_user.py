@@ -204,6 +204,7 @@ def test_memory_without_an_iommu_is_mapped_whole() -> None:
 
 def test_by_message_a_window_is_one_map_without_a_descriptor() -> None:
     bench = Bench(by_message=True)
+    assert not bench.iommu.notifiers, "nobody follows its entries"
     bench.set(0, [1, 2])
     bench.clear(0, PAGES)
     assert bench.server.sent == [DmaChange(True, WINDOW, PAGES * PAGE, RW)]
