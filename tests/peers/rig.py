@@ -90,7 +90,7 @@ class PeerGuest:
         self.loop = Loop()
         self.trace = ListTrace()
         machine = MachineConfig(ram=RAM, page_size=1 << 16)
-        self.guest = Guest(GuestConfig(machine=machine), directory, self.loop, self.trace)
+        self.guest = Guest(GuestConfig(machine=machine, notifier="inline"), directory, self.loop, self.trace)
         self.guest.start()
         self.config = DeviceConfig(
             id=NAME, attach="remote", addr="02.0", socket=str(path), dma=dma, reconnect_ms=reconnect_ms

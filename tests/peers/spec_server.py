@@ -75,7 +75,7 @@ class Server:
         self.regs[ID : ID + 4] = struct.pack("<I", IDENTITY)
         self.msix = bytearray(4096)
         self.memory_fd = self.make_memory()
-        self.memory = mmap.mmap(self.memory_fd, FILE_OFFSET + BAR2)
+        self.memory: Any = mmap.mmap(self.memory_fd, FILE_OFFSET + BAR2)
         self.config = self.make_config()
         self.clients = 0
 
@@ -395,7 +395,7 @@ class Server:
         if region == 0 and offset == IRQ:
             self.interrupt(struct.unpack_from("<I", self.regs, IRQ)[0])
         if region == 0 and offset == CUT:
-            self.memory: Any = bytearray(self.memory)
+            self.memory = bytearray(self.memory)
             os.ftruncate(self.memory_fd, FILE_OFFSET)
 
     def reset(self) -> None:
