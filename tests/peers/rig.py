@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guestd.config import DeviceConfig, GuestConfig, MachineConfig
-from guestd.guest import Guest
 from protocols.transport.loop import Loop
+from tests.acceleration import kvm
+from tests.guestd.accelerated_guest import HostedGuest
 from tests.peers import spec_server as peer
 from vfio_model.guest_drivers.cpu import DirectCpu
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, RtasConfig, assign_bars, probe, set_command
@@ -89,8 +90,8 @@ class PeerGuest:
     ) -> None:
         self.loop = Loop()
         self.trace = ListTrace()
-        machine = MachineConfig(ram=RAM, page_size=1 << 16)
-        self.guest = Guest(GuestConfig(machine=machine, notifier="inline"), directory, self.loop, self.trace)
+        machine = MachineConfig(ram=RAM, page_size=1 << 16, kvm=kvm())
+        self.guest = HostedGuest(GuestConfig(machine=machine, notifier="inline"), directory, self.loop, self.trace)
         self.guest.start()
         self.config = DeviceConfig(
             id=NAME, attach="remote", addr="02.0", socket=str(path), dma=dma, reconnect_ms=reconnect_ms

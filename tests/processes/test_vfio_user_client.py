@@ -18,6 +18,8 @@ from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.iommu.spapr.regs import TcePerm
 from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY
 
+pytestmark = pytest.mark.machine
+
 GONE = 0xFFFF_FFFF
 PAGE = 4096
 GPA = 1 << 20

@@ -19,6 +19,8 @@ from vfio_model.pci.config_space import COMMAND
 from vfio_model.pci.msix import CONTROL_ENABLE, ENTRY_SIZE
 from vfio_model.vmstate.fields import State
 
+pytestmark = pytest.mark.machine
+
 GPA = 1 << 20
 PAGE = 4096
 BUSY = 0x7777
