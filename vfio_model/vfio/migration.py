@@ -13,15 +13,19 @@ Source: ``include/uapi/linux/vfio.h`` ("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE").
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
 from vfio_model.errors import VMStateError
-from vfio_model.uapi.migration import DeviceState, Feature, FeatureFlags, MigState
+from vfio_model.uapi.migration import DeviceState, Feature, FeatureFlags, MigrationFlags, MigState
 from vfio_model.vfio.dirty_source import FeatureDevice, has_feature
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
+_KNOWN_FLAGS: Final = int(
+    MigrationFlags.VFIO_MIGRATION_STOP_COPY | MigrationFlags.VFIO_MIGRATION_P2P | MigrationFlags.VFIO_MIGRATION_PRE_COPY
+)
 DATA_CHUNK: Final = 256 << 10
 """Bytes of one message."""
 DEVICE_STATE: Final = VMStateDescription(
@@ -55,8 +59,24 @@ def migrating(device: VFIOPCIDevice) -> MigratingDevice:
     return connection
 
 
+def migration_flags(device: MigratingDevice) -> MigrationFlags:
+    """Which states there are besides STOP and RUNNING: ``VFIO_DEVICE_FEATURE_MIGRATION``."""
+    flags = int(FeatureFlags.VFIO_DEVICE_FEATURE_GET) | Feature.VFIO_DEVICE_FEATURE_MIGRATION
+    try:
+        (found,) = struct.unpack_from("=Q", device.device_feature(flags))
+    except (OSError, struct.error):
+        return MigrationFlags.VFIO_MIGRATION_STOP_COPY
+    return MigrationFlags(found & _KNOWN_FLAGS)
+
+
 def set_state(device: MigratingDevice, state: DeviceState) -> None:
-    """:raise OSError: EINVAL when the device cannot go there, or did not take what was written."""
+    """RUNNING_P2P is left out where the device has no such state.
+
+    :raise OSError: EINVAL when the device cannot go there, or did not take what was written.
+    """
+    p2p = MigrationFlags.VFIO_MIGRATION_P2P
+    if state is DeviceState.RUNNING_P2P and p2p not in migration_flags(device):
+        return
     flags = int(FeatureFlags.VFIO_DEVICE_FEATURE_SET) | Feature.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
     device.device_feature(flags, MigState(state).pack())
 
