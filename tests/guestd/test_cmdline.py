@@ -146,6 +146,20 @@ def test_a_remote_device_gets_memory_that_is_shared(text: str, dma: str) -> None
     assert devices(f"{text} -device vfio-user-pci,socket.type=unix,socket.path=/tmp/s")[0].dma == dma
 
 
+def test_how_a_remote_device_is_reached() -> None:
+    text = "vfio-user-pci,socket=/tmp/s,dma=mapped,reconnect-ms=250"
+    (found,) = devices(f"-device {text}")
+    assert (found.dma, found.reconnect_ms) == ("mapped", 250)
+    assert devices("-device vfio-user-pci,socket=/tmp/s")[0].reconnect_ms == 5000
+    as_qemu = '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/s"},"reconnect-ms":0}'
+    (shown,) = devices(f"-device {as_qemu}")
+    assert (shown.socket, shown.reconnect_ms) == ("/tmp/s", 0)
+    with pytest.raises(ConfigError, match="a UNIX socket with a path is needed, not 'inet'"):
+        devices("-device " + as_qemu.replace("unix", "inet"))
+    with pytest.raises(ConfigError, match="reconnect-ms"):
+        devices("-device " + text.replace("250", "soon"))
+
+
 def test_memory() -> None:
     assert machine("-m 1G").ram == machine("-m size=1024,slots=2,maxmem=4G").ram == 1 << 30
     huge = machine("-m 64M -object memory-backend-memfd,id=m,size=64M,hugetlb=on,hugetlbsize=16M -M memory-backend=m")
