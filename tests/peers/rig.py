@@ -110,9 +110,13 @@ class PeerGuest:
     def plug(self) -> None:
         """Attach the device, and do what firmware does."""
         self.guest.add_device(self.config)
+        self.firmware()
+
+    def firmware(self) -> None:
+        """Find it, unless it is gone again, and place its BARs."""
         function = probe(self.pci, DEVFN)
-        assert function is not None
-        self.place(function)
+        if function is not None:
+            self.place(function)
 
     def place(self, function: PciFunction) -> None:
         """Give its BARs addresses, switch decoding and mastering on."""

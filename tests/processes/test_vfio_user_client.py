@@ -386,13 +386,15 @@ def test_a_server_that_dies_at_any_command_comes_back(bench: Bench, at: int) -> 
         guest.plug()
         again = True
     guest.window.map_pages(0, [GPA, GPA + 2 * PAGE, GPA + 4 * PAGE])
-    guest.enable_msix(4)
+    if guest.bars:
+        guest.enable_msix(4)
     guest.window.unmap(PAGE, PAGE)
     while not bench.peer.log("misbehaves"):
-        guest.read(peer.SCRATCH)
+        guest.pci.read(DEVFN, 0x40, 4)
     if not again:
         bench.peer.start(at=0)
     guest.until("it is back", lambda: guest.state == "running" and len(bench.peer.log("client")) > 1)
+    guest.firmware()  # what was written while it was gone is lost
     assert guest.dma(peer.WRITE, 0, 8, 7) == 0 and guest.dma(peer.WRITE, PAGE, 8, 7) == EFAULT
 
 
