@@ -106,6 +106,10 @@ class Live:
             self.cpu = ControlCpu(self.link("guestd"))
             specs = assemble.daemons(self.scenario, self.directory)
             config = msgspec.json.decode((self.directory / "guestd.json").read_bytes())
+            for device in config["devices"]:
+                if device["id"] == CARD:
+                    device["reconnect_ms"] = 0  # it comes back when a test plugs it again
+            (self.directory / "guestd.json").write_bytes(msgspec.json.encode(config))
             self._configs = {device["id"]: device for device in config["devices"]}
             self.launcher.start([spec for spec in specs if spec.stage == 0])
             self.before_guest = self.locked_vm()
