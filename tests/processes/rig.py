@@ -67,6 +67,7 @@ class Live:
     """A running system; a context manager. ``scale`` of deadlines; daemons that end are started afresh by
     :meth:`revive`. With ``kvm`` (None: as the run says) the host answers hypercalls, and the card caches no translation
     that it could not tell of a change; where it caches them nevertheless, guestd carries out every hypercall.
+    ``reconnects``: the guest looks for a card that was lost.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Live:
         interpose: bool = False,
         kvm: bool | None = None,
         caches: bool | None = None,
+        reconnects: bool = True,
     ) -> None:
+        self._reconnects = reconnects
         self.kvm = acceleration.kvm(kvm)
         dma: Literal["shared", "message"] = "message" if (self.kvm if caches is None else not caches) else "shared"
         devices = [
@@ -106,10 +109,10 @@ class Live:
             self.cpu = ControlCpu(self.link("guestd"))
             specs = assemble.daemons(self.scenario, self.directory)
             config = msgspec.json.decode((self.directory / "guestd.json").read_bytes())
-            for device in config["devices"]:
-                if device["id"] == CARD:
-                    device["reconnect_ms"] = 0  # it comes back when a test plugs it again
-            (self.directory / "guestd.json").write_bytes(msgspec.json.encode(config))
+            if not self._reconnects:
+                (card,) = (device for device in config["devices"] if device["id"] == CARD)
+                card["reconnect_ms"] = 0
+                (self.directory / "guestd.json").write_bytes(msgspec.json.encode(config))
             self._configs = {device["id"]: device for device in config["devices"]}
             self.launcher.start([spec for spec in specs if spec.stage == 0])
             self.before_guest = self.locked_vm()

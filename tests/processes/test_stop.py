@@ -102,7 +102,7 @@ def given_up_alone(live: Live, traffic: Traffic, victim: Target) -> None:
 
 @pytest.mark.parametrize("number", ROUNDS)
 def test_a_stopped_remote_device_is_lost_to_the_guest_and_harmless_when_it_wakes_up(number: int) -> None:
-    with Live() as live:
+    with Live(reconnects=False) as live:
         census = live.census()
         for seed in seeds(12000, number):
             with told(seed):
