@@ -1,12 +1,7 @@
 """A device behind vfio-user framing, as its user: assigned (its stream came from hostd) or remote (connected by path).
 
-The same object is the guest-facing device's :class:`~vfio_model.vfio.region.DeviceConnection` and the one who
-serves what the device asks in between: translations, DMA by message, interrupts. It serves in every wait of guestd
-and never waits while it does: a DMA that leads to another process's BAR is an error there, not a question.
-
-A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gone: every call raises
-:class:`PeerLost` from then on,
-:attr:`VfioUserDevice.on_lost` is called once, and nobody else notices. Region writes are posted.
+It is the guest-facing device's :class:`~vfio_model.vfio.region.DeviceConnection`: every command as a method. How they
+are asked, and what is served meanwhile, is :mod:`guestd.remote_peer`'s. Region writes are posted.
 """
 
 from __future__ import annotations
@@ -14,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from typing import Final, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Final
 
+from guestd.remote_peer import DEVICE_SECONDS, DeviceServices, RemotePeer, answering, is_answering
 from guestd.remote_regions import Areas, RegionMaps
 from protocols.transport.kernel import EventFd, Pidfd
 from protocols.transport.loop import Loop, deadline_scale
@@ -31,74 +25,23 @@ from protocols.vfio_user.messages import (
     Command,
     Extensions,
     MigrationCapability,
-    Payload,
     TwinSocket,
 )
-from protocols.vfio_user.state import CommandReceived, ReplyReceived
-from vfio_model.errors import DeadlineExceeded, PeerLost, ProtocolError
+from vfio_model.errors import PeerLost
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import DeviceFlags, DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
 from vfio_model.vfio.region import IrqHandler
 from vfio_model.vfio.vfio_user import DmaChange, DmaLimits
 
-DEVICE_SECONDS: Final = 5.0
-"""Deadline of one request to a device."""
-END_SECONDS: Final = 2.0
-"""How long a device process may take to end when its connection was closed."""
 MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
 
 MAX_REGION_INFO: Final = 64 << 10
 """Bytes of an answer about a region that are asked for."""
-MAX_TURN: Final = 32
-"""Messages of one device that are taken before others have their turn."""
 DMA_PIPELINE: Final = 128
 """DMA_MAPs and DMA_UNMAPs on their way at a time."""
 DMA_CHANGE_SECONDS: Final = 0.001
 """What each of them adds to the deadline of all."""
-
-P = TypeVar("P", bound=Payload)
-_serving: ContextVar[bool] = ContextVar("serving", default=False)
-"""Whether this process is answering a device: nothing may be asked then."""
-
-
-@contextlib.contextmanager
-def _answering() -> Iterator[None]:
-    token = _serving.set(True)
-    try:
-        yield
-    finally:
-        _serving.reset(token)
-
-
-class DeviceServices(Protocol):
-    """What the guest does for a device that asks. Nothing here may wait."""
-
-    def translate(self, request: wire.TranslateRequest) -> list[wire.TranslationEntry]:
-        """An ATS request."""
-
-    def dma_read(self, address: int, count: int) -> bytes | None:
-        """DMA by message: the bytes, or None when the access is refused."""
-
-    def dma_write(self, address: int, data: bytes) -> bool:
-        """DMA by message: whether all of it was written."""
-
-
-class NoServices:
-    """For a device whose DMA does not go through this process."""
-
-    def translate(self, request: wire.TranslateRequest) -> list[wire.TranslationEntry]:
-        """Nothing is translated here."""
-        return []
-
-    def dma_read(self, address: int, count: int) -> bytes | None:
-        """Refused."""
-        return None
-
-    def dma_write(self, address: int, data: bytes) -> bool:
-        """Refused."""
-        return False
-
 
 PGSIZES: Final = 1 << 12 | 1 << 16 | 1 << 21 | 1 << 24 | 1 << 30
 """Pages that guestd can map for a server."""
@@ -127,7 +70,7 @@ class _Irq:
 
     def _rung(self) -> None:
         if self.event.drain():
-            with _answering():
+            with answering():
                 self._handler()
 
     def close(self) -> None:
@@ -140,7 +83,7 @@ def _close_irqs(irqs: Sequence[_Irq]) -> None:
         irq.close()
 
 
-class VfioUserDevice:
+class VfioUserDevice(RemotePeer):
     """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process;
     with ``lives_for_us`` it ends when the connection does, and :meth:`close` returns when it is dead.
 
@@ -159,36 +102,20 @@ class VfioUserDevice:
         seconds: float = DEVICE_SECONDS,
         trace: Trace = NULL_TRACE,
     ) -> None:
-        self.name, self.process, self._lives_for_us = name, process, lives_for_us
-        self.on_lost: Callable[[PeerLost], None] = lambda _error: None
-        self.lost: PeerLost | None = None
-        self._endpoint, self._loop, self.seconds, self._trace = endpoint, loop, seconds, trace
-        self._services: DeviceServices = services or NoServices()
-        self._replies: dict[int, ReplyReceived] = {}
-        self._waiting: set[int] = set()
-        self._posted = False
-        """Whether something was sent since the last answer that wants none itself."""
         self._irqs: dict[int, list[_Irq]] = {}
         self._maps = RegionMaps(name, trace)
         self._flags: int | None = None
         """What the device can do, once it was asked."""
-        loop.register(endpoint, self._readable, served=True)
-        if process is not None:
-            loop.register(process, self._process_died, served=True)
-        if not endpoint.ready:
-            self._shake_hands()
-        if endpoint.twin is not None:
-            loop.register(endpoint.twin, self._readable, served=True)
-
-    def _shake_hands(self) -> None:
-        try:
-            number = self._endpoint.version()
-            self._waiting.add(number)
-            answer = self._await(number, Command.VERSION)
-        except (PeerLost, OSError) as error:
-            raise self._lose(f"shaking hands: {error}") from error
-        if answer.errno:
-            raise self._lose(f"shaking hands: it refuses: {os.strerror(answer.errno)}")
+        super().__init__(
+            name,
+            endpoint,
+            loop,
+            process=process,
+            services=services,
+            lives_for_us=lives_for_us,
+            seconds=seconds,
+            trace=trace,
+        )
 
     @property
     def limits(self) -> DmaLimits:
@@ -360,7 +287,7 @@ class VfioUserDevice:
 
         :raise PeerLost: the device is gone, or too slow.
         """
-        if _serving.get():
+        if is_answering():
             raise self._lose("waiting: its memory changes while a device is served")
         until = time.monotonic() + (self.seconds + len(changes) * DMA_CHANGE_SECONDS) * deadline_scale()
         errors: list[int] = []
@@ -390,142 +317,15 @@ class VfioUserDevice:
         """X_NOTIFIER: subscribe to ``as_id``."""
         self._call(Command.X_NOTIFIER, wire.NotifierSetup(as_id, os.fsencode(path)), wire.Empty)
 
-    # -- requests ------------------------------------------------------------------------------------------------
-
-    def _send(self, command: Command, payload: Payload, fds: Sequence[int] = ()) -> int:
-        number = self._transmit(command, payload, fds, no_reply=False)
-        self._waiting.add(number)
-        return number
-
-    def _post(self, command: Command, payload: Payload) -> None:
-        self._posted = True
-        self._transmit(command, payload, (), no_reply=True)
-
-    def _transmit(self, command: Command, payload: Payload, fds: Sequence[int], *, no_reply: bool) -> int:
-        if self.lost is not None:
-            raise PeerLost(self.name, self.lost.doing)
-        try:
-            return self._endpoint.command(command, payload, list(fds), no_reply=no_reply)
-        except PeerLost as error:
-            raise self._lose(error.doing) from error
-
-    def _call(self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()) -> P:
-        """As :meth:`_exchange`, for answers without descriptors."""
-        answer, got = self._exchange(command, payload, reply, fds)
-        close_fds(got)
-        return answer
-
-    def _exchange(
-        self, command: Command, payload: Payload, reply: type[P], fds: Sequence[int] = ()
-    ) -> tuple[P, list[int]]:
-        """Send and wait; the descriptors of the answer are the caller's.
-
-        :raise OSError: the device's errno, EDEADLK while a device is answered. :raise PeerLost: it is gone, or too
-        late.
-        """
-        if _serving.get():
-            raise OSError(errno.EDEADLK, f"{self.name}: {wire.command_name(command)} while another device is served")
-        answer = self._await(self._send(command, payload, fds), command)
-        self._posted = False
-        if answer.errno:
-            close_fds(answer.fds)
-            raise OSError(answer.errno, f"{self.name}: {wire.command_name(command)}: {os.strerror(answer.errno)}")
-        assert isinstance(answer.payload, reply), "the protocol state checked what answers what"
-        return answer.payload, answer.fds
-
-    def _await(self, number: int, command: Command, seconds: float | None = None) -> ReplyReceived:
-        replies = self._replies
-        try:
-            self._loop.serve_until(
-                lambda: number in replies or self.lost is not None,
-                self.seconds if seconds is None else seconds,
-                self.name,
-                wire.command_name(command),
-            )
-        except DeadlineExceeded as error:
-            raise self._lose(f"waiting: {error}") from error
-        finally:
-            self._waiting.discard(number)
-        if number not in replies:
-            assert self.lost is not None, "the wait ends with an answer or a loss"
-            raise PeerLost(self.name, self.lost.doing)
-        return replies.pop(number)
-
-    # -- served --------------------------------------------------------------------------------------------------
-
-    def _readable(self) -> None:
-        try:
-            for _ in range(MAX_TURN):
-                if self.lost is not None or (event := self._endpoint.receive()) is None:
-                    return
-                if isinstance(event, ReplyReceived) and event.id in self._waiting:
-                    self._replies[event.id] = event
-                    continue
-                close_fds(event.fds)  # nothing that a device asks needs a descriptor
-                if isinstance(event, CommandReceived):
-                    with _answering():
-                        self._serve(event)
-        except PeerLost as error:
-            self._lose(f"{error.doing}: it ended the connection")
-        except ProtocolError as error:
-            self._lose(f"speaking: it broke the protocol: {error}")
-
-    def _serve(self, event: CommandReceived) -> None:
-        request, services = event.payload, self._services
-        if isinstance(request, wire.TranslateRequest):
-            self._endpoint.reply(event, wire.TranslateReply.of(services.translate(request)))
-        elif isinstance(request, wire.DmaAccess) and event.command == Command.DMA_READ:
-            data = services.dma_read(request.address, request.count)
-            self._answer_dma(event, None if data is None else wire.DmaAccess(request.address, len(data), data))
-        elif isinstance(request, wire.DmaAccess):
-            done = services.dma_write(request.address, request.data)
-            self._answer_dma(event, wire.DmaAccess(request.address, request.count) if done else None)
-        else:
-            self._endpoint.reply_error(event, errno.ENOTSUP)
-
-    def _answer_dma(self, event: CommandReceived, answer: wire.DmaAccess | None) -> None:
-        if answer is None:
-            self._endpoint.reply_error(event, errno.EFAULT)
-        else:
-            self._endpoint.reply(event, answer)
-
-    def _process_died(self) -> None:
-        self._lose("running: its process died")
-
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _lose(self, reason: str) -> PeerLost:
-        if self.lost is None:
-            self.lost = PeerLost(self.name, reason)
-            self._trace("vfio_user_lost", name=self.name, reason=reason)
-            self._release()
-            self.on_lost(self.lost)
-            self._maps.close()
-        return PeerLost(self.name, self.lost.doing)
-
-    def _see_it_end(self) -> None:
-        """A process that does not end by itself is killed: whoever opens the device next must not meet it."""
-        process = self.process
-        if process is None or not self._lives_for_us:
-            return
-        try:
-            self._loop.serve_until(lambda: not process.alive(), END_SECONDS, self.name, "its end")
-        except DeadlineExceeded as error:
-            self._trace("vfio_user_killed", name=self.name, reason=str(error))
-            process.send_signal(signal.SIGKILL)
-
-    def _release_endpoint(self) -> None:
-        self._loop.unregister(self._endpoint)
-        if self._endpoint.twin is not None:
-            self._loop.unregister(self._endpoint.twin)
-        self._endpoint.close()
+        error = super()._lose(reason)
+        self._maps.close()
+        return error
 
     def _release(self) -> None:
-        self._release_endpoint()
-        if self.process is not None:
-            self._loop.unregister(self.process)
-            self.process.close()
-            self.process = None
+        super()._release()
         for irqs in self._irqs.values():
             _close_irqs(irqs)
         self._irqs.clear()

@@ -29,7 +29,8 @@ from typing import Final, Protocol
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig
 from guestd.dma_services import DmaServices
-from guestd.remote import DEVICE_SECONDS, VfioUserDevice, capabilities
+from guestd.remote import VfioUserDevice, capabilities
+from guestd.remote_peer import DEVICE_SECONDS
 from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import Loop, LoopTimer, deadline_scale
 from protocols.transport.vfio_user import VfioUserEndpoint, connect

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guestd.remote import DeviceServices, VfioUserDevice, capabilities
+from guestd.remote import VfioUserDevice, capabilities
+from guestd.remote_peer import DeviceServices
 from protocols.transport.loop import Loop
 from protocols.transport.unix import close_fds, stream_pair
 from protocols.transport.vfio_user import VfioUserEndpoint
