@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-import guestd.remote
+import guestd.remote_peer
 from guestd.remote import VfioUserDevice, capabilities
 from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import Loop
@@ -174,7 +174,7 @@ def test_closing_ends_it_quietly(fake: FakeDevice) -> None:
 def test_closing_a_device_that_lives_for_us_sees_its_process_end(
     fake: FakeDevice, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guestd.remote, "END_SECONDS", 0.01)
+    monkeypatch.setattr(guestd.remote_peer, "END_SECONDS", 0.01)
     stubborn = subprocess.Popen(["sleep", "600"])
     endpoint = VfioUserEndpoint(fake.client_stream, Role.CLIENT, capabilities(ats=False))
     device = VfioUserDevice("fake", endpoint, loop, process=Pidfd.open(stubborn.pid), lives_for_us=True)
