@@ -190,7 +190,7 @@ def test_qtest_reads_what_is_left_and_does_nothing_where_the_machine_is_not(
         source.put(IOVA, GPA | 3)
         source.burst().start(IOVA, 64, 1, pattern=1)
         source.cpu.flush()
-        assert qtest(paths[0], f"readb {GPA:#x}") == "OK 0x0000000000000001"
+        until("the burst", lambda: qtest(paths[0], f"readb {GPA:#x}") == "OK 0x0000000000000001")
         assert qtest(paths[1], f"writeb {GPA:#x} 5") == "FAIL the machine is not here: inmigrate"
         source.ask("migrate", uri=f"unix:{both.path}")
         assert source.migrated("completed", "failed")["status"] == "completed"

@@ -63,7 +63,7 @@ class Backend:
         self.windows = HostWindows()
         self.queue = MappingQueue(cast(VfioPort, port), 1)
         self.dma_max_mappings = DMA_MAX_MAPPINGS
-        self.coalesces = True
+        self.coalesces, self.whole_windows = True, False
         if window:
             self.windows.add(VFIOHostDMAWindow(0, U64_MAX, page))
 
