@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from guestd.remote_peer import DEVICE_SECONDS, DeviceServices, RemotePeer, answering, is_answering
+from guestd.remote_peer import RemotePeer, answering, is_answering
 from guestd.remote_regions import Areas, RegionMaps
-from protocols.transport.kernel import EventFd, Pidfd
+from protocols.transport.kernel import EventFd
 from protocols.transport.loop import Loop, deadline_scale
 from protocols.transport.unix import close_fds
-from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import (
     Capabilities,
@@ -28,7 +27,6 @@ from protocols.vfio_user.messages import (
     TwinSocket,
 )
 from vfio_model.errors import PeerLost
-from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import DeviceFlags, DeviceInfo, IrqInfo, IrqSetFlags, RegionInfo
 from vfio_model.vfio.region import IrqHandler
 from vfio_model.vfio.vfio_user import DmaChange, DmaLimits
@@ -84,38 +82,13 @@ def _close_irqs(irqs: Sequence[_Irq]) -> None:
 
 
 class VfioUserDevice(RemotePeer):
-    """``endpoint`` (its own from now on) negotiated and in the loop. ``process`` is the pidfd of the device process;
-    with ``lives_for_us`` it ends when the connection does, and :meth:`close` returns when it is dead.
+    """The device at the other end; made as :class:`RemotePeer` is."""
 
-    :raise PeerLost: when the device does not negotiate.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        endpoint: VfioUserEndpoint,
-        loop: Loop,
-        *,
-        process: Pidfd | None = None,
-        services: DeviceServices | None = None,
-        lives_for_us: bool = False,
-        seconds: float = DEVICE_SECONDS,
-        trace: Trace = NULL_TRACE,
-    ) -> None:
+    def _prepare(self) -> None:
         self._irqs: dict[int, list[_Irq]] = {}
-        self._maps = RegionMaps(name, trace)
+        self._maps = RegionMaps(self.name, self._trace)
         self._flags: int | None = None
         """What the device can do, once it was asked."""
-        super().__init__(
-            name,
-            endpoint,
-            loop,
-            process=process,
-            services=services,
-            lives_for_us=lives_for_us,
-            seconds=seconds,
-            trace=trace,
-        )
 
     @property
     def limits(self) -> DmaLimits:

@@ -111,6 +111,7 @@ class RemotePeer:
         self._waiting: set[int] = set()
         self._posted = False
         """Whether something was sent since the last answer that wants none itself."""
+        self._prepare()
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
             loop.register(process, self._process_died, served=True)
@@ -118,6 +119,9 @@ class RemotePeer:
             self._shake_hands()
         if endpoint.twin is not None:
             loop.register(endpoint.twin, self._readable, served=True)
+
+    def _prepare(self) -> None:
+        """What a subclass keeps is made here: before anything comes in."""
 
     def _shake_hands(self) -> None:
         try:

@@ -55,18 +55,11 @@ class PiecewiseDma:
         self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None = None
     ) -> DMAMapping | None:
         """A bounce buffer; see ``DMAImpl``."""
-        size = self._budget.take(length)
-        buffer = bytearray(size)
-        if not size or (direction is DMADirection.TO_DEVICE and self.read(iova, buffer)):
-            self._budget.give_back(size)
-            return None
 
-        def release(mapping: DMAMapping, access_len: int) -> None:
-            if direction is DMADirection.FROM_DEVICE:
-                self.write(iova, memoryview(buffer)[:access_len])
-            self._budget.give_back(size)
+        def begin(buffer: bytearray) -> object:
+            return direction is DMADirection.TO_DEVICE and self.read(iova, buffer)
 
-        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+        return self._budget.map(iova, length, direction, on_invalidate, begin, self.write)
 
 
 class MessageDma(PiecewiseDma):

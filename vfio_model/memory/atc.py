@@ -334,21 +334,11 @@ class CachedImpl:
         It outlives its translation without harm: what is written back is translated again. None when nothing
         decodes at ``iova`` or the bounce budget is empty.
         """
-        size = self.bounce.take(length)
-        if not size:
-            return None
-        buffer = bytearray(size)
-        nothing = self.read(iova, buffer) if direction is DMADirection.TO_DEVICE else not self._decodes(iova)
-        if nothing:
-            self.bounce.give_back(size)
-            return None
 
-        def release(mapping: DMAMapping, access_len: int) -> None:
-            if direction is DMADirection.FROM_DEVICE:
-                self.write(iova, memoryview(buffer)[:access_len])
-            self.bounce.give_back(size)
+        def begin(buffer: bytearray) -> object:
+            return self.read(iova, buffer) if direction is DMADirection.TO_DEVICE else not self._decodes(iova)
 
-        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+        return self.bounce.map(iova, length, direction, on_invalidate, begin, self.write)
 
     def _decodes(self, iova: int) -> bool:
         """Whether ``iova`` may be written, as far as that is known before it is: a message finds out when it goes."""

@@ -225,20 +225,8 @@ class MappedDma:
             self._refuse(iova, length, direction is DMADirection.FROM_DEVICE, why, MemTxResult.DECODE_ERROR)
             return None
         room = length if known is None else min(length, known.last - iova + 1)
-        return self._map_bounce(iova, room, direction, on_invalidate)
 
-    def _map_bounce(
-        self, iova: int, length: int, direction: DMADirection, on_invalidate: OnInvalidate | None
-    ) -> DMAMapping | None:
-        size = self.bounce.take(length)
-        buffer = bytearray(size)
-        if not size or (direction is DMADirection.TO_DEVICE and self.read(iova, buffer)):
-            self.bounce.give_back(size)
-            return None
+        def begin(buffer: bytearray) -> object:
+            return direction is DMADirection.TO_DEVICE and self.read(iova, buffer)
 
-        def release(mapping: DMAMapping, access_len: int) -> None:
-            if direction is DMADirection.FROM_DEVICE:
-                self.write(iova, memoryview(buffer)[:access_len])
-            self.bounce.give_back(size)
-
-        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+        return self.bounce.map(iova, room, direction, on_invalidate, begin, self.write)

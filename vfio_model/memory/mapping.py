@@ -139,6 +139,34 @@ class BounceBudget:
         self.used -= count
         self._wake()
 
+    def map(
+        self,
+        iova: int,
+        length: int,
+        direction: DMADirection,
+        on_invalidate: Callable[[DMAMapping], None] | None,
+        begin: Callable[[bytearray], object],
+        write: Callable[[int, memoryview], object],
+    ) -> DMAMapping | None:
+        """A bounce buffer of up to ``length`` bytes. ``begin(buffer)`` fills one for TO_DEVICE, and says something true
+        when nothing decodes there; one for FROM_DEVICE goes to ``write(iova, bytes)`` at unmap. None when the budget is
+        empty or nothing decodes.
+        """
+        size = self.take(length)
+        if not size:
+            return None
+        buffer = bytearray(size)
+        if begin(buffer):
+            self.give_back(size)
+            return None
+
+        def release(mapping: DMAMapping, access_len: int) -> None:
+            if direction is DMADirection.FROM_DEVICE:
+                write(iova, memoryview(buffer)[:access_len])
+            self.give_back(size)
+
+        return DMAMapping(iova, memoryview(buffer), direction, on_invalidate, bounce=True, release=release)
+
     def register_client(self, client: Callable[[], None]) -> None:
         """Call ``client`` once when bytes are available: at once if they are now."""
         self._clients.append(client)
