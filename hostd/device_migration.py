@@ -12,9 +12,10 @@
 A request names where to go, and the device takes every step on the way; a step that fails leaves it where it came to,
 or, when a state that was written cannot be taken, in ERROR, out of which only a reset leads. A device that stands does
 nothing by itself: idle work rests, no timer fires and no network is heard. No device here does peer-to-peer DMA without
-being told, and none has anything to say before it stands: in PRE_COPY there is no data yet.
+being told.
 
-The data is one section: the name and version of the device's described state, and the state.
+The data is one section: the name and version of the device's described state, and the state; read from PRE_COPY on, it
+is that section and what changes of it until the device stands (:mod:`hostd.device_image`).
 
 Source: ``include/uapi/linux/vfio.h`` ("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE"); QEMU ``docs/interop/vfio-user.rst``.
 """
@@ -25,6 +26,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from hostd.device_image import STREAM, ImageReader, ImageWriter
 from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.dma import BLOCKED, DMAImpl
 from vfio_model.memory.dma_log import DmaLog, LoggedDma
@@ -42,6 +44,7 @@ from vfio_model.uapi.migration import (
     MigrationFlags,
     MigrationInfo,
     MigState,
+    PreCopyInfo,
     path,
     unpack_ranges,
 )
@@ -67,6 +70,7 @@ _LOGGING = frozenset(
         Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
     )
 )
+_PRE_COPY = frozenset((DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P))
 _RUNS = (DeviceState.RUNNING, DeviceState.RUNNING_P2P, DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
 
 
@@ -85,7 +89,10 @@ class DeviceMigration:
         self._device, self._trace = device, trace
         self.state = DeviceState.RUNNING
         self._saved, self._read_to = b"", 0
+        self._early: ImageWriter | None = None
+        """What is read since the device is or was in PRE_COPY."""
         self._written = bytearray()
+        self._built: ImageReader | None = None
         self._impl: DMAImpl = BLOCKED
         self._log: DmaLog | None = None
         self._room = U64_MAX
@@ -97,6 +104,7 @@ class DeviceMigration:
                 Feature.VFIO_DEVICE_FEATURE_MIGRATION: (_GET, self._info),
                 Feature.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE: (get_set, self._device_state),
                 Feature.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: (_GET, self._data_size),
+                Feature.X_MIG_PRECOPY_INFO: (_GET, self._precopy_info),
             }
         if logs:
             self._features |= {
@@ -171,6 +179,12 @@ class DeviceMigration:
     def _data_size(self, _flags: FeatureFlags, _data: bytes) -> bytes:
         return MigDataSize(len(self._encoded())).pack()
 
+    def _precopy_info(self, _flags: FeatureFlags, _data: bytes) -> bytes:
+        if self._early is None or self.state not in _PRE_COPY:
+            raise OSError(errno.EINVAL, f"no pre-copy while {self.state.name}")
+        initial, dirty = self._early.estimate(self._encoded())
+        return PreCopyInfo(initial_bytes=initial, dirty_bytes=dirty).pack()
+
     def _device_state(self, flags: FeatureFlags, data: bytes) -> bytes:
         if flags is _SET:
             if len(data) < MigState.SIZE:
@@ -194,22 +208,29 @@ class DeviceMigration:
 
     def _step(self, after: DeviceState) -> None:
         before = self.state
-        if before is DeviceState.RESUMING and self._written:
+        if before is DeviceState.RESUMING and (self._written or self._built):
             try:
-                self._take(bytes(self._written))
+                self._take(self._built.image() if self._built else bytes(self._written))
             except VMStateError as error:
                 self.state = DeviceState.ERROR
                 self._trace("migration_state_refused", reason=str(error))
                 raise OSError(errno.EINVAL, str(error)) from error
+        goes_on = self._early if before in SAVING and after in SAVING else None
         self._forget()
         self.state = after
-        if after is DeviceState.STOP_COPY:
+        if after in _PRE_COPY:
+            self._early = goes_on or ImageWriter()
+        elif after is DeviceState.STOP_COPY and goes_on is not None:
+            goes_on.finish(self._encoded())
+            self._early = goes_on
+        elif after is DeviceState.STOP_COPY:
             self._saved = self._encoded()
         self._trace("migration_state", before=before.name, after=after.name)
 
     def _forget(self) -> None:
-        self._saved, self._read_to = b"", 0
+        self._saved, self._read_to, self._early = b"", 0, None
         self._written.clear()
+        self._built = None
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -232,20 +253,41 @@ class DeviceMigration:
         device.import_state(state)
 
     def read(self, size: int) -> bytes:
-        """MIG_DATA_READ: the next ``size`` bytes, fewer at the end. :raise OSError: EINVAL unless it saves."""
+        """MIG_DATA_READ: the next ``size`` bytes, fewer when there are no more, in PRE_COPY for now.
+
+        :raise OSError: EINVAL unless it saves.
+        """
         if self.state not in SAVING:
             raise OSError(errno.EINVAL, f"no state to read while {self.state.name}")
+        if self._early is not None:
+            if self.state in _PRE_COPY and not self._early.in_round:
+                self._early.begin_round(self._encoded())
+            return self._early.read(size)
         part = self._saved[self._read_to : self._read_to + size]
         self._read_to += len(part)
         return part
 
     def write(self, data: bytes) -> None:
-        """MIG_DATA_WRITE: more of a state. :raise OSError: EINVAL outside RESUMING; ENOSPC when it becomes too long."""
+        """MIG_DATA_WRITE: more of a state.
+
+        :raise OSError: EINVAL outside RESUMING; ENOSPC when it becomes too long.
+        """
         if self.state is not DeviceState.RESUMING:
             raise OSError(errno.EINVAL, f"no state is taken while {self.state.name}")
+        if self._built is None and not self._written and data.startswith(STREAM):
+            self._built, data = ImageReader(self._limit), data[len(STREAM) :]
+        if self._built is not None:
+            self._build(self._built, data)
+            return
         if len(self._written) + len(data) > self._limit:
             raise OSError(errno.ENOSPC, f"more than {self._limit} bytes of state")
         self._written += data
+
+    def _build(self, image: ImageReader, data: bytes) -> None:
+        try:
+            image.feed(data)
+        except OverflowError as error:
+            raise OSError(errno.ENOSPC, f"more than {self._limit} bytes of state: {error}") from error
 
     # -- the log -----------------------------------------------------------------------------------------------------
 

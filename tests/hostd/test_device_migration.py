@@ -17,7 +17,7 @@ from vfio_model.devices.edu import regs
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.memory.types import DMADirection
 from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER
-from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.device import PARENT, PCIDevice
 from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE
 from vfio_model.uapi.migration import (
@@ -31,9 +31,11 @@ from vfio_model.uapi.migration import (
     MigDataSize,
     MigrationInfo,
     MigState,
+    PreCopyInfo,
     pack_ranges,
     path,
 )
+from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 GET, SET, PROBE = (
     int(FeatureFlags.VFIO_DEVICE_FEATURE_GET),
@@ -43,6 +45,7 @@ GET, SET, PROBE = (
 INFO = int(Feature.VFIO_DEVICE_FEATURE_MIGRATION)
 STATE = int(Feature.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE)
 DATA_SIZE = int(Feature.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE)
+PRECOPY_INFO = int(Feature.X_MIG_PRECOPY_INFO)
 LOG_START, LOG_STOP, LOG_REPORT = (
     int(Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_START),
     int(Feature.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP),
@@ -190,6 +193,106 @@ def test_a_state_that_cannot_be_taken_leaves_an_error_that_a_reset_ends() -> Non
     target.to(DeviceState.RESUMING)
     target.migration.write(data)
     target.to(DeviceState.RUNNING)
+
+
+class Area(PCIDevice):
+    """64 KiB of memory are all that it is."""
+
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x1112
+    VMSTATE = VMStateDescription("area", 1, (PARENT, Field("size"), Field("memory", Type.U8, array="size")))
+
+    def realize(self) -> None:
+        self.memory = bytearray(64 << 10)
+
+    def export_state(self) -> State:
+        return {**super().export_state(), "size": len(self.memory), "memory": bytes(self.memory)}
+
+    def import_state(self, state: State) -> None:
+        super().import_state(state)
+        self.memory[:] = state["memory"]
+
+
+def precopied(process: Process, size: int = 1000) -> bytes:
+    """What there is to read until a read gets less than it asked for."""
+    data, part = b"", b"x" * size
+    while len(part) == size:
+        part = process.migration.read(size)
+        data += part
+    return data
+
+
+def waiting(process: Process) -> tuple[int, int]:
+    info = PreCopyInfo.unpack(process.migration.feature(GET | PRECOPY_INFO, b""))
+    return info.initial_bytes, info.dirty_bytes
+
+
+@pytest.mark.parametrize("through", [DeviceState.PRE_COPY_P2P, DeviceState.PRE_COPY])
+def test_what_was_read_while_it_ran_is_not_read_again(through: DeviceState) -> None:
+    source, target = Process(Area), Process(Area)
+    source.device.memory[:] = random.Random(1).randbytes(64 << 10)
+    source.to(DeviceState.PRE_COPY)
+    assert waiting(source)[0] > 64 << 10 and waiting(source)[1] == 0
+    data = precopied(source)
+    assert len(data) > 64 << 10 and waiting(source) == (0, 0) and precopied(source) == b""
+    source.device.memory[5 * PAGE] ^= 0xFF
+    initial, dirty = waiting(source)
+    assert initial == 0 and PAGE < dirty < 3 * PAGE
+    data += (changed := precopied(source))
+    assert len(changed) == dirty
+    source.device.memory[9 * PAGE] ^= 0xFF
+    source.to(through)
+    source.device.memory[-1] ^= 0xFF
+    source.to(DeviceState.STOP_COPY)
+    last = precopied(source)
+    assert PAGE < len(last) < 5 * PAGE and precopied(source) == b""
+    target.to(DeviceState.RESUMING)
+    data += last
+    for at in range(0, len(data), 777):
+        target.migration.write(data[at : at + 777])
+    target.to(DeviceState.RUNNING)
+    assert target.device.memory == source.device.memory
+
+
+def test_a_round_of_pre_copy_ends_though_the_device_goes_on_writing() -> None:
+    process = Process(Area)
+    process.to(DeviceState.PRE_COPY)
+    size, rounds = waiting(process)[0], 0
+    while len(process.migration.read(1000)) == 1000:
+        process.device.memory[rounds * 64 % (64 << 10)] ^= 1
+        rounds += 1
+    assert rounds == size // 1000
+
+
+def test_pre_copy_that_was_left_begins_anew() -> None:
+    process = Process(Area)
+    process.to(DeviceState.PRE_COPY)
+    whole = precopied(process)
+    process.to(DeviceState.RUNNING)
+    assert refusal(lambda: waiting(process)) == refusal(lambda: process.migration.read(10)) == errno.EINVAL
+    process.to(DeviceState.PRE_COPY_P2P)
+    assert precopied(process) == whole
+    process.migration.reset()
+    process.to(DeviceState.STOP_COPY)
+    assert precopied(process)[:1] != whole[:1], "a stopped device is sent as it is"
+
+
+def test_a_stream_that_is_cut_or_altered_is_no_state() -> None:
+    source, target = Process(Area), Process(Area)
+    source.to(DeviceState.PRE_COPY)
+    first = precopied(source)
+    source.device.memory[7] = 1
+    source.to(DeviceState.STOP_COPY)
+    data = first + precopied(source)
+    far = (1 << 20).to_bytes(8, "big") + (4).to_bytes(4, "big") + bytes(4)
+    for wrong in (first, data[:-1], data + b"x", data + data[1:], b"\0" + far, b"\0"):
+        target.to(DeviceState.RESUMING)
+        target.migration.write(wrong)
+        assert refusal(lambda: target.to(DeviceState.STOP)) == errno.EINVAL
+        assert target.migration.state is DeviceState.ERROR
+        target.migration.reset()
+    target.to(DeviceState.RESUMING)
+    long = bytes(8) + b"\xff" * 4
+    assert refusal(lambda: target.migration.write(b"\0" + long)) == errno.ENOSPC
 
 
 def test_a_log_has_the_pages_that_were_written_since_it_was_asked() -> None:

@@ -33,6 +33,8 @@ class Feature(IntEnum):
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP = 7
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT = 8
     VFIO_DEVICE_FEATURE_MIG_DATA_SIZE = 9
+    X_MIG_PRECOPY_INFO = 0x8000
+    """Ours: what ``VFIO_MIG_GET_PRECOPY_INFO`` answers, an ioctl of a descriptor that vfio-user does not have."""
 
 
 class MigrationFlags(IntFlag):
@@ -118,6 +120,20 @@ class MigDataSize(Struct):
     FORMAT = struct.Struct("=Q")
     SIZE = 8
     stop_copy_length: int = 0
+
+
+@dataclass(slots=True)
+class PreCopyInfo(Struct):
+    """``struct vfio_precopy_info``: estimates in bytes of what there is to read in PRE_COPY, of the first data and of what
+    changed since.
+    """
+
+    FORMAT = struct.Struct("=IIQQ")
+    SIZE = 24
+    argsz: int = 24
+    flags: int = 0
+    initial_bytes: int = 0
+    dirty_bytes: int = 0
 
 
 @dataclass(slots=True)
