@@ -17,11 +17,12 @@ from guestd.cmdline_help import OPTIONS, HelpWanted
 from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig, QtestConfig
 from guestd.option_syntax import options, size, split
 from guestd.system import run
-from guestd.text_trace import TextTrace, line
+from guestd.text_trace import TextTrace
 from protocols.transport.kernel import Pidfd
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.trace_events import parse_line
 from vfio_model.trace import NULL_TRACE, ListTrace
+from vfio_model.trace_text import line
 
 
 def parsed(text: str) -> Invocation:
