@@ -1,8 +1,7 @@
 """Trace events as QEMU's log backend prints them, and what such a line says.
 
-The formats are those of QEMU's ``hw/ppc/trace-events`` and ``hw/i386/trace-events``, so that what reads QEMU's log reads
-ours, and the other way round; any other event is written as ``name field=value …``. Where QEMU's text has a number in
-front of a name that stands for it, the field is the number.
+The formats are those of QEMU's ``hw/ppc/trace-events`` and ``hw/i386/trace-events``, so that what reads QEMU's log
+reads ours, and the other way round; any other event is written as ``name field=value …``.
 """
 
 from __future__ import annotations
@@ -103,7 +102,8 @@ def fields_of(event: str, text: str) -> dict[str, int | str] | None:
     match = pattern.fullmatch(text)
     if match is None:
         return None
-    return {name: value if base is None else int(value, base) for (name, base), value in zip(bases, match.groups())}
+    pairs = zip(bases, match.groups(), strict=True)
+    return {name: value if base is None else int(value, base) for (name, base), value in pairs}
 
 
 @cache
