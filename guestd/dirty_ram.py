@@ -64,16 +64,14 @@ class DirtyRam:
 
     def _make_syncs(self) -> Iterator[DirtySync]:
         host, system = self._guest.host, self._guest.machine.system
-        for phb in self._guest.machine.phbs.values():
-            space = phb.address_space
-            known = host.containers.get(space.name)
-            for container in known.containers if known is not None else ():
+        for space, known in host.containers.items():
+            for container in known.containers:
                 source = choose_source(container.backend, self._behind(frozenset(container.groups)))
                 self._trace("migration_dirty_source", space=space.name, source=type(source).__name__)
                 yield DirtySync(source, container.backend, space, system, self._mark)
         for link in self._guest.remote.links.values():
             if link.space is not None and not link.space.lost:
-                backend, space = link.space.backend, link.phb.address_space
+                backend, space = link.space.backend, link.device_space.address_space
                 source = choose_source(backend, [link.connection])
                 self._trace("migration_dirty_source", space=link.config.id, source=type(source).__name__)
                 yield DirtySync(source, backend, space, system, self._mark)

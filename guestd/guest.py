@@ -20,6 +20,7 @@ import msgspec
 from guestd.backends import Backends, EmulatedHost, check_names, with_address
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig, GuestConfig
+from guestd.device_space import DeviceSpace
 from guestd.device_states import DeviceStates
 from guestd.host_link import GuestSide, HostLink, HostOptions
 from guestd.remote_devices import GuestParts, RemoteDevices
@@ -126,7 +127,7 @@ class Guest:
         return PCIAddress.of(phb.bus.number, PCIAddress.parse(device.addr).devfn, phb.index)
 
     def _eeh(self, phb: SpaprPhb) -> EehPort | None:
-        space = self.host.containers.get(phb.address_space.name)
+        space = self.host.containers.get(phb.address_space)
         return eeh_port(space.containers if space is not None and not space.lost else [])
 
     def start(self) -> None:
@@ -212,7 +213,8 @@ class Guest:
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         device: VFIOPCIDevice | None = None
         phb = self.phb_of(config)
-        connection = self.remote.open(config, phb, lambda: device is not None and device.bus_master)
+        space = DeviceSpace(phb.buid, phb.address_space)
+        connection = self.remote.open(config, space, lambda: device is not None and device.bus_master)
         try:
             device = self._plug(config, devfn, connection)
         except (OSError, PeerLost, ConfigError):

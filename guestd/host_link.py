@@ -64,7 +64,7 @@ class GuestSide:
     ram: tuple[RAMBlock, ...]
     system: AddressSpace
     device_as: Callable[[DeviceConfig], AddressSpace]
-    """The address space that a device's DMA is translated in: its bridge's."""
+    """The address space that a device's DMA is translated in."""
     clock: GuestClock
 
 
@@ -95,15 +95,15 @@ class _Probe:
 
 
 class HostLink:
-    """All assigned devices of one bridge live in one container, or in as many as its kind takes, and all containers are
-    reached over one port. Nothing is opened before the first device.
+    """All assigned devices of one address space live in one container, or in as many as its kind takes, and all
+    containers are reached over one port. Nothing is opened before the first device.
     """
 
     def __init__(self, options: HostOptions, guest: GuestSide, loop: Loop, trace: Trace) -> None:
         self._options, self._guest, self._loop, self._trace = options, guest, loop, trace
         self.port: WirePort | None = None
-        self.containers: dict[str, VFIOAddressSpace] = {}
-        """By the name of the address space that they follow."""
+        self.containers: dict[AddressSpace, VFIOAddressSpace] = {}
+        """By the address space that they follow."""
         self.devices: dict[str, tuple[DeviceConfig, VFIOPCIDevice | None]] = {}
         self.losses = 0
         """How often the host was lost."""
@@ -159,12 +159,12 @@ class HostLink:
         return device
 
     def containers_of(self, space: AddressSpace, port: VfioPort) -> VFIOAddressSpace:
-        """The containers that follow ``space``, a bridge's; those that are to come are reached over ``port``."""
-        known = self.containers.get(space.name)
+        """The containers that follow ``space``, a device's; those that are to come are reached over ``port``."""
+        known = self.containers.get(space)
         if known is None:
             options = ContainerOptions(self._options.host_page_size, self._options.container, self.kvm)
             known = VFIOAddressSpace(port, self._guest.system, space, options, trace=self._trace)
-            self.containers[space.name] = known
+            self.containers[space] = known
         return known
 
     def follow(self, config: DeviceConfig, device: VFIOPCIDevice) -> None:
@@ -177,7 +177,7 @@ class HostLink:
         config, _ = self.devices.pop(name, (None, None))
         if config is None:
             return
-        space, path = self._guest.device_as(config).name, config.group_path
+        space, path = self._guest.device_as(config), config.group_path
         containers = self.containers.get(space)
         if containers is None or containers.lost:
             return

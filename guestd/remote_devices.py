@@ -1,6 +1,6 @@
 """Remote devices of a guest: a link to each (:mod:`guestd.remote_link`), and who tells them of invalidations.
 
-A device that caches translations follows the publisher of its bridge's address space; one that gets maps is told by
+A device that caches translations follows the publisher of its address space; one that gets maps is told by
 DMA_UNMAP.
 """
 
@@ -15,6 +15,7 @@ from typing import Literal
 
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig
+from guestd.device_space import DeviceSpace
 from guestd.notifier import Publisher, SpaceFollower
 from guestd.remote import VfioUserDevice
 from guestd.remote_link import RemoteLink
@@ -22,7 +23,6 @@ from protocols.transport.kernel import probe
 from protocols.transport.loop import Loop
 from protocols.transport.notifier import NotifierServer
 from vfio_model.errors import ConfigError, PeerLost
-from vfio_model.machine.phb import SpaprPhb
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import Trace
@@ -58,12 +58,12 @@ class RemoteDevices:
         self.sharing = True
         """Whether devices that cache have guest RAM mapped."""
 
-    def open(self, config: DeviceConfig, phb: SpaprPhb, bus_master: Callable[[], bool]) -> VfioUserDevice:
-        """Connect to the device of ``config`` behind ``phb``; ``bus_master`` is asked when it wants to do DMA.
+    def open(self, config: DeviceConfig, space: DeviceSpace, bus_master: Callable[[], bool]) -> VfioUserDevice:
+        """Connect to the device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it wants to do DMA.
 
         :raise OSError: it refuses. :raise PeerLost: it is gone, or nobody listens. :raise ConfigError: it cannot cache.
         """
-        link = RemoteLink(config, phb, bus_master, self, self._loop, self._trace)
+        link = RemoteLink(config, space, bus_master, self, self._loop, self._trace)
         connection = link.open()
         self.links[config.id] = link
         return connection
@@ -80,14 +80,14 @@ class RemoteDevices:
 
     # -- guestd.remote_link.Around -----------------------------------------------------------------------------------
 
-    def follow_notifier(self, phb: SpaprPhb) -> str:
-        """The publisher, which follows the address space of ``phb`` from its first remote device on; see ``Around``."""
+    def follow_notifier(self, space: DeviceSpace) -> str:
+        """The publisher, which follows ``space`` from its first remote device on; see ``Around``."""
         if self.publisher is None:
             self.publisher = self._publish()
-        if phb.buid not in self._followers:
-            self.publisher.add_space(phb.buid)
-            follower = self._followers[phb.buid] = SpaceFollower(self.publisher, phb.buid)
-            phb.address_space.register_listener(follower)
+        if space.as_id not in self._followers:
+            self.publisher.add_space(space.as_id)
+            follower = self._followers[space.as_id] = SpaceFollower(self.publisher, space.as_id)
+            space.address_space.register_listener(follower)
         return os.fspath(self.publisher.path)
 
     def _publish(self) -> Publisher:

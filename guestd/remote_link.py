@@ -28,6 +28,7 @@ from typing import Final, Protocol
 
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig
+from guestd.device_space import DeviceSpace
 from guestd.dma_services import DmaServices
 from guestd.remote import VfioUserDevice, capabilities
 from guestd.remote_peer import DEVICE_SECONDS
@@ -37,7 +38,6 @@ from protocols.transport.vfio_user import VfioUserEndpoint, connect
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.state import ReplyReceived
 from vfio_model.errors import ConfigError, PeerLost, ProtocolError, VfioModelError
-from vfio_model.machine.phb import SpaprPhb
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.trace import Trace
@@ -60,8 +60,8 @@ class Around(Protocol):
     sharing: bool
     """Whether devices that translate by themselves have guest RAM mapped."""
 
-    def follow_notifier(self, phb: SpaprPhb) -> str:
-        """Where invalidations of the address space of ``phb`` are published from now on: a socket.
+    def follow_notifier(self, space: DeviceSpace) -> str:
+        """Where invalidations of ``space`` are published from now on: a socket.
 
         :raise ConfigError: they cannot be, here.
         """
@@ -74,22 +74,22 @@ class Around(Protocol):
 
 
 class RemoteLink:
-    """The device of ``config`` behind ``phb``; ``bus_master`` is asked when it wants to do DMA by message."""
+    """The device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it wants to do DMA by message."""
 
     def __init__(
         self,
         config: DeviceConfig,
-        phb: SpaprPhb,
+        space: DeviceSpace,
         bus_master: Callable[[], bool],
         around: Around,
         loop: Loop,
         trace: Trace,
     ) -> None:
-        self.config, self.phb = config, phb
+        self.config, self.device_space = config, space
         self._bus_master, self._around, self._loop, self._trace = bus_master, around, loop, trace
         self.connection: VfioUserDevice | None = None
         self.space: VfioUserSpace | None = None
-        """What follows the bridge's address space for a device that gets maps."""
+        """What follows the device's address space for one that gets maps."""
         self.device: VFIOPCIDevice | None = None
         self._shaking: VfioUserEndpoint | None = None
         self._timer: LoopTimer | None = None
@@ -126,7 +126,9 @@ class RemoteLink:
 
     def _connection(self, endpoint: VfioUserEndpoint, seconds: float) -> VfioUserDevice:
         """:raise PeerLost: it is gone."""
-        services = DmaServices(self.phb.address_space, self._around.system, self._bus_master, trace=self._trace)
+        services = DmaServices(
+            self.device_space.address_space, self._around.system, self._bus_master, trace=self._trace
+        )
         try:
             process = Pidfd(endpoint.stream.open_pidfd())
         except PeerLost:
@@ -151,17 +153,17 @@ class RemoteLink:
             self._trace("vfio_device_refused", name=self.config.id, what="reset", reason=str(error))
         around.clock.attach(connection)
         if connection.extensions.ats:
-            path = around.follow_notifier(self.phb)
+            path = around.follow_notifier(self.device_space)
             if around.sharing:
                 self.share_ram(connection)
             if connection.extensions.notifier:
-                connection.notifier(self.phb.buid, path)
+                connection.notifier(self.device_space.as_id, path)
         else:
             by_message = self.config.dma == "message"
             backend = VfioUserIOMMU(
                 connection, (around.ram,), connection.limits, by_message=by_message, trace=self._trace
             )
-            self.space = VfioUserSpace(backend, around.system, self.phb.address_space, trace=self._trace)
+            self.space = VfioUserSpace(backend, around.system, self.device_space.address_space, trace=self._trace)
 
     def share_ram(self, connection: VfioUserDevice, *, share: bool = True) -> None:
         """Give the device its map of guest RAM, or take it away. :raise OSError: it refuses."""
