@@ -23,6 +23,7 @@ from vfio_model.backends.net import NetBackend, OnFrame
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
 from vfio_model.memory.clock_area import read_time, write_time
+from vfio_model.pci.iommu_ops import IommuPort
 from vfio_model.trace import Trace
 from vfio_model.uapi.vfio import PciIrq
 
@@ -217,6 +218,7 @@ class ProcessSurroundings:
         self.clock = VirtualClock()
         self.free_clock = FreeRunningClock(self.clock)
         self.trace = trace
+        self.iommu: IommuPort | None = None
         self.intx = IntxLine()
         self._vectors = {index: Vectors(wraps=index == _MSI) for index in (_MSI, _MSIX, *_EVENTS)}
         self._bars: dict[int, MappedMemory] = {}

@@ -54,7 +54,7 @@ class _Host:
     """A ``DeviceHost`` that takes interrupts without doing anything."""
 
     def __init__(self) -> None:
-        self.clock, self.trace = VirtualClock(), NULL_TRACE
+        self.clock, self.trace, self.iommu = VirtualClock(), NULL_TRACE, None
 
     def set_intx(self, level: bool) -> None:
         """See ``DeviceHost``."""

@@ -13,6 +13,7 @@ from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.bus import BusOptions, PCIBus, Window
 from vfio_model.pci.device import PCIDevice, Prop
+from vfio_model.pci.iommu_ops import PCIIOMMUOps, RequesterBus
 from vfio_model.ranges import Hva
 from vfio_model.trace import ListTrace
 
@@ -216,8 +217,8 @@ def test_the_iommu_is_asked_once_per_function_at_plug() -> None:
     machine, asked = Machine(), list[int]()
     behind = AddressSpace("edu-as", MemoryRegion("empty", 1 << 64))
 
-    class Ops:
-        def get_address_space(self, bus: PCIBus, devfn: int) -> AddressSpace:
+    class Ops(PCIIOMMUOps):
+        def get_address_space(self, bus: RequesterBus, devfn: int) -> AddressSpace:
             asked.append(devfn)
             return behind
 

@@ -31,6 +31,7 @@ class Host:
     def __init__(self) -> None:
         self.clock = VirtualClock()
         self.trace = ListTrace()
+        self.iommu = None
         self.level = False
         self.messages: list[int] = []
 

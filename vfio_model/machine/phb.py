@@ -21,6 +21,7 @@ from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bus import BusOptions, PCIBus, Window
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.iommu_ops import PCIIOMMUOps, RequesterBus
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.vfio import EehOp, EehState
 
@@ -47,6 +48,17 @@ class MsiWindow:
             self._trace("spapr_pci_msi_write", addr=addr, data=value, dt_irq=value)
         self._irqs.pulse(value)
         return MemTxResult.OK
+
+
+class _PhbIommu(PCIIOMMUOps):
+    """One address space for all functions, whichever bus they are on; nothing for caches in devices."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self._space = space
+
+    def get_address_space(self, bus: RequesterBus, devfn: int) -> AddressSpace:
+        """See :class:`PCIIOMMUOps`."""
+        return self._space
 
 
 class SpaprPhb:
@@ -88,7 +100,7 @@ class SpaprPhb:
             options=bus,
             trace=trace,
         )
-        self.bus.setup_iommu(self)
+        self.bus.setup_iommu(_PhbIommu(self.address_space))
         self._show(system)
 
     def _show(self, system: AddressSpace) -> None:
@@ -100,10 +112,6 @@ class SpaprPhb:
         root.add_subregion(regs.pci_mem32_window(index), mem32)
         root.add_subregion(regs.pci_mem64_window(index), mem64)
         root.add_subregion(regs.pci_io_window(index), self.io)
-
-    def get_address_space(self, bus: PCIBus, devfn: int) -> AddressSpace:
-        """One address space for all functions."""
-        return self.address_space
 
     def _intx(self, devfn: int, pin: int, level: bool) -> None:
         line = ((devfn >> 3) + pin - 1) % regs.PCI_PINS

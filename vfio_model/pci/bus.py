@@ -1,16 +1,15 @@
 """A PCI bus: functions by devfn, configuration cycles, BARs in memory, and each function's DMA address space.
 
 What belongs to a host bridge is given to the bus: the memory regions that show the bus's memory and I/O space, where
-they begin in bus addresses, the machine's byte order, and what happens to an interrupt pin. An IOMMU puts an
-:class:`IOMMUOps` on the bus before devices come; each function's address space is asked for **once, at plug**, and
-bound into the device: no access walks the bus.
+they begin in bus addresses, the machine's byte order, and what happens to an interrupt pin. An IOMMU puts its
+:class:`~vfio_model.pci.iommu_ops.PCIIOMMUOps` on the bus before devices come; each function's address space is asked
+for **once, at plug**, and bound into the device: no access walks the bus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
@@ -19,16 +18,11 @@ from vfio_model.memory.region import IORegion, MemoryRegion, transaction
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.address import FUNCTIONS, SLOTS, PCIAddress
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.iommu_ops import IommuPort, PCIIOMMUOps
+from vfio_model.pci.iommu_port import BusIommuPort
 from vfio_model.trace import NULL_TRACE, Trace
 
 DEVFNS = SLOTS * FUNCTIONS
-
-
-class IOMMUOps(Protocol):
-    """What an IOMMU does for the bus it sits on (QEMU's ``PCIIOMMUOps``)."""
-
-    def get_address_space(self, bus: PCIBus, devfn: int) -> AddressSpace:
-        """The DMA address space of function ``devfn``; the same object each time."""
 
 
 @dataclass
@@ -58,6 +52,7 @@ class PluggedHost:
     def __init__(self, bus: PCIBus, devfn: int) -> None:
         self.clock = bus.clock
         self.trace = bus.trace
+        self.iommu = bus.iommu_port(devfn)
         self._bus, self._devfn = bus, devfn
 
     def set_intx(self, level: bool) -> None:
@@ -124,10 +119,10 @@ class PCIBus:
         self.options = options or BusOptions()
         self.devices: dict[int, PCIDevice] = {}
         """By devfn."""
-        self._iommu: IOMMUOps | None = None
+        self._iommu: PCIIOMMUOps | None = None
         self._regions: dict[tuple[int, int], MemoryRegion] = {}
 
-    def setup_iommu(self, ops: IOMMUOps) -> None:
+    def setup_iommu(self, ops: PCIIOMMUOps) -> None:
         """Put an IOMMU on the bus; before any device is plugged."""
         assert not self.devices, "a bus gets its IOMMU before its devices"
         self._iommu = ops
@@ -197,6 +192,10 @@ class PCIBus:
     def iommu_address_space(self, devfn: int) -> AddressSpace:
         """The address space that ``devfn`` has its DMA translated in; system memory without an IOMMU."""
         return self._iommu.get_address_space(self, devfn) if self._iommu is not None else self.system
+
+    def iommu_port(self, devfn: int) -> IommuPort | None:
+        """What the IOMMU offers function ``devfn`` beside address spaces; None without an IOMMU."""
+        return BusIommuPort(self._iommu, self, devfn) if self._iommu is not None else None
 
     def free_devfn(self, first_slot: int = 1) -> int:
         """The first function 0 that is free, from ``first_slot`` on.

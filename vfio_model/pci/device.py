@@ -38,6 +38,7 @@ from vfio_model.pci.config_space import (
 )
 from vfio_model.pci.declaration import check_class, check_identity, fits
 from vfio_model.pci.doorbell import Doorbell
+from vfio_model.pci.iommu_ops import IommuPort
 from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
 from vfio_model.pci.parts import BarPart, BarParts
@@ -70,6 +71,10 @@ class DeviceHost(Protocol):
     """What surrounds a device: the guest machine's bus, a device process, or a test."""
 
     clock: VirtualClock
+
+    @property
+    def iommu(self) -> IommuPort | None:
+        """The way to the IOMMU's services for devices (ATS, PRI); None where there is no IOMMU."""
 
     @property
     def trace(self) -> Trace:

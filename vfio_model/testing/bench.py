@@ -27,6 +27,7 @@ from vfio_model.memory.types import DMADirection, MemTxResult, ReadBuffer, Write
 from vfio_model.pci.config_space import COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from vfio_model.pci.declaration import check_made
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.iommu_ops import IommuPort
 from vfio_model.pci.msix import CONTROL_ENABLE as MSIX_ENABLE
 from vfio_model.pci.msix import ENTRY_SIZE, VECTOR_CONTROL
 from vfio_model.ranges import U64_MAX, Hva, Range
@@ -46,6 +47,7 @@ class Host:
 
     def __init__(self) -> None:
         self.clock, self.trace = VirtualClock(), ListTrace()
+        self.iommu: IommuPort | None = None
         self.signals: list[str] = []
 
     def set_intx(self, level: bool) -> None:
