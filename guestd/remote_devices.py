@@ -59,7 +59,8 @@ class RemoteDevices:
         """Whether devices that cache have guest RAM mapped."""
 
     def open(self, config: DeviceConfig, space: DeviceSpace, bus_master: Callable[[], bool]) -> VfioUserDevice:
-        """Connect to the device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it wants to do DMA.
+        """Connect to the device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it
+        wants to do DMA.
 
         :raise OSError: it refuses. :raise PeerLost: it is gone, or nobody listens. :raise ConfigError: it cannot cache.
         """

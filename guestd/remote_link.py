@@ -74,7 +74,9 @@ class Around(Protocol):
 
 
 class RemoteLink:
-    """The device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it wants to do DMA by message."""
+    """The device of ``config``, whose DMA is translated in ``space``; ``bus_master`` is asked when it wants to do DMA
+    by message.
+    """
 
     def __init__(
         self,
