@@ -8,7 +8,8 @@ import sys
 import click
 import msgspec
 
-from deploy.check import CheckOptions, CheckReport, check_trace
+from deploy.check import check_trace
+from deploy.check_report import CheckOptions, CheckReport
 from deploy.quantity import parse_size
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.trace_options import GivenOptions

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from deploy import check
-from deploy.check import CheckOptions, CheckReport, check_trace
+from deploy.check import check_trace
+from deploy.check_report import CheckOptions, CheckReport
 from tests.guest_drivers.test_trace_replay import CREATE, indirect, new_table, put, stuff, xlate
 from vfio_model.guest_drivers.trace_events import PutTce, StuffTce, Xlate, parse_line
 from vfio_model.guest_drivers.trace_options import GivenOptions

@@ -194,15 +194,25 @@ EVENTS: dict[str, tuple[re.Pattern[str], tuple[int, ...], Maker]] = {
 _LINE = re.compile(r"(?:\d+@\d+(?:\.\d+)?:)?([A-Za-z_][A-Za-z0-9_]*)(?:[ :]+(.*?))?\s*", re.DOTALL)
 
 
-def parse_line(line: str) -> TraceEvent | PassedOver | Malformed | None:
-    """What ``line`` says; None for an empty line."""
+def event_of(line: str) -> tuple[str, str] | Malformed | None:
+    """The name of the event on ``line`` and what is behind it; None for an empty line."""
     text = line.strip()
     if not text:
         return None
     match = _LINE.fullmatch(text)
     if match is None:
         return Malformed("does not begin with the name of a trace event")
-    name, rest = match[1], match[2] or ""
+    return match[1], match[2] or ""
+
+
+def parse_line(line: str) -> TraceEvent | PassedOver | Malformed | None:
+    """What ``line`` says; None for an empty line."""
+    event = event_of(line)
+    return parse_event(*event) if isinstance(event, tuple) else event
+
+
+def parse_event(name: str, rest: str) -> TraceEvent | PassedOver | Malformed:
+    """What the event ``name`` with ``rest`` behind it says."""
     row = EVENTS.get(name)
     if row is None:
         return PassedOver(name)
