@@ -3,6 +3,11 @@
 Who waits for an answer serves what devices ask in between: translations, DMA by message, interrupts. Serving never
 waits: a DMA that leads to another process's BAR is an error there, not a question.
 
+A device that answers at once is waited for on its socket alone, which is one call of the kernel instead of a turn of
+the loop: what it asks in between comes there, and what has come elsewhere until the answer is served before that is
+given out (an interrupt that the device sent before it answered is there when the answer is). One that lets wait for its
+answer is waited for in the loop, until several of its answers have come at once again.
+
 A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gone: every call raises
 :class:`PeerLost` from then on, :attr:`RemotePeer.on_lost` is called once, and nobody else notices.
 """
@@ -13,6 +18,7 @@ import contextlib
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
@@ -31,6 +37,10 @@ DEVICE_SECONDS: Final = 5.0
 """Deadline of one request to a device."""
 END_SECONDS: Final = 2.0
 """How long a device process may take to end when its connection was closed."""
+PROMPT_NS: Final = 500_000
+"""An answer within this time has come at once."""
+PROMPT_ANSWERS: Final = 16
+"""How many answers in a row have to come at once before a device is waited for alone again."""
 MAX_TURN: Final = 32
 """Messages of one device that are taken before others have their turn."""
 
@@ -111,6 +121,9 @@ class RemotePeer:
         self._waiting: set[int] = set()
         self._posted = False
         """Whether something was sent since the last answer that wants none itself."""
+        self._slow = 0
+        """Answers that have to come at once before the device is waited for alone."""
+        endpoint.stream.attend()
         self._prepare()
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
@@ -179,14 +192,10 @@ class RemotePeer:
     def _await(self, number: int, command: Command, seconds: float | None = None) -> ReplyReceived:
         replies = self._replies
         try:
-            self._loop.serve_until(
-                lambda: number in replies or self.lost is not None,
-                self.seconds if seconds is None else seconds,
-                self.name,
-                wire.command_name(command),
-            )
-        except DeadlineExceeded as error:
-            raise self._lose(f"waiting: {error}") from error
+            if not self._slow and len(self._waiting) == 1 and self._endpoint.twin is None and number not in replies:
+                self._await_alone(number)
+            if number not in replies:
+                self._await_in_loop(number, command, self.seconds if seconds is None else seconds)
         finally:
             self._waiting.discard(number)
         if number not in replies:
@@ -194,24 +203,52 @@ class RemotePeer:
             raise PeerLost(self.name, self.lost.doing)
         return replies.pop(number)
 
+    def _await_alone(self, number: int) -> None:
+        """Wait a moment for what the device says next."""
+        since_ns = time.monotonic_ns()
+        self._take(wait=True)
+        if number not in self._replies or time.monotonic_ns() - since_ns > PROMPT_NS:
+            self._slow = PROMPT_ANSWERS
+        self._loop.serve_ready()
+
+    def _await_in_loop(self, number: int, command: Command, seconds: float) -> None:
+        replies, since_ns = self._replies, time.monotonic_ns()
+        try:
+            self._loop.serve_until(
+                lambda: number in replies or self.lost is not None, seconds, self.name, wire.command_name(command)
+            )
+        except DeadlineExceeded as error:
+            raise self._lose(f"waiting: {error}") from error
+        if time.monotonic_ns() - since_ns > PROMPT_NS:
+            self._slow = PROMPT_ANSWERS
+        elif self._slow:
+            self._slow -= 1
+
     # -- served --------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
+        for _ in range(MAX_TURN):
+            if self.lost is not None or not self._take():
+                return
+
+    def _take(self, *, wait: bool = False) -> bool:
+        """Take one message, if there is one; ``wait`` gives it a moment."""
         try:
-            for _ in range(MAX_TURN):
-                if self.lost is not None or (event := self._endpoint.receive()) is None:
-                    return
-                if isinstance(event, ReplyReceived) and event.id in self._waiting:
-                    self._replies[event.id] = event
-                    continue
-                close_fds(event.fds)  # nothing that a device asks needs a descriptor
-                if isinstance(event, CommandReceived):
-                    with answering():
-                        self._serve(event)
+            event = self._endpoint.receive(wait=wait)
+            if event is None:
+                return False
+            if isinstance(event, ReplyReceived) and event.id in self._waiting:
+                self._replies[event.id] = event
+                return True
+            close_fds(event.fds)  # nothing that a device asks needs a descriptor
+            if isinstance(event, CommandReceived):
+                with answering():
+                    self._serve(event)
         except PeerLost as error:
             self._lose(f"{error.doing}: it ended the connection")
         except ProtocolError as error:
             self._lose(f"speaking: it broke the protocol: {error}")
+        return True
 
     def _serve(self, event: CommandReceived) -> None:
         request, services = event.payload, self._services

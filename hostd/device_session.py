@@ -27,7 +27,8 @@ from protocols.transport.unix import close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Command
-from protocols.vfio_user.state import CommandReceived, PlainAccess, ReplyReceived, plain_answer, plain_refusal
+from protocols.vfio_user.short_way import PlainRequest, plain_answer, plain_refusal
+from protocols.vfio_user.state import CommandReceived, ReplyReceived
 from vfio_model.errors import DeadlineExceeded, LocalProtocolError, PeerLost, RemoteProtocolError
 from vfio_model.memory.clock_area import AREA_SIZE, check_clock, check_ticks
 
@@ -37,7 +38,7 @@ IN_READ_SECONDS = 2.0
 """Deadline of what the device asks for while its client waits for an answer; QEMU gives up after 5 s."""
 # Members of an enumeration cost 0.2 us each time that they are looked up in their class.
 _VERSION, _REGION_READ = Command.VERSION, Command.REGION_READ
-_READ = int(Command.REGION_READ)
+_WRITE = int(Command.REGION_WRITE)
 MAX_NESTED: Final = 32
 """Waits inside one another: a client that answers questions with questions is asked no more of them."""
 
@@ -90,8 +91,8 @@ class DeviceSession:
         while it goes on speaking, before the loop has its turn; 0: not at all.
         """
         self._attention, self._attend_until = attention, 0
-        self._reads = 0
-        """Region reads under way by the short way."""
+        self._plain_asked = 0
+        """Requests under way by the short way whose answers the client waits for."""
         self._migration = migration
         self.endpoint = endpoint
         self._on_start = on_start
@@ -121,6 +122,13 @@ class DeviceSession:
             wire.NotifierSetup: self._subscribe,
         }
         """What their answers say comes from the request alone."""
+        self._short = {
+            int(Command.REGION_READ): self._plain_read,
+            _WRITE: self._plain_write,
+            int(Command.DMA_MAP): self._plain_map,
+            int(Command.DMA_UNMAP): self._plain_unmap,
+        }
+        """What goes the short way; each gives the body of its answer."""
         loop.register(endpoint, self.receive, served=True)
 
     def receive(self) -> None:
@@ -200,8 +208,8 @@ class DeviceSession:
                 return
             self._client_waits = True
             self._answer_writes()
-        reads = bool(self._reads or self._awaited())
-        if not wait(min(seconds, IN_READ_SECONDS) if reads else seconds) and not reads:
+        asked = bool(self._plain_asked or self._awaited())
+        if not wait(min(seconds, IN_READ_SECONDS) if asked else seconds) and not asked:
             self.end(str(late[-1]))
 
     def _awaited(self) -> list[CommandReceived]:
@@ -217,24 +225,38 @@ class DeviceSession:
                 assert isinstance(request, wire.RegionAccess), "the state checked what belongs to a write"
                 self.endpoint.reply(event, wire.RegionAccess(request.offset, request.region, request.count))
 
-    def _plain(self, access: PlainAccess, body: bytes) -> bool:
-        """A region access by the short way; whether more is waited for."""
-        _, command, offset, region, count = access
-        self._around.free_clock.catch_up()
-        if command == _READ:
-            self._reads += 1
-            try:
-                answer = plain_answer(access, body, self._regions.read(region, offset, count))
-            except OSError as error:
-                answer = plain_refusal(access, error.errno or errno.EIO)
-            finally:
-                self._reads -= 1
-            if not self.closed:
-                self.endpoint.stream.send(answer)
-        else:
-            with contextlib.suppress(OSError):
-                self._regions.write(region, offset, body[wire.RegionAccess.SIZE :])
+    def _plain(self, request: PlainRequest, body: bytes, fds: list[int]) -> bool:
+        """A request by the short way; whether more is waited for."""
+        command = request[1]
+        asked = command != _WRITE
+        self._plain_asked += asked
+        try:
+            answer = plain_answer(request, self._short[command](request[2], body, fds))
+        except OSError as error:
+            answer = plain_refusal(request, error.errno or errno.EIO)
+        finally:
+            self._plain_asked -= asked
+        if asked and not self.closed:
+            self.endpoint.stream.send(answer)
         return not self.closed and time.monotonic_ns() < self._attend_until and not self.endpoint.congested
+
+    def _plain_read(self, values: tuple[int, ...], body: bytes, _fds: list[int]) -> bytes:
+        self._around.free_clock.catch_up()
+        offset, region, count = values
+        return body + self._regions.read(region, offset, count)
+
+    def _plain_write(self, values: tuple[int, ...], body: bytes, _fds: list[int]) -> bytes:
+        self._around.free_clock.catch_up()
+        self._regions.write(values[1], values[0], body[wire.RegionAccess.SIZE :])
+        return b""
+
+    def _plain_map(self, values: tuple[int, ...], _body: bytes, fds: list[int]) -> bytes:
+        self._memory.dma_map(wire.DmaMap(*values), fds)
+        return b""
+
+    def _plain_unmap(self, values: tuple[int, ...], body: bytes, _fds: list[int]) -> bytes:
+        self._memory.dma_unmap(wire.DmaUnmap(*values))
+        return body
 
     def _reply(self, event: ReplyReceived) -> None:
         close_fds(event.fds)

@@ -238,6 +238,14 @@ class Loop:
         """
         return bool(zmq_poll(self._polled_in_waits, milliseconds) == [(socket, _POLLIN)])
 
+    def serve_ready(self) -> None:
+        """What a wait does when it need not wait: what is *served* and there already is served."""
+        self._depth += 1
+        try:
+            self._turn(0, nested=True)
+        finally:
+            self._depth -= 1
+
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.
 

@@ -22,13 +22,17 @@ from protocols.vfio_user.messages import (
     Role,
     TwinSocket,
 )
-from protocols.vfio_user.state import CommandReceived, Event, PlainAccess, ReplyReceived, State, VfioUserState
+from protocols.vfio_user.short_way import PlainRequest, plain_request
+from protocols.vfio_user.state import CommandReceived, Event, ReplyReceived, State, VfioUserState
 from vfio_model.errors import RemoteProtocolError
 
 MAX_MSG_FDS = 16
 """Descriptors in one message that our endpoints take, as QEMU proposes."""
 _VERSION, _SERVER = Command.VERSION, Role.SERVER
 """Members of an enumeration cost 0.2 us each time that they are looked up in their class."""
+Plain = Callable[[PlainRequest, bytes, list[int]], bool]
+"""Carries a request out and answers it; with it go its body and its descriptors, taken over. Whether to wait for more.
+"""
 
 
 class VfioUserEndpoint:
@@ -74,10 +78,10 @@ class VfioUserEndpoint:
         """
         return self.stream.flush()
 
-    def receive(self, *, wait: bool = False, plain: Callable[[PlainAccess, bytes], bool] | None = None) -> Event | None:
+    def receive(self, *, wait: bool = False, plain: Plain | None = None) -> Event | None:
         """The next event, whose descriptors are the caller's; None when no whole frame is there. ``wait``: give it a
-        moment. A region access that goes the short way is handed to ``plain`` and is no event; the answer says whether
-        to go on and wait for more.
+        moment. A request that goes the short way is handed to ``plain`` and is no event; the answer says whether to go
+        on and wait for more.
 
         A command that is unknown or not negotiated is answered here with ENOTSUP, and with EMFILE one for whose
         descriptors this process has no room.
@@ -85,13 +89,15 @@ class VfioUserEndpoint:
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the peer broke the protocol; the caller closes the endpoint.
         """
+        state = self.state
         while True:
             twin = self.twin
             frame = self.stream.receive(wait=wait)
-            if frame is not None and plain is not None and not frame.fds:
-                access = self.state.plain_access(frame.header, frame.body)
-                if access is not None:
-                    wait = plain(access, frame.body)
+            if plain is not None and frame is not None and state.serving and not frame.short:
+                max_data = state.capabilities.max_data_xfer_size
+                request = plain_request(frame.header, frame.body, len(frame.fds), max_data)
+                if request is not None:
+                    wait = plain(request, frame.body, frame.fds)
                     if not wait:
                         return None
                     continue
@@ -102,7 +108,7 @@ class VfioUserEndpoint:
             if frame is None:
                 return None
             try:
-                event = self.state.receive(frame.header, frame.body, frame.fds, twin=twin is not None)
+                event = state.receive(frame.header, frame.body, frame.fds, twin=twin is not None)
                 if isinstance(event, ReplyReceived) and event.command == _VERSION:
                     self._adopt(event)
             except RemoteProtocolError:

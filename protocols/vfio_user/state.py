@@ -116,9 +116,6 @@ _SEND_COMMAND, _RECEIVE_COMMAND, _SEND_REPLY, _RECEIVE_REPLY = _STEADY
 _SERVER = Role.SERVER
 _REPLY, _NO_REPLY, _ERROR = int(HeaderFlags.REPLY), int(HeaderFlags.NO_REPLY), int(HeaderFlags.ERROR)
 _TYPE_MASK = int(HeaderFlags.TYPE_MASK)
-_REGION_READ, _REGION_WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
-_ACCESS = RegionAccess.FORMAT
-_ACCESS_END = HEADER_SIZE + _ACCESS.size
 
 
 class CommandReceived(Struct):
@@ -291,26 +288,10 @@ class VfioUserState:
             raise RemoteProtocolError(f"message type {kind}")
         return self._receive_command(header, body, fds, twin)
 
-    # -- the short way -------------------------------------------------------------------------------------------------
-
-    def plain_access(self, header: bytes, body: bytes) -> PlainAccess | None:
-        """The REGION_READ, or REGION_WRITE without reply, in a frame of a client, when nothing about it is unusual.
-
-        This is the short way, past :meth:`receive` and :meth:`reply`, of what is asked most. A read is answered
-        at once, by what :func:`plain_answer` or :func:`plain_refusal` makes. None: the frame goes the ordinary way.
-        """
-        number, command, _, flags, _ = HEADER.unpack(header)
-        if self.state is not _READY or self.role is not _SERVER or len(body) < _ACCESS.size:
-            return None
-        offset, region, count = _ACCESS.unpack_from(body)
-        if command == _REGION_READ:
-            if flags or len(body) != _ACCESS.size:
-                return None
-        elif command != _REGION_WRITE or flags != _NO_REPLY or len(body) != _ACCESS.size + count:
-            return None
-        if count > self.capabilities.max_data_xfer_size:
-            return None
-        return number, command, offset, region, count
+    @property
+    def serving(self) -> bool:
+        """Whether a client's requests may be carried out: those that go the short way, too."""
+        return self.state is _READY and self.role is _SERVER
 
     def _receive_command(self, header: Header, body: bytes, fds: list[int], twin: bool) -> CommandReceived:
         version = header.command == _VERSION
@@ -384,20 +365,6 @@ class VfioUserState:
         self.twin = agreed.twin
         self.write_multiple = self.capabilities.write_multiple and agreed.write_multiple
         self.extensions = self.capabilities.extensions.both(self.peer.extensions)
-
-
-PlainAccess = tuple[int, int, int, int, int]
-"""id, command, offset, region, count."""
-
-
-def plain_answer(access: PlainAccess, body: bytes, data: bytes) -> bytes:
-    """The answer to a read that came with ``body``: the ``data``, all that was asked for."""
-    return HEADER.pack(access[0], access[1], _ACCESS_END + len(data), _REPLY, 0) + body + data
-
-
-def plain_refusal(access: PlainAccess, number: int) -> bytes:
-    """The answer with errno ``number``."""
-    return HEADER.pack(access[0], access[1], HEADER_SIZE, _REPLY | _ERROR, number)
 
 
 def _frame(number: int, command: int, flags: int, error: int, body: bytes) -> bytes:
