@@ -5,17 +5,8 @@ looks the page up, copies, leaves. A miss asks (ATS) outside of any section. Thi
 promise that an Invalidate Completion makes on PCIe; the other half is the writer's ring and revoke
 (:mod:`vfio_model.memory.ring`).
 
-An answer and an invalidation can cross. The rule: the ring head is *sampled when the request goes out*
-(``inval_seq``); when the answer is there, everything that was invalidated since is looked at, and an answer that
-overlaps any of it is dropped and asked again. R request, T translation made, I invalidation published, C completion,
-U use (a section)::
-
-    I R T C U   nothing happens since the request: cached and used
-    R I T C U   the answer may be older or newer, nobody can tell: dropped, asked again
-    R T I C U   the answer is stale: dropped, asked again
-    R T C I U   cached, then dropped by the head compare of the section: asked again
-    R T C U+I   the section began before: it may finish, the revoke waits for its lane
-    R T C U I   over before: the next section compares the head
+Answers and invalidations cross; which orders there are, and what becomes of each, is in
+:mod:`vfio_model.memory.atc_cache`.
 
 What must not be broken: the head is compared inside the section, before anything cached is used; nothing is cached
 before the device is *armed*, that is before the ring's writer knows its lane; a failed translation is never cached.
@@ -25,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
-from vfio_model.memory.atc_entries import PAGE_SHIFT, EntryTable, GuestRam, Hit
+from vfio_model.memory.atc_cache import TranslationCache
+from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
 from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace, Iovas, OnInvalidate
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.mapping import BounceBudget, DMAMapping
-from vfio_model.memory.ring import EVERY_AS, HEAD, RecordFlags, RingReader
+from vfio_model.memory.ring import HEAD, RingReader
 from vfio_model.memory.types import (
     PCI_NO_PASID,
     DMADirection,
@@ -40,7 +33,7 @@ from vfio_model.memory.types import (
     ReadBuffer,
     WriteBuffer,
 )
-from vfio_model.ranges import U64_MAX, wrap64
+from vfio_model.ranges import wrap64
 
 Ask = Callable[[int, int, bool], IOMMUTLBEntry | None]
 """``ask(iova, length, is_write)``: the translation around ``iova``, perm NONE for a fault; None when nobody answers."""
@@ -77,13 +70,11 @@ class CachedImpl:
         fallback: DMAImpl = BLOCKED,
         bounce: BounceBudget | None = None,
     ) -> None:
-        self.as_id, self.pasid = as_id, pasid
         self.armed = False
         self.bounce = bounce or BounceBudget()
-        self.entries = EntryTable()
+        self._cache = TranslationCache(ring, lane, as_id=as_id, pasid=pasid)
+        self.entries = self._cache.entries
         self._ask, self._ring, self._lane, self._ram, self._fallback = ask, ring, lane, ram, fallback
-        self._since: dict[int, list[tuple[int, int]]] = {}
-        """Per request that is out (by the identity of its list): the ranges invalidated since it went out."""
         self.read, self.write = self._reader(), self._writer()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -108,16 +99,16 @@ class CachedImpl:
 
     def retarget(self, as_id: int, pasid: int = PCI_NO_PASID) -> None:
         """The device belongs to another address space now."""
-        self.as_id, self.pasid = as_id, pasid
+        self._cache.as_id, self._cache.pasid = as_id, pasid
         self.flush()
 
     def flush(self) -> None:
         """Forget everything, also answers that are on their way."""
-        self._drop(0, U64_MAX)
+        self._cache.flush()
 
     def invalidate(self, iova: int, last: int) -> None:
         """Forget ``iova``..``last`` (inclusive), for an invalidation that came as a message."""
-        self._drop(iova, last)
+        self._cache.drop(iova, last)
 
     # -- hits ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +173,7 @@ class CachedImpl:
         done, total = 0, len(view)
         while done < total:
             at = wrap64(iova + done)
-            moved = self._section(at, view[done:], is_write)
+            moved = self._cache.move(at, view[done:], is_write)[0]
             if not moved:
                 fill = self._fill(at, total - done, is_write)
                 if fill is _Fill.FAULT:
@@ -198,85 +189,28 @@ class CachedImpl:
             done += moved
         return done, MemTxResult.OK
 
-    def _section(self, iova: int, view: memoryview, is_write: bool) -> int:
-        """One DMA section: catch up with the ring, look up, copy. Bytes moved; 0 is a miss."""
-        lane = self._lane
-        lane.enter()
-        try:
-            self._catch_up()
-            hit = self.entries.find(iova, is_write)
-            if hit is None:
-                return 0
-            size = min(len(view), hit[1] - iova, SECTION_BYTES)
-            _copy(hit, iova, view[:size], is_write)
-            return size
-        finally:
-            lane.leave()
-
     def _fill(self, iova: int, length: int, is_write: bool) -> _Fill:
         """Ask for the page of ``iova`` until an answer arrives that nothing overtook."""
         wanted = IOMMUAccessFlags.WO if is_write else IOMMUAccessFlags.RO
+        cache = self._cache
         for _ in range(MAX_ASKS):
-            since: list[tuple[int, int]] = []
+            since = cache.sample()
             try:
-                self._sample(since)
                 entry = self._ask(iova, length, is_write)
                 if entry is None:
                     return _Fill.NO_ANSWER
                 if not entry.perm & wanted:
                     return _Fill.FAULT
-                fill = self._complete(iova, entry, since)
+                start = entry.iova & ~entry.addr_mask
+                kept = cache.complete(since, ((start, start + entry.addr_mask),), partial(self._keep, iova, entry))
             finally:
-                del self._since[id(since)]
-            if fill is not None:
-                return fill
+                cache.forget_request(since)
+            if kept is not None:
+                return _Fill.CACHED if kept else _Fill.DIRECT
         return _Fill.NO_ANSWER
 
-    def _sample(self, since: list[tuple[int, int]]) -> None:
-        """A request goes out: what is invalidated from here on is noted in ``since``."""
-        lane = self._lane
-        lane.enter()
-        try:
-            self._catch_up()
-            self._since[id(since)] = since
-        finally:
-            lane.leave()
-
-    def _complete(self, iova: int, entry: IOMMUTLBEntry, since: list[tuple[int, int]]) -> _Fill | None:
-        """An answer came: cache it, unless an invalidation since the request overlaps it (None)."""
-        lane = self._lane
-        lane.enter()
-        try:
-            self._catch_up()
-            start = entry.iova & ~entry.addr_mask
-            stop = start + entry.addr_mask
-            if any(first <= stop and start <= last for first, last in since):
-                return None
-            if not self.armed or entry.perm & _NOT_CACHEABLE or not self.entries.insert(iova, entry, self._ram):
-                return _Fill.DIRECT
-            return _Fill.CACHED
-        finally:
-            lane.leave()
-
-    # -- invalidations -------------------------------------------------------------------------------------------
-
-    def _catch_up(self) -> None:
-        """Deal with every record since the last time; inside a section."""
-        if self._ring.words[HEAD] != self._ring.seen and not self._ring.drain(self._record):
-            self._drop(0, U64_MAX)
-
-    def _record(self, as_id: int, iova: int, last: int, flags: int) -> None:
-        mine = as_id in (self.as_id, EVERY_AS)
-        if mine and (flags & RecordFlags.ANY_PASID or flags >> 32 == self.pasid):
-            self._drop(iova, last)
-
-    def _drop(self, iova: int, last: int) -> None:
-        for since in self._since.values():
-            since.append((iova, last))
-        if iova == 0 and last == U64_MAX:
-            self.entries.clear()
-        else:
-            self.entries.drop(iova, last)
+    def _keep(self, iova: int, entry: IOMMUTLBEntry) -> bool:
+        return self.armed and not entry.perm & _NOT_CACHEABLE and self.entries.insert(iova, entry, self._ram)
 
     # -- many at once --------------------------------------------------------------------------------------------
 
@@ -313,13 +247,17 @@ class CachedImpl:
         stop = min(len(iovas), first + SECTION_BYTES // (size or 1))
         lane.enter()
         try:
-            self._catch_up()
+            self._cache.catch_up()
             for index in range(first, stop):
                 iova = iovas[index]
                 hit = get(iova >> PAGE_SHIFT) or find(iova, is_write)
                 if hit is None or iova + size > hit[1]:
                     return index
-                _copy(hit, iova, view[index * size : (index + 1) * size], is_write)
+                part, at = view[index * size : (index + 1) * size], iova - hit[0]
+                if is_write:
+                    hit[2][at : at + size] = part
+                else:
+                    part[:] = hit[2][at : at + size]
             return stop
         finally:
             lane.leave()
@@ -347,16 +285,8 @@ class CachedImpl:
         lane = self._lane
         lane.enter()
         try:
-            self._catch_up()
+            self._cache.catch_up()
             known = self.entries.find(iova, True) is not None
         finally:
             lane.leave()
         return known or self._fill(iova, 1, True) in (_Fill.CACHED, _Fill.DIRECT)
-
-
-def _copy(hit: Hit, iova: int, part: memoryview, is_write: bool) -> None:
-    at = iova - hit[0]
-    if is_write:
-        hit[2][at : at + len(part)] = part
-    else:
-        part[:] = hit[2][at : at + len(part)]

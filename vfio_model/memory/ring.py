@@ -58,6 +58,8 @@ class RecordFlags(IntFlag):
     """Concerns the privileged translations of the PASID."""
     ANY_PASID = 2
     """Concerns every PASID of the address space."""
+    ATS = 4
+    """Concerns what devices asked for by ATS; else what is cached of untranslated requests."""
 
 
 def ring_size(capacity: int = CAPACITY) -> int:
