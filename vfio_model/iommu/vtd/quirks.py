@@ -1,0 +1,95 @@
+"""Where this unit differs from QEMU's ``intel-iommu`` on purpose, as data.
+
+A quirk that can be *selected* (``quirks=qemu``, or its name) makes the unit do what QEMU does; the others are listed so
+that a comparison can leave them out and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from vfio_model.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Quirk:
+    """One difference from QEMU of ``versions``. ``selectable``: whether the unit can do as QEMU does."""
+
+    name: str
+    versions: str
+    here: str
+    there: str
+    reason: str
+    selectable: bool = False
+
+
+NO_FAULT_ON_HIT: Final = "no-fault-on-hit"
+IOTLB_BY_SOURCE: Final = "iotlb-by-source"
+COMPATIBILITY_FORMAT: Final = "compatibility-format"
+SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
+ALL: Final = "qemu"
+"""Selects every selectable quirk."""
+
+QUIRKS: Final = (
+    Quirk(
+        NO_FAULT_ON_HIT,
+        "2.2 to 11.1",
+        "an access that a cached translation does not permit is walked again, and its fault is recorded",
+        "it is blocked, and no fault is recorded",
+        "a fault is recorded for every blocked request (7.1), whatever is cached",
+        selectable=True,
+    ),
+    Quirk(
+        IOTLB_BY_SOURCE,
+        "2.2 to 11.1",
+        "cached translations are tagged with the domain: a device that is moved to another domain does not use those "
+        "of the old one",
+        "they are tagged with the requester ID, and a changed context entry goes on with the old ones until they are "
+        "invalidated",
+        "the tags of 6.2.4",
+        selectable=True,
+    ),
+    Quirk(
+        COMPATIBILITY_FORMAT,
+        "2.7 to 11.1",
+        "GCMD.CFI sets GSTS.CFIS, without which, or with EIME, compatibility format interrupts are blocked (0x25) "
+        "while interrupt remapping is on",
+        "CFI has no effect, and these interrupts pass",
+        "5.1.2.1, Interrupt Requests in Intel 64 Compatibility Format",
+        selectable=True,
+    ),
+    Quirk(
+        SVT_BUS_SWAPPED,
+        "2.7 to 11.1",
+        "an interrupt remapping entry with SVT=2 has the first bus in SID bits 15:8 and the last in 7:0",
+        "the last bus is in 15:8 and the first in 7:0",
+        "9.9, Source Identifier",
+        selectable=True,
+    ),
+    Quirk(
+        "page-request-descriptor",
+        "11.1",
+        "the page request descriptor has its exec bit, and no private data",
+        "the exec bit is never set, and the last 16 bytes are whatever was in memory",
+        "7.4.1, Page Request Descriptor",
+    ),
+)
+
+
+def selected(names: Iterable[str]) -> frozenset[str]:
+    """The quirks that ``names`` select: names of quirks, or :data:`ALL`.
+
+    :raise ConfigError: for a name that selects nothing.
+    """
+    can = [each.name for each in QUIRKS if each.selectable]
+    chosen: set[str] = set()
+    for name in names:
+        if name == ALL:
+            chosen |= set(can)
+        elif name in can:
+            chosen.add(name)
+        else:
+            raise ConfigError(f"no quirk {name!r} can be selected", hint=f"known: {', '.join([ALL, *can])}")
+    return frozenset(chosen)
