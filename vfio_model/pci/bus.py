@@ -195,7 +195,14 @@ class PCIBus:
 
     def iommu_port(self, devfn: int) -> IommuPort | None:
         """What the IOMMU offers function ``devfn`` beside address spaces; None without an IOMMU."""
-        return BusIommuPort(self._iommu, self, devfn) if self._iommu is not None else None
+        if self._iommu is None:
+            return None
+
+        def masters() -> bool:
+            device = self.devices.get(devfn)
+            return device is not None and (device.bus_master or not device.BUS_MASTER_GATED)
+
+        return BusIommuPort(self._iommu, self, devfn, masters)
 
     def free_devfn(self, first_slot: int = 1) -> int:
         """The first function 0 that is free, from ``first_slot`` on.

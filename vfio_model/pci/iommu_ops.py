@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple, Protocol
 
 from vfio_model.memory.address_space import AddressSpace
@@ -91,6 +91,52 @@ PageResponseFn = Callable[[int, PageResponse], None]
 """``fn(prgi, code)``: the response to a group came."""
 
 
+class AtcOutcome(Enum):
+    """What became of an access through a device's cache of translations."""
+
+    OK = "ok"
+    MISS = "miss"
+    """Nothing is cached that gives every permission needed: ask for it, or have the page requested."""
+    UNTRANSLATED_ONLY = "untranslated only"
+    """The IOMMU wants untranslated requests there (the U bit of a completion)."""
+    FAILED = "failed"
+    """The request with the translated address was refused on its way, or the function has no way any more."""
+
+
+class Atc(Protocol):
+    """A device's cache (ATC) of translations of one PASID, its invalidations followed by whoever made it.
+
+    An entry is used only while it is true: after the guest was told that an invalidation is complete, no access finds
+    what it took away.
+    """
+
+    @property
+    def entries(self) -> int:
+        """How many translations are cached."""
+
+    def fill(self, request: AtsRequest) -> AtsCompletion:
+        """Ask for translations; those with every permission asked for are cached. PASID and privilege of the request
+        are this cache's. One that an invalidation overtook is asked for again.
+
+        :raise OSError: as :meth:`PCIIOMMUOps.ats_request_translation`; EAGAIN when invalidations never end; ENODEV when
+            the cache is closed, or the IOMMU gone.
+        """
+
+    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
+        """Move bytes between ``view`` and ``addr`` with a translated request, in one DMA section: (bytes moved, outcome).
+
+        Fewer bytes than wanted may move; it is none unless the outcome is OK.
+        """
+
+    def close(self) -> None:
+        """Forget everything, follow no invalidations any more. Harmless twice."""
+
+
+AtsGate = Callable[[bool], None]
+"""``fn(open)``: whether the IOMMU lets translated requests of a function through, as far as it depends on the
+function and not on the address."""
+
+
 def _absent(what: str) -> OSError:
     return OSError(errno.ENODEV, f"this IOMMU has no {what}")
 
@@ -107,7 +153,8 @@ class PCIIOMMUOps(ABC):
         raise _absent("translation caches in devices")
 
     def register_iotlb_notifier(self, bus: RequesterBus, devfn: int, pasid: int, notifier: IOMMUNotifier) -> None:
-        """Tell ``notifier`` (DEVIOTLB_UNMAP) of invalidations in the space of ``pasid``.
+        """Tell ``notifier`` (DEVIOTLB_UNMAP) of invalidations in the space of ``pasid``; its ``flush()`` completes them
+        (ETIMEDOUT: a device was too late, and was fenced).
 
         :raise OSError: ENODEV; ENOTSUP when device-TLB invalidation is off.
         """
@@ -127,6 +174,16 @@ class PCIIOMMUOps(ABC):
         :raise OSError: ENODEV.
         """
         raise _absent("address translation services")
+
+    def watch_translated_requests(self, bus: RequesterBus, devfn: int, fn: AtsGate) -> Callable[[], None]:
+        """Tell ``fn`` now, and whenever it changes, whether requests with translated addresses are let through; what is
+        returned ends that.
+
+        An IOMMU that takes the right away (VT-d: the context entry's TT or DTE, when that takes effect) says so before
+        the flush of the notifiers, which completes it. One that never does needs no more than this.
+        """
+        fn(True)
+        return lambda: None
 
     def pri_register_notifier(self, bus: RequesterBus, devfn: int, pasid: int, fn: PageResponseFn) -> None:
         """Tell ``fn`` of the responses to page requests of ``pasid``.
@@ -161,7 +218,16 @@ class IommuPort(Protocol):
         """See :class:`PCIIOMMUOps`."""
 
     def translated_space(self, pasid: int) -> DMAImpl:
+        """See :class:`PCIIOMMUOps`. ENODEV in a device process: translated requests go through an :class:`Atc`."""
+
+    def watch_translated_requests(self, fn: AtsGate) -> Callable[[], None]:
         """See :class:`PCIIOMMUOps`."""
+
+    def open_atc(self, pasid: int, *, priv: bool = False) -> Atc:
+        """A cache of translations of ``pasid``, asked for with or without privilege; empty.
+
+        :raise OSError: as :meth:`PCIIOMMUOps.register_iotlb_notifier`.
+        """
 
     def pri_register_notifier(self, pasid: int, fn: PageResponseFn) -> None:
         """See :class:`PCIIOMMUOps`."""

@@ -1,0 +1,135 @@
+"""The cache of translations (ATC) that a device with ATS manages, wherever the device runs.
+
+Which process it is in shows in two functions alone: how translations are asked for, and how a request with a translated
+address travels when the bytes are not mapped here. Entries, permissions and invalidations are the same code
+(:mod:`vfio_model.memory.atc_cache`).
+
+A request of the second kind leaves the DMA section with the address: it carries the *stamp* of its translation, and
+whoever carries it out refuses it when something was invalidated since. Translated requests bear no PASID.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from vfio_model.memory.atc_cache import TranslationCache
+from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
+from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, MemTxResult
+from vfio_model.pci.iommu_ops import AtcOutcome, AtsCompletion, AtsRequest
+
+Ask = Callable[[AtsRequest], tuple[AtsCompletion, int]]
+"""The completion of a request, and the stamp that its translations have."""
+Through = Callable[[int, memoryview, bool, int], MemTxResult | None]
+"""``through(address, view, is_write, stamp)``: move ``view`` by a translated request; None when the stamp is old."""
+
+MAX_ASKS: Final = 64
+"""How often one request is asked again because an invalidation came between."""
+_SMALLEST: Final = (1 << PAGE_SHIFT) - 1
+
+
+class DeviceAtc:
+    """An :class:`~vfio_model.pci.iommu_ops.Atc` over ``cache``. ``ram`` is guest RAM as far as it is mapped here."""
+
+    def __init__(
+        self,
+        cache: TranslationCache,
+        ram: GuestRam | None,
+        ask: Ask,
+        through: Through,
+        on_close: Callable[[DeviceAtc], None],
+        *,
+        pasid: int = PCI_NO_PASID,
+        priv: bool = False,
+    ) -> None:
+        self.pasid, self.priv = pasid, priv
+        self._cache, self._ram = cache, ram
+        self._ask, self._through, self._on_close = ask, through, on_close
+        self.closed = False
+
+    @property
+    def entries(self) -> int:
+        """See ``Atc``."""
+        return len(self._cache.entries)
+
+    def follow(self, cache: TranslationCache, ram: GuestRam | None) -> None:
+        """Go on with ``cache``, which hears of invalidations in another way; what the one before held is forgotten, and
+        so is what it waits for.
+        """
+        self._cache.flush()
+        self._cache, self._ram = cache, ram
+
+    def invalidate(self) -> None:
+        """Forget everything, also answers that are on their way."""
+        self._cache.flush()
+
+    def fill(self, request: AtsRequest) -> AtsCompletion:
+        """See ``Atc``."""
+        request = request._replace(pasid=self.pasid, priv=self.priv)
+        for _ in range(MAX_ASKS):
+            if self.closed:
+                break
+            cache = self._cache
+            since = cache.sample()
+            try:
+                completion, stamp = self._ask(request)
+                spans = [(entry.iova & ~entry.addr_mask, entry.iova | entry.addr_mask) for entry in completion.entries]
+                keep = partial(self._keep, cache, request, completion, stamp)
+                if cache.complete(since, spans, keep) is not None and cache is self._cache:
+                    return completion
+            finally:
+                cache.forget_request(since)
+        else:
+            raise OSError(errno.EAGAIN, f"invalidations overtook a translation {MAX_ASKS} times")
+        raise OSError(errno.ENODEV, "the cache is closed")
+
+    def _keep(self, cache: TranslationCache, request: AtsRequest, completion: AtsCompletion, stamp: int) -> bool:
+        """What gives everything that was asked for."""
+        wanted = _wanted(request)
+        for entry in completion.entries:
+            if entry.perm & wanted == wanted and entry.addr_mask >= _SMALLEST and not self.closed:
+                cache.entries.insert_whole(entry, self._ram, stamp)
+        return True
+
+    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
+        """See ``Atc``."""
+        if self.closed:
+            return 0, AtcOutcome.FAILED
+        cache = self._cache
+        moved, entry = cache.move(addr, view, is_write)
+        if moved:
+            return moved, AtcOutcome.OK
+        if entry is None:
+            return 0, AtcOutcome.MISS
+        if entry.perm & IOMMUAccessFlags.UNTRANSLATED_ONLY:
+            return 0, AtcOutcome.UNTRANSLATED_ONLY
+        if not cache.entries.allows(entry, is_write):
+            return 0, AtcOutcome.MISS
+        part = view[: entry.stop - addr]
+        result = self._through(entry.address + addr - entry.start, part, is_write, entry.stamp)
+        if result is None:
+            cache.entries.drop(entry.start, entry.stop - 1)
+            return 0, AtcOutcome.MISS
+        return (0, AtcOutcome.FAILED) if result else (len(part), AtcOutcome.OK)
+
+    def close(self) -> None:
+        """See ``Atc``."""
+        if not self.closed:
+            self.closed = True
+            self._cache.flush()
+            self._on_close(self)
+
+
+def _wanted(request: AtsRequest) -> IOMMUAccessFlags:
+    """The permissions that ``request`` asks for."""
+    wanted = IOMMUAccessFlags.RO if request.no_write else IOMMUAccessFlags.RW
+    if request.exec:
+        wanted |= IOMMUAccessFlags.EXEC
+    return wanted | required(request.priv)
+
+
+def required(priv: bool) -> IOMMUAccessFlags:
+    """The permissions that every use of a cache with or without privilege needs."""
+    return IOMMUAccessFlags.PRIV if priv else IOMMUAccessFlags.NONE
