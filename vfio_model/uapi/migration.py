@@ -124,8 +124,8 @@ class MigDataSize(Struct):
 
 @dataclass(slots=True)
 class PreCopyInfo(Struct):
-    """``struct vfio_precopy_info``: estimates in bytes of what there is to read in PRE_COPY, of the first data and of what
-    changed since.
+    """``struct vfio_precopy_info``: estimates in bytes of what there is to read in PRE_COPY, of the first data and of
+    what changed since.
     """
 
     FORMAT = struct.Struct("=IIQQ")
