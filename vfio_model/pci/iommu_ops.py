@@ -123,7 +123,7 @@ class Atc(Protocol):
         """
 
     def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
-        """Move bytes between ``view`` and ``addr`` with a translated request, in one DMA section: (bytes moved, outcome).
+        """Move bytes between ``view`` and ``addr`` by a translated request, in one DMA section: (bytes moved, outcome).
 
         Fewer bytes than wanted may move; it is none unless the outcome is OK.
         """
