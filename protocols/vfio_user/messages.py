@@ -11,13 +11,26 @@ descriptors.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from enum import Enum, IntEnum, IntFlag
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Self
 
 import msgspec
 from msgspec import Meta, Struct
 
+from protocols.vfio_user.iommu_messages import (
+    AtsAnswer,
+    AtsQuery,
+    IommuSetup,
+    PageAnswer,
+    PageQuery,
+    PasidControl,
+    TranslatedAccess,
+)
+from protocols.vfio_user.iommu_messages import TranslateReply as TranslateReply
+from protocols.vfio_user.iommu_messages import TranslateRequest as TranslateRequest
+from protocols.vfio_user.iommu_messages import TranslationEntry as TranslationEntry
+from protocols.vfio_user.payload import Payload as Payload
+from protocols.vfio_user.payload import layout
 from vfio_model.errors import LocalProtocolError, RemoteProtocolError
 
 HEADER = struct.Struct("=HHIII")
@@ -26,8 +39,6 @@ DEFAULT_MAX_DATA = 1 << 20
 """``max_data_xfer_size`` of a peer that does not say."""
 MAX_VERSION_DATA = 64 << 10
 """Bytes of JSON in VERSION."""
-MAX_TRANSLATIONS = 4096
-"""Entries in one reply to X_TRANSLATE."""
 MAX_PATH = 4096
 MAX_FEATURE = 1 << 20
 """``argsz`` of a DEVICE_FEATURE whose answer may be of any length."""
@@ -56,6 +67,12 @@ class Command(IntEnum):
     X_TRANSLATE = 0x8000
     X_CLOCK = 0x8001
     X_NOTIFIER = 0x8002
+    X_IOMMU = 0x8003
+    X_PASID = 0x8004
+    X_ATS = 0x8005
+    X_TRANSLATED = 0x8006
+    X_PAGE_REQUEST = 0x8007
+    X_PAGE_RESPONSE = 0x8008
 
 
 class HeaderFlags(IntFlag):
@@ -102,57 +119,6 @@ class Header(Struct, frozen=True, array_like=True):
 assert HEADER.size == HEADER_SIZE
 
 
-class Payload(Struct, frozen=True):
-    """Base of payloads; see :func:`layout`."""
-
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("=")
-    SIZE: ClassVar[int] = 0
-    TAIL: ClassVar[bool] = False
-    """Whether the last field is a tail of bytes after the fixed structure."""
-
-    def pack(self) -> bytes:
-        """As on the wire.
-
-        :raise LocalProtocolError: when a value does not fit its field.
-        """
-        values = msgspec.structs.astuple(self)
-        try:
-            if self.TAIL:
-                return self.FORMAT.pack(*values[:-1]) + bytes(values[-1])
-            return self.FORMAT.pack(*values)
-        except struct.error as error:
-            raise LocalProtocolError(f"{type(self).__name__}: {error}") from error
-
-    @classmethod
-    def unpack(cls, body: bytes) -> Self:
-        """From a whole body.
-
-        :raise RemoteProtocolError: when the body has not the size of this payload.
-        """
-        if len(body) < cls.SIZE or (len(body) > cls.SIZE and not cls.TAIL):
-            raise RemoteProtocolError(f"{cls.__name__} of {len(body)} bytes, not {cls.SIZE}")
-        values = cls.FORMAT.unpack_from(body)
-        return cls(*values, body[cls.SIZE :]) if cls.TAIL else cls(*values)
-
-
-P = TypeVar("P", bound=Payload)
-
-
-def layout(fields: str, size: int, *, tail: bool = False) -> Callable[[type[P]], type[P]]:
-    """Declare a payload's fixed structure by :mod:`struct` codes; it must have ``size`` bytes and fit the class's
-    fields."""
-
-    def declare(cls: type[P]) -> type[P]:
-        form = struct.Struct("=" + fields)
-        named = len(cls.__struct_fields__) - (1 if tail else 0)
-        assert form.size == size, f"{cls.__name__} has {form.size} bytes, not {size}"
-        assert len(form.unpack(bytes(size))) == named, f"{cls.__name__} has {named} fields"
-        cls.FORMAT, cls.SIZE, cls.TAIL = form, size, tail
-        return cls
-
-    return declare
-
-
 @layout("", 0)
 class Empty(Payload, frozen=True):
     """No payload."""
@@ -164,10 +130,16 @@ class Extensions(Struct, frozen=True, omit_defaults=True):
     ats: bool = False
     clock: bool = False
     notifier: bool = False
+    iommu: bool = False
 
     def both(self, other: Extensions) -> Extensions:
         """What two sides have in common."""
-        return Extensions(self.ats and other.ats, self.clock and other.clock, self.notifier and other.notifier)
+        return Extensions(
+            self.ats and other.ats,
+            self.clock and other.clock,
+            self.notifier and other.notifier,
+            self.iommu and other.iommu,
+        )
 
 
 Count = Annotated[int, Meta(ge=0)]
@@ -484,49 +456,6 @@ class MigData(Payload, frozen=True):
     data: bytes = b""
 
 
-@layout("QQII", 24)
-class TranslateRequest(Payload, frozen=True):
-    """X_TRANSLATE: an ATS translation request for ``length`` bytes from ``iova``. ``flags``: 1 no-write; 2 PASID
-    valid."""
-
-    iova: int = 0
-    length: int = 0
-    flags: int = 0
-    pasid: int = 0
-
-
-class TranslationEntry(Struct, frozen=True, array_like=True):
-    """``iova`` (page start) → ``translated`` (GPA), over ``mask`` + 1 bytes, with ``perm`` (1 read, 2 write; 0:
-    none)."""
-
-    iova: int
-    translated: int
-    mask: int
-    perm: int
-
-
-_ENTRY = struct.Struct("=QQQI4x")
-
-
-@layout("II", 8, tail=True)
-class TranslateReply(Payload, frozen=True):
-    """Reply to X_TRANSLATE: ``count`` entries of 32 bytes in ``data``, in order of their IOVA; fewer than asked is
-    legal."""
-
-    count: int = 0
-    reserved: int = 0
-    data: bytes = b""
-
-    @classmethod
-    def of(cls, entries: list[TranslationEntry]) -> TranslateReply:
-        """The reply that carries ``entries``."""
-        return cls(len(entries), 0, b"".join(_ENTRY.pack(*msgspec.structs.astuple(entry)) for entry in entries))
-
-    def entries(self) -> list[TranslationEntry]:
-        """What :meth:`of` was given."""
-        return [TranslationEntry(*values) for values in _ENTRY.iter_unpack(self.data)]
-
-
 @layout("Q", 8)
 class ClockSetup(Payload, frozen=True):
     """X_CLOCK: the virtual clock, ``now_ns`` at present. Descriptors: clock memfd, tick memfd, step eventfd, done
@@ -580,6 +509,12 @@ COMMANDS: dict[int, CommandSpec] = {
     Command.X_TRANSLATE: CommandSpec(Role.SERVER, TranslateRequest, TranslateReply, extension="ats"),
     Command.X_CLOCK: CommandSpec(Role.CLIENT, ClockSetup, Empty, fds=4, extension="clock"),
     Command.X_NOTIFIER: CommandSpec(Role.CLIENT, NotifierSetup, Empty, extension="notifier"),
+    Command.X_IOMMU: CommandSpec(Role.CLIENT, IommuSetup, Empty, fds=1, extension="iommu"),
+    Command.X_PASID: CommandSpec(Role.SERVER, PasidControl, Empty, extension="iommu"),
+    Command.X_ATS: CommandSpec(Role.SERVER, AtsQuery, AtsAnswer, extension="iommu"),
+    Command.X_TRANSLATED: CommandSpec(Role.SERVER, TranslatedAccess, TranslatedAccess, extension="iommu"),
+    Command.X_PAGE_REQUEST: CommandSpec(Role.SERVER, PageQuery, Empty, extension="iommu"),
+    Command.X_PAGE_RESPONSE: CommandSpec(Role.CLIENT, PageAnswer, Empty, extension="iommu"),
 }
 
 

@@ -21,12 +21,12 @@ from enum import Enum
 
 from msgspec import Struct
 
+from protocols.vfio_user.iommu_messages import MAX_TRANSLATIONS, AtsAnswer, TranslatedAccess
 from protocols.vfio_user.messages import (
     COMMANDS,
     HEADER,
     HEADER_SIZE,
     MAX_PATH,
-    MAX_TRANSLATIONS,
     MULTI_WRITE_SIZE,
     Capabilities,
     Command,
@@ -403,9 +403,11 @@ _WRITES = (Command.REGION_WRITE, Command.DMA_WRITE)
 
 _CHECKED_REQUESTS = frozenset((
     RegionAccess, DmaAccess, NotifierSetup, SetIrqs, MigData, DeviceFeature, RegionInfo, RegionIoFds, RegionWriteMulti,
+    TranslatedAccess,
 ))  # fmt: skip
 _CHECKED_REPLIES = frozenset((
     RegionAccess, DmaAccess, MigData, DeviceFeature, TranslateReply, RegionInfo, RegionIoFds, RegionWriteMultiReply,
+    AtsAnswer, TranslatedAccess,
 ))  # fmt: skip
 """The others need no more than their layout: asking each of these whether it is one takes longer."""
 
@@ -436,6 +438,8 @@ def _check_request(command: int, payload: Payload, max_data: int, error: Wrong) 
         if len(payload.wrs) != MULTI_WRITE_SIZE * payload.wr_cnt or len(payload.wrs) > max_data:
             raise error(f"{command_name(command)}: {payload.wr_cnt} writes in {len(payload.wrs)} bytes")
         payload.writes()
+    elif isinstance(payload, TranslatedAccess) and (reason := payload.excess(max_data)):
+        raise error(reason)
 
 
 def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
@@ -461,6 +465,8 @@ def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
         raise error(f"{len(reply.caps)} bytes of region capabilities")
     elif isinstance(reply, RegionIoFds) and len(reply.areas) > MAX_CAPS:
         raise error(f"{len(reply.areas)} bytes of sub-regions")
+    elif isinstance(reply, AtsAnswer | TranslatedAccess) and (reason := reply.wrong(request)):
+        raise error(reason)
     elif (
         isinstance(reply, RegionWriteMultiReply)
         and isinstance(request, RegionWriteMulti)
