@@ -29,16 +29,23 @@ _LETTER = {1: "b", 2: "w", 4: "l", 8: "q"}
 
 class PcQemu:
     """q35 with ``devices`` (QEMU's options). ``share``: RAM that a vfio-user server can map; None: RAM that has no
-    descriptor."""
+    descriptor. ``binary``: another program that is told what QEMU is told."""
 
-    def __init__(self, devices: Sequence[str], *, share: bool | None = True, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        *,
+        share: bool | None = True,
+        options: Sequence[str] = (),
+        binary: Path | None = None,
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp")
         where = Path(self._directory.name)
         self.qtest, self.qmp = QTest(where / "qtest"), Qmp(where / "qmp")
         kind = "memory-backend-ram" if share is None else "memory-backend-memfd"
         backend = f"{kind},id=ram,size={RAM_MIB}M" + ("" if share is None else f",share={'on' if share else 'off'}")
         command = [
-            str(qemu_folder() / "bin/qemu-system-x86_64"), "-accel", "qtest", "-object", backend,
+            str(binary or qemu_folder() / "bin/qemu-system-x86_64"), "-accel", "qtest", "-object", backend,
             "-machine", "q35,memory-backend=ram", "-m", f"{RAM_MIB}M", "-nodefaults", "-display", "none",
             "-qtest", f"unix:{where / 'qtest'}", "-qtest-log", "/dev/null",
             "-chardev", f"socket,path={where / 'qmp'},id=char0", "-mon", "chardev=char0,mode=control",
