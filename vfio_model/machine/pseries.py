@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
@@ -23,9 +22,9 @@ from vfio_model.iommu.spapr.quirks import PGSZ_AS_GIVEN
 from vfio_model.iommu.spapr.regs import DmaOptions
 from vfio_model.iommu.spapr.rtas import PARAM_ERROR, DdwRtas, RtasHandler
 from vfio_model.iommu.spapr.tce import SpaprTceTable
+from vfio_model.machine.base import Machine
 from vfio_model.machine.device_tree import DeviceTree, phb_properties, vio_properties
 from vfio_model.machine.eeh_rtas import EehRtas
-from vfio_model.machine.irqs import IrqLines
 from vfio_model.machine.msi import MsiNumbers
 from vfio_model.machine.msi_rtas import UNCOUNTED, MsiRtas
 from vfio_model.machine.pci_rtas import ConfigRtas
@@ -35,12 +34,10 @@ from vfio_model.memory.access import takes
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
-from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bus import BusOptions
 from vfio_model.ranges import U32_MAX, U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 
-BYTE_ORDER: Literal["big"] = "big"
 _NO_ARGS = (0, 0, 0, 0)
 _RTAS_MAX_CELLS = 16
 _REAL_ADDRESS = (1 << 60) - 1
@@ -59,7 +56,7 @@ class PseriesOptions:
     """Whether ``hcall-multi-tce`` is advertised; without it STUFF and INDIRECT are H_FUNCTION."""
 
 
-class PseriesMachine:
+class PseriesMachine(Machine):
     """A machine with ``ram`` (blocks one after another from address 0). It comes up reset.
 
     :raise ConfigError: for an impossible number of PHBs.
@@ -77,13 +74,9 @@ class PseriesMachine:
         bus_options: BusOptions | None = None,
         trace: Trace = NULL_TRACE,
     ) -> None:
+        super().__init__(ram, _system_root(ram), clock, trace)
         self.options = options or PseriesOptions()
-        self.clock = clock or VirtualClock()
-        self.trace = trace
-        self.irqs = IrqLines()
         self._idle = bus_options.idle if bus_options is not None else None
-        self.ram = tuple(ram)
-        self.system = AddressSpace("memory", _system_root(ram))
         self.tables: dict[int, SpaprTceTable] = {}
         """TCE tables by LIOBN."""
         self.phbs: dict[int, SpaprPhb] = {}
@@ -233,24 +226,6 @@ class PseriesMachine:
         if takes(self.system.view, gpa, 4):
             self.mmio_write(gpa, 4, cell)
 
-    def read_memory(self, gpa: int, size: int) -> bytes:
-        """``size`` bytes of system memory; what nothing answers reads as zero."""
-        data = bytearray(size)
-        self.system.read(gpa, data)
-        return bytes(data)
-
-    def write_memory(self, gpa: int, data: bytes) -> MemTxResult:
-        """Store ``data`` at ``gpa``."""
-        return self.system.write(gpa, data)
-
-    def mmio_read(self, gpa: int, size: int) -> int:
-        """A load of ``size`` bytes in the machine's byte order."""
-        return int.from_bytes(self.read_memory(gpa, size), BYTE_ORDER)
-
-    def mmio_write(self, gpa: int, size: int, value: int) -> None:
-        """A store of ``size`` bytes in the machine's byte order."""
-        self.system.write(gpa, value.to_bytes(size, BYTE_ORDER))
-
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """What the window of ``liobn`` makes of bus address ``ioba``: (page address, permission bits, address mask).
 
@@ -261,16 +236,6 @@ class PseriesMachine:
             return 0, 0, U64_MAX
         entry = table.translate(ioba - table.bus_offset)
         return entry.translated_addr, int(entry.perm), entry.addr_mask
-
-    def clock_step(self, ns: int = 0) -> int:
-        """Advance virtual time by ``ns``, or to the next timer when 0. The new time in ns."""
-        if ns:
-            self.clock.advance(ns)
-        else:
-            due = self.clock.next_expiry_ns()
-            if due is not None:
-                self.clock.advance_to(due)
-        return self.clock.now_ns
 
 
 def _system_root(ram: Iterable[RAMBlock]) -> MemoryRegion:
