@@ -1,15 +1,14 @@
 """Registers, descriptors and table entries of the register side of an Intel VT-d unit, as data.
 
 Source: Intel Virtualization Technology for Directed I/O specification (revision 4.1), "Register Descriptions" (11.4);
-each register bears its title there. Descriptors: "Queued Invalidation Interface" (6.5.2) and "Page Request Queue" (7.4);
-remapping entries: "Interrupt Remapping Table Entry (IRTE) for Remapped Interrupts" (9.9). What the specification leaves
-to the implementation, writable bits among it, is as the unit of QEMU's PC has it: the queues end at 512 KiB, FEDATA and
-PEDATA have 16 bits, the upper halves of FEADDR and IEADDR are zero, PECTL.IM is clear after a reset.
+each register bears its title there. Descriptors: "Queued Invalidation Interface" (6.5.2) and "Page Request Queue"
+(7.4); remapping entries: "Interrupt Remapping Table Entry (IRTE) for Remapped Interrupts" (9.9). What the specification
+leaves to the implementation, writable bits among it, is as the unit of QEMU's PC has it: the queues end at 512 KiB,
+FEDATA and PEDATA have 16 bits, the upper halves of FEADDR and IEADDR are zero, PECTL.IM is clear after a reset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -172,7 +171,7 @@ class FaultReason:
     IR_SID_MISMATCH = 0x26
 
 
-# -- invalidation descriptors ("Queued Invalidation Interface", 6.5.2) ---------------------------------------------------
+# -- invalidation descriptors ("Queued Invalidation Interface", 6.5.2) -------------------------------------------------
 
 TYPE_LOW, TYPE_HIGH = Bits(3, 0), Bits(11, 9)
 
@@ -234,8 +233,6 @@ DESCRIPTORS: Final = {
     )
 }
 """By type. Titles end in "Descriptor" in the specification."""
-WAIT_PD_ABSENT: Final = WAIT_PD
-"""Reserved in a wait descriptor of a unit that does not drain page requests."""
 
 
 # -- tables and queues in memory ---------------------------------------------------------------------------------------
