@@ -18,7 +18,6 @@ from hostd.device_surroundings import ProcessSurroundings
 from protocols.vfio_user import messages as wire
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
-from vfio_model.pci.config_space import CONFIG_SIZE
 from vfio_model.pci.device import PCIDevice
 from vfio_model.uapi.vfio import (
     VFIO_PCI_NUM_IRQS,
@@ -70,7 +69,7 @@ class DeviceRegions:
         if index >= VFIO_PCI_NUM_REGIONS:
             raise OSError(errno.EINVAL, f"region {index}")
         bar = self._bars.get(index)
-        size = CONFIG_SIZE if index == _CONFIG else bar.size if bar is not None else 0
+        size = self.device.config.size if index == _CONFIG else bar.size if bar is not None else 0
         fd = self._around.bar_fd(index)
         if bar is None or fd is None:
             return wire.RegionInfo(wire.RegionInfo.SIZE, _RW if size else 0, index, 0, size, 0), ()
@@ -92,7 +91,7 @@ class DeviceRegions:
                 raise OSError(errno.EIO, f"BAR {index}+{offset:#x}")
             return (value & (1 << count * 8) - 1).to_bytes(count, "little")
         if index == _CONFIG:
-            pieces = _pieces(offset, count, 1, 4, CONFIG_SIZE)
+            pieces = _pieces(offset, count, 1, 4, self.device.config.size)
             return b"".join(self.device.config_read(at, size).to_bytes(size, "little") for at, size in pieces)
         memory = self._memory(index, offset, count)
         if memory is not None:
@@ -113,7 +112,7 @@ class DeviceRegions:
                 raise OSError(errno.EIO, f"BAR {index}+{offset:#x}")
             return
         if index == _CONFIG:
-            for at, size in _pieces(offset, len(data), 1, 4, CONFIG_SIZE):
+            for at, size in _pieces(offset, len(data), 1, 4, self.device.config.size):
                 self.device.config_write(at, size, int.from_bytes(data[at - offset : at - offset + size], "little"))
             return
         memory = self._memory(index, offset, len(data))

@@ -16,13 +16,26 @@ from vfio_model.memory.types import DMADirection, MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.device import BAR_MEMORY_STATE, MSIX_STATE, PARENT, DeviceHost, PCIDevice, Prop
 from vfio_model.pci.doorbell import Doorbell
+from vfio_model.pci.express import ExpressSpec, PortType
+from vfio_model.pci.iommu_ops import (
+    AtsCompletion,
+    AtsRequest,
+    IommuPort,
+    IotlbInfo,
+    PageRequest,
+    PageResponse,
+)
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.pci.translation_caps import AtsSpec, PasidSpec, PriSpec
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 __all__ = [
     "BAR_MEMORY_STATE",
     "MSIX_STATE",
     "PARENT",
+    "AtsCompletion",
+    "AtsRequest",
+    "AtsSpec",
     "BarSpec",
     "BarType",
     "BlockBackend",
@@ -31,11 +44,19 @@ __all__ = [
     "DMAMapping",
     "DeviceHost",
     "Doorbell",
+    "ExpressSpec",
     "Field",
+    "IommuPort",
+    "IotlbInfo",
     "MemTxResult",
     "MsixSpec",
     "NetBackend",
     "PCIDevice",
+    "PageRequest",
+    "PageResponse",
+    "PasidSpec",
+    "PortType",
+    "PriSpec",
     "Prop",
     "Register",
     "RegisterFile",

@@ -1,9 +1,10 @@
 """Configuration space as a declared set of masked fields.
 
-A function's 256 bytes are built from :class:`Field` records: offset, width, reset value, the bits that a guest may
-write and those that it clears by writing 1. Reading, writing, reset and the register's name in a message all come
-from the record. The type 0 header is PCI Local Bus Specification 3.0, chapter 6.1, "Configuration Space
-Organization".
+A function's 256 bytes, or the 4096 of a PCI Express function, are built from :class:`Field` records: offset, width,
+reset value, the bits that a guest may write and those that it clears by writing 1. Reading, writing, reset and the
+register's name in a message all come from the record. The type 0 header is PCI Local Bus Specification 3.0, chapter
+6.1, "Configuration Space Organization"; extended capabilities are PCI Express Base Specification, 7.6, "PCI Express
+Extended Capabilities".
 
 Accesses are 1, 2 or 4 bytes inside one dword, little-endian. What is not implemented reads zero and ignores writes. An
 access that leaves the space or crosses a dword reads all ones and writes nothing.
@@ -12,11 +13,17 @@ access that leaves the space or crosses a dword reads all ones and writes nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CONFIG_SIZE = 256
+EXTENDED_CONFIG_SIZE = 4096
+"""Of a PCI Express function."""
 CAPABILITY_POINTER = 0x34
 FIRST_CAPABILITY = 0x40
+FIRST_EXTENDED = 0x100
+EXTENDED_HEADER = 4
+"""Bytes of an extended capability's header: id 15:0, version 19:16, next 31:20."""
+EXTENDED_NEXT_SHIFT = 20
 
 VENDOR_ID = 0x00
 DEVICE_ID = 0x02
@@ -50,7 +57,7 @@ STATUS_ERRORS = 0xF900
 @dataclass(frozen=True, slots=True)
 class Field:
     """One register: ``width`` bytes at ``offset``, ``reset`` value, ``writable`` and write-one-to-clear (``w1c``)
-    masks."""
+    masks; ``volatile`` bits change by themselves."""
 
     name: str
     offset: int
@@ -59,10 +66,13 @@ class Field:
     writable: int = 0
     w1c: int = 0
     doc: str = ""
+    volatile: int = 0
 
     def __post_init__(self) -> None:
         top = 1 << self.width * 8
-        assert max(self.reset, self.writable, self.w1c) < top, f"{self.name} does not fit {self.width} bytes"
+        assert max(self.reset, self.writable, self.w1c, self.volatile) < top, (
+            f"{self.name} does not fit {self.width} bytes"
+        )
         assert not self.writable & self.w1c, f"{self.name}: a bit is writable or write-one-to-clear"
 
 
@@ -82,7 +92,7 @@ def type0_header(identity: Mapping[str, int]) -> tuple[Field, ...]:
     return (
         *(Field(name, offset, width, reset=identity.get(name, 0)) for name, offset, width in rows),
         Field("command", COMMAND, 2, writable=COMMAND_WRITABLE),
-        Field("status", STATUS, 2, w1c=STATUS_ERRORS),
+        Field("status", STATUS, 2, w1c=STATUS_ERRORS, volatile=STATUS_INTERRUPT),
         Field("cache_line_size", 0x0C, 1, writable=0xFF),
         Field("interrupt_line", INTERRUPT_LINE, 1, writable=0xFF),
     )
@@ -92,7 +102,8 @@ class ConfigSpace:
     """The configuration space of one function. ``on_write`` callbacks run after a guest's write has taken effect.
 
     As in QEMU, what lies behind the header keeps whatever a guest writes there, also over a reset, except where a
-    register or a capability is declared.
+    register or a capability is declared. The first dword of the extended space is never free: zero there says that
+    there are no extended capabilities.
     """
 
     def __init__(self, fields: Iterable[Field] = (), size: int = CONFIG_SIZE) -> None:
@@ -100,11 +111,16 @@ class ConfigSpace:
         self._bytes = bytearray(size)
         self._scratch = bytearray(FIRST_CAPABILITY).ljust(size, b"\xff")
         """All ones where nothing is declared, behind the header."""
+        if size > CONFIG_SIZE:
+            self._scratch[FIRST_EXTENDED : FIRST_EXTENDED + EXTENDED_HEADER] = bytes(EXTENDED_HEADER)
         self._writable = bytearray(self._scratch)
         self._w1c = bytearray(size)
+        self._volatile = bytearray(size)
         self._fields: dict[str, Field] = {}
         self._next_capability = FIRST_CAPABILITY
         self._last_pointer = CAPABILITY_POINTER
+        self._next_extended = FIRST_EXTENDED
+        self._last_header = 0
         self._watchers: list[tuple[int, int, Callable[[], None]]] = []
         for field in fields:
             self.add(field)
@@ -118,6 +134,7 @@ class ConfigSpace:
         self._scratch[field.offset : end] = bytes(field.width)
         self._writable[field.offset : end] = field.writable.to_bytes(field.width, "little")
         self._w1c[field.offset : end] = field.w1c.to_bytes(field.width, "little")
+        self._volatile[field.offset : end] = field.volatile.to_bytes(field.width, "little")
         self._bytes[field.offset : end] = field.reset.to_bytes(field.width, "little")
 
     def add_capability(
@@ -135,13 +152,34 @@ class ConfigSpace:
         self.add(Field(f"{prefix}.id", offset, 1, reset=cap_id))
         self.add(Field(f"{prefix}.next", offset + 1, 1, reset=next_))
         for field in fields:
-            name, where = f"{prefix}.{field.name}", offset + field.offset
-            self.add(Field(name, where, field.width, field.reset, field.writable, field.w1c, field.doc))
+            self.add(replace(field, name=f"{prefix}.{field.name}", offset=offset + field.offset))
         if place is None:
             self._bytes[self._last_pointer] = offset
             self._last_pointer = offset + 1
         self._bytes[STATUS] |= STATUS_CAP_LIST
         return offset
+
+    def add_extended_capability(
+        self, cap_id: int, version: int, size: int, fields: Iterable[Field], *, prefix: str, offset: int | None = None
+    ) -> int:
+        """Append an extended capability of ``size`` bytes, at ``offset`` or behind the last one; the first lies at
+        0x100. Otherwise as :meth:`add_capability`.
+
+        :return: its offset.
+        """
+        at = self._next_extended if offset is None else offset
+        assert at >= self._next_extended, f"{prefix} overlaps, or is not in order"
+        assert at == FIRST_EXTENDED or self._last_header, "the first extended capability lies at 0x100"
+        self._next_extended = at + (size + 3) & ~3
+        self._scratch[at : at + size] = self._writable[at : at + size] = bytes(size)
+        self.add(Field(f"{prefix}.header", at, EXTENDED_HEADER, reset=cap_id | version << 16))
+        for field in fields:
+            self.add(replace(field, name=f"{prefix}.{field.name}", offset=at + field.offset))
+        if self._last_header:
+            self._bytes[self._last_header + 2] |= at << EXTENDED_NEXT_SHIFT - 16 & 0xF0
+            self._bytes[self._last_header + 3] = at >> 4
+        self._last_header = at
+        return at
 
     @property
     def multifunction(self) -> bool:
@@ -172,9 +210,9 @@ class ConfigSpace:
         self._watchers.append((field.offset, field.offset + field.width, callback))
 
     def reset(self) -> None:
-        """What a guest can change goes to its reset value; wiring stays. No callback runs."""
+        """What can change goes to its reset value; wiring stays. No callback runs."""
         for field in self._fields.values():
-            changeable = field.writable | field.w1c
+            changeable = field.writable | field.w1c | field.volatile
             self.set(field.name, self.get(field.name) & ~changeable | field.reset & changeable)
 
     def forget(self) -> None:
@@ -202,14 +240,13 @@ class ConfigSpace:
                 callback()
 
     def difference(self, data: bytes) -> int | None:
-        """The first offset at which ``data`` differs in what no guest can change, the interrupt status apart; None when
-        it could be this space's content. Another size differs at its end.
+        """The first offset at which ``data`` differs in what cannot change; None when it could be this space's content.
+        Another size differs at its end.
         """
         if len(data) != self.size:
             return min(len(data), self.size)
-        volatile = {STATUS: STATUS_INTERRUPT}
         for at, (mine, theirs) in enumerate(zip(self._bytes, data, strict=True)):
-            changeable = self._writable[at] | self._w1c[at] | volatile.get(at, 0)
+            changeable = self._writable[at] | self._w1c[at] | self._volatile[at]
             if (mine ^ theirs) & ~changeable:
                 return at
         return None

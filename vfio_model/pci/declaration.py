@@ -12,7 +12,9 @@ from typing import Any
 from vfio_model.errors import ConfigError
 from vfio_model.pci.bar import BARS, BarSpec, BarType
 from vfio_model.pci.doorbell import Doorbell
+from vfio_model.pci.express import ExpressSpec
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.pci.translation_caps import AtsSpec, PasidSpec, PriSpec
 from vfio_model.vmstate.fields import VMStateDescription
 
 _NUMBERS = {
@@ -49,6 +51,7 @@ def check_class(cls: type, base: type) -> None:
             raise ConfigError(f"{value!r} is not {said}", where=f"{cls.__name__}.{name}")
     bars = _check_bars(cls)
     msix: MsixSpec | None = _of_type(cls, "MSIX", MsixSpec | None)
+    _check_express(cls)
     for doorbell in _tuple_of(cls, "DOORBELLS", Doorbell):
         size = next((bar.size for bar in bars if bar.index == doorbell.bar), 0)
         if not 0 <= doorbell.offset < size:
@@ -104,6 +107,18 @@ def _check_bars(cls: type) -> tuple[BarSpec, ...]:
                 what = f"BAR {bar.index} and BAR {other.index} both need register {index}"
                 raise ConfigError(what, where=f"{cls.__name__}.BARS", hint=hint)
     return bars
+
+
+def _check_express(cls: type) -> None:
+    express = _of_type(cls, "EXPRESS", ExpressSpec | None)
+    ats, pri = _of_type(cls, "ATS", AtsSpec | None), _of_type(cls, "PRI", PriSpec | None)
+    for name, spec in ("ATS", ats), ("PRI", pri), ("PASID", _of_type(cls, "PASID", PasidSpec | None)):
+        if spec is not None and express is None:
+            hint = "EXPRESS = ExpressSpec() makes the function PCI Express"
+            raise ConfigError("it is an extended capability", where=f"{cls.__name__}.{name}", hint=hint)
+    if pri is not None and ats is None:
+        hint = "ATS = AtsSpec(); who requests pages caches translations"
+        raise ConfigError("page requests need ATS", where=f"{cls.__name__}.PRI", hint=hint)
 
 
 def _check_props(cls: type) -> None:

@@ -31,6 +31,8 @@ from vfio_model.pci.config_space import (
     COMMAND_IO,
     COMMAND_MASTER,
     COMMAND_MEMORY,
+    CONFIG_SIZE,
+    EXTENDED_CONFIG_SIZE,
     STATUS_INTERRUPT,
     ConfigSpace,
     Field,
@@ -38,10 +40,12 @@ from vfio_model.pci.config_space import (
 )
 from vfio_model.pci.declaration import check_class, check_identity, fits
 from vfio_model.pci.doorbell import Doorbell
+from vfio_model.pci.express import ExpressCapability, ExpressSpec
 from vfio_model.pci.iommu_ops import IommuPort
 from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
 from vfio_model.pci.parts import BarPart, BarParts
+from vfio_model.pci.services import IommuServices
 from vfio_model.ranges import Range
 from vfio_model.trace import Trace
 from vfio_model.vmstate.fields import Field as StateField
@@ -103,7 +107,7 @@ class Prop(NamedTuple):
     doc: str
 
 
-class PCIDevice:
+class PCIDevice(IommuServices):
     """Base of every device model. A subclass states its facts as class attributes and overrides the ``bar_*`` and reset
     methods; what it does to memory goes through :attr:`dma`."""
 
@@ -121,6 +125,9 @@ class PCIDevice:
     BARS: tuple[BarSpec, ...] = ()
     MSI_VECTORS: int = 0
     MSIX: MsixSpec | None = None
+    EXPRESS: ExpressSpec | None = None
+    """The function is PCI Express: 4096 bytes of configuration space, and maybe :attr:`ATS`, :attr:`PRI`,
+    :attr:`PASID`."""
     DOORBELLS: tuple[Doorbell, ...] = ()
     """Registers that may be rung instead of written."""
     ENDIANNESS: Literal["native", "little"] = "little"
@@ -153,12 +160,15 @@ class PCIDevice:
         self.hotplugged = False
         """Whether it came to a machine that ran."""
         self._impl: DMAImpl = BLOCKED
+        self._upstream_open = True
         self.irq_by_msi: bool | None = None
         """Set by a host that switches and masks messages itself (VFIO does); None is as the capabilities say."""
         self._intx = self._intx_driven = False
         self.config = self._build_config()
         self.msi = self._make_msi()
         self.msix = self._make_msix()
+        self.express = self._make_express()
+        self._init_services(host, self.config)
         self._parts = self._make_parts()
         self.config.on_write("command", self._command_written)
         if self.msi is not None and self.msi.layout & CONTROL_MASKS:
@@ -169,7 +179,17 @@ class PCIDevice:
     # -- identity ------------------------------------------------------------------------------------------------
 
     def _build_config(self) -> ConfigSpace:
-        identity = {
+        config = ConfigSpace(type0_header(self._identity()), self._config_size)
+        for bar in self.BARS:
+            config.add(Field(f"bar{bar.index}", bar.offset, bar.width, bar.type_bits, bar.write_mask))
+        return config
+
+    @property
+    def _config_size(self) -> int:
+        return CONFIG_SIZE if self.EXPRESS is None else EXTENDED_CONFIG_SIZE
+
+    def _identity(self) -> dict[str, int]:
+        return {
             "vendor_id": self.VENDOR_ID,
             "device_id": self.DEVICE_ID,
             "revision": self.REVISION,
@@ -179,16 +199,15 @@ class PCIDevice:
             "subsystem_id": self.SUBSYSTEM_ID,
             "interrupt_pin": self.INTERRUPT_PIN,
         }
-        config = ConfigSpace(type0_header(identity))
-        for bar in self.BARS:
-            config.add(Field(f"bar{bar.index}", bar.offset, bar.width, bar.type_bits, bar.write_mask))
-        return config
 
     def _make_msi(self) -> MsiCapability | None:
         return MsiCapability(self.config, self.MSI_VECTORS) if self.MSI_VECTORS else None
 
     def _make_msix(self) -> MsixCapability | None:
         return None if self.MSIX is None else MsixCapability(self.config, self.MSIX, self.host.msi)
+
+    def _make_express(self) -> ExpressCapability | None:
+        return None if self.EXPRESS is None else ExpressCapability(self.config, self.EXPRESS, self.reset)
 
     def _make_parts(self) -> BarParts:
         return BarParts(self.BARS, self.host, self.msix)
@@ -349,7 +368,10 @@ class PCIDevice:
         level = self.intx_level
         if level != self._intx_driven:
             self._intx_driven = level
-            self.host.set_intx(level)
+            self._set_pin(level)
+
+    def _set_pin(self, level: bool) -> None:
+        self.host.set_intx(level)
 
     # -- DMA -----------------------------------------------------------------------------------------------------
 
@@ -363,9 +385,16 @@ class PCIDevice:
         self._impl = impl
         self._bind_dma()
 
+    def set_upstream(self, forwards: bool) -> None:
+        """Whether the bridges above let DMA of this function through."""
+        if forwards != self._upstream_open:
+            self._upstream_open = forwards
+            self._bind_dma()
+
     def _bind_dma(self) -> None:
-        open_ = self.bus_master or not self.BUS_MASTER_GATED
+        open_ = self._upstream_open and (self.bus_master or not self.BUS_MASTER_GATED)
         self.dma.bind(self._impl if open_ else BLOCKED)
+        self._allow_mastering(self._upstream_open and self.bus_master)
 
     def _command_written(self) -> None:
         self._bind_dma()
@@ -377,6 +406,7 @@ class PCIDevice:
     def reset_enter(self) -> None:
         """First phase: no DMA leaves the device from here on. Subclasses stop their timers, then call this."""
         self.dma.bind(BLOCKED)
+        self._forget_services()
 
     def reset_hold(self) -> None:
         """Second phase: registers go to their reset values, the pin goes down."""

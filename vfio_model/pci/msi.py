@@ -56,7 +56,7 @@ class MsiCapability:
         fields.append(Field("data", data, 2, writable=0xFFFF))
         if layout & CONTROL_MASKS:
             every = (1 << vectors) - 1
-            fields += (Field("mask", data + 4, 4, writable=every), Field("pending", data + 8, 4))
+            fields += (Field("mask", data + 4, 4, writable=every), Field("pending", data + 8, 4, volatile=every))
         self.offset = config.add_capability(CAP_ID_MSI, size(layout), fields, prefix="msi", place=place)
         config.on_write("msi.control", self._bounded)
 

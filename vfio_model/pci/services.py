@@ -1,0 +1,200 @@
+"""What a function asks of its IOMMU beside DMA: translations (ATS), pages (PRI), news of invalidations.
+
+The checks are QEMU's, in its order: a function that may not master the bus, or that names a PASID while PASID is
+disabled, gets EPERM; then the capability in question has to be enabled; without an IOMMU the answer is ENODEV.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import ClassVar, Protocol
+
+from vfio_model.memory.dma import BLOCKED, DMASpace
+from vfio_model.memory.notifier import IOMMUNotifier
+from vfio_model.memory.types import PCI_NO_PASID
+from vfio_model.pci.config_space import ConfigSpace
+from vfio_model.pci.iommu_ops import AtsCompletion, AtsRequest, IommuPort, IotlbInfo, PageRequest, PageResponseFn
+from vfio_model.pci.translation_caps import AtsCapability, AtsSpec, PasidCapability, PasidSpec, PriCapability, PriSpec
+
+
+class ServiceHost(Protocol):
+    """What the services need of a ``DeviceHost``."""
+
+    @property
+    def iommu(self) -> IommuPort | None:
+        """See ``DeviceHost``."""
+
+
+class IommuServices:
+    """A part of every :class:`~vfio_model.pci.device.PCIDevice`: its methods towards the IOMMU, and the capabilities
+    that let it use them."""
+
+    ATS: ClassVar[AtsSpec | None] = None
+    """The function may cache translations."""
+    PRI: ClassVar[PriSpec | None] = None
+    """The function may ask for pages that are not there."""
+    PASID: ClassVar[PasidSpec | None] = None
+    """The function's requests may name a process address space."""
+
+    def _init_services(self, host: ServiceHost, config: ConfigSpace) -> None:
+        self._iommu_host = host
+        self._may_master = False
+        """Bus mastering as of the last change, which no reset in progress lets through."""
+        self._iotlb_notifiers: list[tuple[int, IOMMUNotifier]] = []
+        self._page_listeners: set[int] = set()
+        self._translated: dict[int, DMASpace] = {}
+        self.ats = AtsCapability(config, self.ATS) if self.ATS is not None else None
+        if self.ats is not None:
+            config.on_write("ats.control", self._ats_controlled)
+        self.pri = PriCapability(config, self.PRI) if self.PRI is not None else None
+        self.pasid = PasidCapability(config, self.PASID) if self.PASID is not None else None
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def ats_enabled(self) -> bool:
+        """Whether the guest has enabled ATS."""
+        return self.ats is not None and self.ats.enabled
+
+    @property
+    def pri_enabled(self) -> bool:
+        """Whether the guest has enabled page requests."""
+        return self.pri is not None and self.pri.enabled
+
+    @property
+    def pasid_enabled(self) -> bool:
+        """Whether the guest has enabled PASIDs."""
+        return self.pasid is not None and self.pasid.enabled
+
+    @property
+    def page_requests_allocated(self) -> int:
+        """How many page requests may be outstanding: 0 while PRI is disabled."""
+        return self.pri.allocated if self.pri is not None else 0
+
+    def _allow_mastering(self, allowed: bool) -> None:
+        self._may_master = allowed
+        if not allowed:
+            self._block_translated()
+
+    def _block_translated(self) -> None:
+        for space in self._translated.values():
+            space.bind(BLOCKED)
+        self._translated.clear()
+
+    def _ats_controlled(self) -> None:
+        if not self.ats_enabled:
+            self._block_translated()
+
+    def _forget_services(self) -> None:
+        """Nothing is registered any more, nothing translated goes out: a reset, or the function is taken out."""
+        self._allow_mastering(False)
+        port = self._iommu_host.iommu
+        notifiers, self._iotlb_notifiers = self._iotlb_notifiers, []
+        listeners, self._page_listeners = self._page_listeners, set()
+        if port is not None:
+            for pasid, notifier in notifiers:
+                with contextlib.suppress(OSError):  # an IOMMU that has gone has forgotten it already
+                    port.unregister_iotlb_notifier(pasid, notifier)
+            for pasid in listeners:
+                with contextlib.suppress(OSError):
+                    port.pri_unregister_notifier(pasid)
+
+    def _check_pasid(self, pasid: int) -> None:
+        if pasid != PCI_NO_PASID and not self.pasid_enabled:
+            raise OSError(errno.EPERM, "a request with PASID while PASID is disabled")
+
+    def _check_request(self, pasid: int) -> None:
+        if not self._may_master:
+            raise OSError(errno.EPERM, "a request of a function that may not master the bus")
+        self._check_pasid(pasid)
+
+    def _check_ats(self) -> None:
+        if not self.ats_enabled:
+            raise OSError(errno.EPERM, "ATS is disabled")
+
+    def _port(self) -> IommuPort:
+        port = self._iommu_host.iommu
+        if port is None:
+            raise OSError(errno.ENODEV, "no IOMMU")
+        return port
+
+    # -- translations ------------------------------------------------------------------------------------------------
+
+    def get_iotlb_info(self) -> IotlbInfo:
+        """What a cache of translations has to know.
+
+        :raise OSError: ENODEV.
+        """
+        return self._port().get_iotlb_info()
+
+    def register_iotlb_notifier(self, pasid: int, notifier: IOMMUNotifier) -> None:
+        """Tell ``notifier`` of invalidations in the space of ``pasid`` (``PCI_NO_PASID``: of requests without), until
+        it is unregistered or the function is reset.
+
+        :raise OSError: EPERM; ENODEV; ENOTSUP when the IOMMU does not invalidate caches of devices.
+        """
+        self._check_pasid(pasid)
+        self._port().register_iotlb_notifier(pasid, notifier)
+        self._iotlb_notifiers.append((pasid, notifier))
+
+    def unregister_iotlb_notifier(self, pasid: int, notifier: IOMMUNotifier) -> None:
+        """The opposite, of one that is registered.
+
+        :raise OSError: EPERM, ENODEV.
+        """
+        self._check_pasid(pasid)
+        self._port().unregister_iotlb_notifier(pasid, notifier)
+        self._iotlb_notifiers.remove((pasid, notifier))
+
+    def ats_request_translation(self, request: AtsRequest) -> AtsCompletion:
+        """Ask for translations.
+
+        :raise OSError: EPERM; ENOSPC when ``request`` wants no entries; ENODEV.
+        """
+        self._check_request(request.pasid)
+        if not request.max_entries:
+            raise OSError(errno.ENOSPC, "no room for a translation")
+        self._check_ats()
+        return self._port().ats_request_translation(request)
+
+    def translated_space(self, pasid: int) -> DMASpace:
+        """Where requests with translated addresses go. Blocked for good once the function may not master the bus, or
+        ATS is disabled.
+
+        :raise OSError: EPERM, ENODEV.
+        """
+        self._check_request(pasid)
+        self._check_ats()
+        space = self._translated.get(pasid)
+        if space is None:
+            space = self._translated[pasid] = DMASpace(self._port().translated_space(pasid))
+        return space
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def pri_register_notifier(self, pasid: int, fn: PageResponseFn) -> None:
+        """Tell ``fn`` of the responses to page requests of ``pasid``, until it is unregistered or the function is
+        reset.
+
+        :raise OSError: EPERM, ENODEV.
+        """
+        self._check_request(pasid)
+        self._port().pri_register_notifier(pasid, fn)
+        self._page_listeners.add(pasid)
+
+    def pri_unregister_notifier(self, pasid: int) -> None:
+        """The opposite; nothing is checked, nothing happens without an IOMMU."""
+        self._page_listeners.discard(pasid)
+        if self._iommu_host.iommu is not None:
+            self._iommu_host.iommu.pri_unregister_notifier(pasid)
+
+    def pri_request_page(self, request: PageRequest) -> None:
+        """Ask for a page; the response comes to the notifier.
+
+        :raise OSError: EPERM, ENODEV; what :meth:`PCIIOMMUOps.pri_request_page` says.
+        """
+        self._check_request(request.pasid)
+        if not self.pri_enabled:
+            raise OSError(errno.EPERM, "page requests are disabled")
+        self._port().pri_request_page(request)
