@@ -39,7 +39,8 @@ from guestd.cmdline_backends import BackendNames
 from guestd.cmdline_devices import Globals
 from guestd.cmdline_help import ACCELERATORS, OPTIONS, HelpWanted, topic
 from guestd.cmdline_inert import READERS, hotplug_memory
-from guestd.config import GuestConfig, MachineConfig, MonitorConfig, QtestConfig
+from guestd.config import GuestConfig, MonitorConfig, QtestConfig
+from guestd.machine_config import PseriesConfig
 from guestd.option_syntax import identifier, number, only, options, size, split, switch
 from guestd.text_trace import read_patterns
 from protocols.transport import uri as migration_uri
@@ -349,7 +350,7 @@ class _Reader:
             raise ConfigError(f"Memory backend '{name}' not found")
         return self.seen.backends[str(name)]
 
-    def _machine_config(self, given: dict[str, object], backend: devices.MemoryBackend) -> MachineConfig:
+    def _machine_config(self, given: dict[str, object], backend: devices.MemoryBackend) -> PseriesConfig:
         kind = str(given.pop("type", "pseries"))
         if not _MACHINE.fullmatch(kind):
             raise ConfigError(f'unsupported machine type: "{kind}"\nUse -machine help to list supported machines')

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from guestd.config import DeviceConfig
+from guestd.config import ANONYMOUS, DeviceConfig
 from guestd.device_options import properties
-from guestd.operations import ANONYMOUS
 from guestd.option_syntax import identifier, number, only, options, switch
 from vfio_model.errors import ConfigError
 

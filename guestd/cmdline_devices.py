@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
@@ -12,13 +12,15 @@ import msgspec
 
 from guestd.backends import check_names
 from guestd.cmdline_backends import BackendNames
-from guestd.config import DeviceConfig, MachineConfig, PhbConfig, VioConfig
-from guestd.device_options import ASSIGNED, REMOTE, Slots, device_config, drivers
-from guestd.operations import ANONYMOUS
+from guestd.config import ANONYMOUS, DeviceConfig
+from guestd.device_options import ASSIGNED, REMOTE, device_config, driver_of, drivers
+from guestd.machine_config import PhbConfig, PseriesConfig, VioConfig
 from guestd.option_syntax import identifier, number, only, size, split, switch
+from guestd.places import Buses, Occupant, Slots, check_pseries
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr.regs import MAX_PHBS, VIO_UNIT_BASE
+from vfio_model.pci.address import PCIAddress
 
 PHB: Final = "spapr-pci-host-bridge"
 PHB_NUMBERS: Final = ("index", "pgsz", "dma_win_addr", "dma_win_size", "dma64_win_addr")
@@ -58,7 +60,6 @@ _BACKEND_KEYS: Final = frozenset(
 )
 _SMALLEST_PAGE: Final = 4096
 _HUGE_PAGE: Final = 2 << 20
-_SLOTS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class Globals:
         return [f"global {kind}.{name} has invalid class name" for kind, name, _ in self._given if kind not in known]
 
 
-def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWords]) -> MachineConfig:
+def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWords]) -> PseriesConfig:
     """The machine with its first PHB, and the PHBs and VIO devices that ``devices`` name.
 
     :raise ConfigError: see :func:`_phb` and :func:`_vio`.
@@ -198,10 +199,10 @@ def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWord
 
 def _machine(
     fields: Mapping[str, object], phbs: Sequence[PhbConfig], vio: Sequence[VioConfig], where: str
-) -> MachineConfig:
+) -> PseriesConfig:
     parts = {"phbs": msgspec.to_builtins(phbs), "vio": msgspec.to_builtins(vio)}
     try:
-        return msgspec.convert({**parts, **fields}, MachineConfig)
+        return msgspec.convert({**parts, **fields}, PseriesConfig)
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigError(str(error), where=where) from error
 
@@ -253,22 +254,8 @@ def _vio(options: Mapping[str, object], taken: Mapping[int, tuple[str, VioConfig
         raise ConfigError(f"Property '{driver}.reg' doesn't take value '{options['reg']}'") from error
 
 
-@dataclass
-class _Bus:
-    """A bus before there is one."""
-
-    name: str
-    devices: dict[int, DeviceConfig] = field(default_factory=dict)
-
-    def free_devfn(self, first_slot: int = 0) -> int:
-        for slot in range(first_slot, _SLOTS):
-            if slot << 3 not in self.devices:
-                return slot << 3
-        raise ConfigError(f"PCI: no slot/function available on bus '{self.name}', all in use or reserved")
-
-
 def plug_all(
-    devices: Sequence[DeviceWords], machine: MachineConfig, given: Globals, names: BackendNames, *, shared: bool
+    devices: Sequence[DeviceWords], machine: PseriesConfig, given: Globals, names: BackendNames, *, shared: bool
 ) -> list[DeviceConfig]:
     """Every PCI device of ``devices``, each on its bus, which a bridge before it has made. ``names`` are those of back
     ends; ``shared``: whether remote ones get guest RAM.
@@ -276,7 +263,7 @@ def plug_all(
     :raise ConfigError: naming the option.
     """
     bridges = iter(machine.phbs)
-    buses: dict[str, Slots] = {}
+    buses = Buses({}, "", check_pseries)
     _add_bus(buses, next(bridges))
     taken: dict[str, DeviceConfig] = {}
     for words in devices:
@@ -299,7 +286,7 @@ def plug_all(
 
 
 def _plug(
-    own: dict[str, object], buses: Mapping[str, Slots], taken: Mapping[str, DeviceConfig], place: int, *, text: bool
+    own: dict[str, object], buses: Buses, taken: Mapping[str, DeviceConfig], place: int, *, text: bool
 ) -> DeviceConfig:
     if own.get("driver") == REMOTE and "socket.path" in own:
         own["socket"] = own.pop("socket.path")
@@ -309,14 +296,13 @@ def _plug(
     if own.get("driver") == ASSIGNED and "host" in own and "group" not in own:
         raise ConfigError("No IOMMU group: use group=N", hint="there is no sysfs to find it in")
     config = device_config(own, buses, taken, anonymous=f"{ANONYMOUS}{place}]", text=text)
-    bus = buses[config.bus]
-    assert isinstance(bus, _Bus), "made by _add_bus"
-    slot, function = config.addr.split(".")
-    bus.devices[int(slot, 16) << 3 | int(function)] = config
-    config.bus = bus.name
+    devfn = PCIAddress.parse(config.addr).devfn
+    occupant = Occupant(driver_of(config), str(own.get("id", "")), config.multifunction)
+    buses.slots[config.bus].devices[devfn] = occupant
     return config
 
 
-def _add_bus(buses: dict[str, Slots], phb: PhbConfig) -> None:
-    """The bus of ``phb``, which comes last now."""
-    buses[phb.bus] = _Bus(phb.bus)
+def _add_bus(buses: Buses, phb: PhbConfig) -> None:
+    """The bus of ``phb``, where QEMU puts from now on what does not say."""
+    buses.slots[phb.bus] = Slots(phb.bus)
+    buses.default = phb.bus

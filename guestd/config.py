@@ -7,126 +7,18 @@ of this process are found by name.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from guestd.machine_config import MachineConfig, PseriesConfig, Size
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr import quirks, regs
-from vfio_model.iommu.spapr.regs import DEFAULT_WINDOW_SIZE, DMA64_WINDOW_ADDR, DmaOptions
-from vfio_model.ranges import U32_MAX, is_aligned
 from vfio_model.vfio.kinds import ContainerChoice
 
-Size = Annotated[int, Meta(ge=0)]
 UNLIMITED = (1 << 64) - 1
-
-
-class PhbConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One PHB. What is None is as the machine says for all of them.
-
-    Its bus is named ``id`` with ``.0`` behind it; without an id that is ``pci.0`` for index 0, else ``phb<index>.0``;
-    unless ``bus_name`` says otherwise.
-    """
-
-    index: Annotated[int, Meta(ge=0, lt=regs.MAX_PHBS)]
-    id: str | None = None
-    bus_name: str | None = None
-    ddw: bool | None = None
-    pgsz: list[Size] | Size | None = None
-    dma_win_addr: Size | None = None
-    dma_win_size: Size | None = None
-    dma64_win_addr: Size | None = None
-
-    @property
-    def bus(self) -> str:
-        """What a device's ``bus`` calls it."""
-        return self.bus_name or f"{self.id or ('pci' if self.index == 0 else f'phb{self.index}')}.0"
-
-
-class VioConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One VIO device, as far as its DMA goes: a window of its own. ``reg`` is its unit address; None: the next free."""
-
-    kind: Literal["llan", "vscsi", "tpm", "vty"]
-    reg: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
-
-
-class MachineConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A pseries machine. ``ddw`` to ``dma64_win_addr`` hold for every PHB that does not say otherwise."""
-
-    type: Literal["pseries"] = "pseries"
-    ram: Size = 1 << 30
-    page_size: Size = 1 << 16
-    """Backing page size of guest RAM, as declared to the host."""
-    ddw: bool = True
-    pgsz: list[Size] | Size = msgspec.field(default_factory=lambda: [1 << 12, 1 << 16, 1 << 21, 1 << 24])
-    """IOMMU page sizes: a list, or a bitmap."""
-    dma_win_addr: Size = 0
-    dma_win_size: Size = DEFAULT_WINDOW_SIZE
-    dma64_win_addr: Size = DMA64_WINDOW_ADDR
-    multitce: bool = True
-    """Whether the hypercalls for many TCEs are there."""
-    phbs: list[PhbConfig] = []
-    """None given: one, with index 0."""
-    vio: list[VioConfig] = []
-    quirks: list[str] = []
-    """Differences from QEMU to give up, by name, or ``qemu`` for all that can be."""
-    memlock: Size | None = None
-    host_page_size: Size | None = None
-    kvm: bool = False
-    """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
-
-    @property
-    def pgsz_mask(self) -> int:
-        """The page sizes as a bitmap."""
-        return _bitmap(self.pgsz)
-
-    def dma_options(self, phb: PhbConfig) -> DmaOptions:
-        """The properties of ``phb``."""
-        own = {
-            name: value
-            for name in ("ddw", "dma_win_addr", "dma_win_size", "dma64_win_addr")
-            if (value := getattr(phb, name)) is not None
-        }
-        shared = {name: getattr(self, name) for name in ("ddw", "dma_win_addr", "dma_win_size", "dma64_win_addr")}
-        pgsz = _bitmap(self.pgsz if phb.pgsz is None else phb.pgsz)
-        return DmaOptions(**{**shared, **own}, pgsz=pgsz, quirks=quirks.selected(self.quirks))
-
-    def phb_on(self, bus: str) -> int:
-        """The index of the PHB whose bus is called so; of the first one for an empty name.
-
-        :raise ConfigError: when there is none.
-        """
-        for phb in self.phbs:
-            if bus in ("", phb.bus):
-                return phb.index
-        raise ConfigError(f"Bus '{bus}' not found", hint=f"there is {', '.join(phb.bus for phb in self.phbs)}")
-
-    def __post_init__(self) -> None:
-        quirks.selected(self.quirks)
-        self.phbs = self.phbs or [PhbConfig(index=0)]
-        buses = [phb.bus for phb in self.phbs]
-        if len({phb.index for phb in self.phbs}) < len(buses) or len(set(buses)) < len(buses):
-            raise ValueError("phbs: each has an index and an id of its own")
-        for phb in self.phbs:
-            _check_windows(self.dma_options(phb))
-        if self.page_size < 4096 or self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size must be a power of two of at least 4096, not {self.page_size}")
-        if not self.ram or not is_aligned(self.ram, self.page_size):
-            raise ValueError(f"ram must be a positive multiple of page_size, not {self.ram}")
-
-
-def _bitmap(pgsz: list[int] | int) -> int:
-    return pgsz if isinstance(pgsz, int) else sum(set(pgsz))
-
-
-def _check_windows(options: DmaOptions) -> None:
-    page = 1 << regs.TCE_PAGE_SHIFT
-    last = options.dma_win_addr + options.dma_win_size - 1
-    if (options.dma_win_addr | options.dma64_win_addr) % page or options.dma_win_size < page:
-        raise ValueError(f"dma_win_addr, dma64_win_addr must be multiples of {page}, dma_win_size not less")
-    if options.dma_win_size // page > U32_MAX or max(last, options.dma64_win_addr) >= 1 << 64:
-        raise ValueError("dma_win_size: the window holds fewer than 2**32 pages and ends within 64 bits")
+ANONYMOUS: Final = "device["
+"""How the names of devices begin that were given none: no id may hold a bracket."""
 
 
 class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -137,7 +29,7 @@ class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     attach: Literal["assigned", "remote", "emulated"] = "emulated"
     addr: str
     bus: str = ""
-    """The bus of which PHB; empty: the first."""
+    """The name of its bus; empty: the machine's first."""
     props: dict[str, int | str | bool] = {}
     host: str = ""
     group: int | str | None = None
@@ -192,7 +84,7 @@ class QtestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    machine: MachineConfig = msgspec.field(default_factory=MachineConfig)
+    machine: MachineConfig = msgspec.field(default_factory=PseriesConfig)
     devices: list[DeviceConfig] = []
     drives: dict[str, str] = {}
     """Disks by name, for the ``drive`` of a device: ``mem:SIZE``, ``file:PATH[,ro]``."""
@@ -235,7 +127,7 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for device in self.devices:
-            self.machine.phb_on(device.bus)
+            self.machine.check_bus(device.bus)
         unknown = sorted(set(self.uplinks) - set(self.netdevs))
         if unknown:
             raise ValueError(f"uplinks: there is no netdev {unknown[0]}")
@@ -246,9 +138,15 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(path: Path) -> GuestConfig:
-    """:raise ConfigError: when the file cannot be read, or the schema refuses it."""
+    """A machine without a type is a pseries.
+
+    :raise ConfigError: when the file cannot be read, or the schema refuses it.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=GuestConfig)
+        document = msgspec.json.decode(path.read_bytes())
+        if isinstance(document, dict) and isinstance(document.get("machine"), dict):
+            document["machine"].setdefault("type", "pseries")
+        return msgspec.convert(document, GuestConfig)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except (msgspec.MsgspecError, ValueError) as error:

@@ -20,6 +20,7 @@ import msgspec
 from guestd.config import DeviceConfig
 from guestd.explain import explain
 from guestd.guest import Guest
+from guestd.machines.board import Paravirtual
 from guestd.operations import ELSEWHERE, Operations, RunState
 from guestd.qmp_commands import MonitorCommands
 from protocols.control import messages as control
@@ -171,11 +172,18 @@ class GuestControl:
     # -- the machine ---------------------------------------------------------------------------------------------
 
     def _hcall(self, command: control.Hcall) -> control.Answer:
-        ret, outs = self._machine.hcall(command.nr, *command.args)
+        ret, outs = self._calls().hcall(command.nr, *command.args)
         return control.HcallDone(ret, outs)
 
+    def _calls(self) -> Paravirtual:
+        """:raise ConfigError: the machine has none."""
+        calls = self._guest.board.calls
+        if calls is None:
+            raise ConfigError("this machine has neither hypercalls nor RTAS")
+        return calls
+
     def _rtas(self, command: control.Rtas) -> control.Answer:
-        return control.RtasDone(self._machine.rtas(command.token, command.args, command.nret))
+        return control.RtasDone(self._calls().rtas(command.token, command.args, command.nret))
 
     def _read_memory(self, command: control.ReadMemory) -> control.Answer:
         data = bytearray(command.size)
@@ -198,12 +206,12 @@ class GuestControl:
 
     def _config_read(self, command: control.ConfigRead) -> control.Answer:
         address = PCIAddress.parse(command.address)
-        bus = self._guest.bus_at(address)
+        bus = self._guest.board.bus_at(address)
         return control.Value(bus.config_read(address.devfn, command.offset, command.size))
 
     def _config_write(self, command: control.ConfigWrite) -> control.Answer:
         address = PCIAddress.parse(command.address)
-        self._guest.bus_at(address).config_write(address.devfn, command.offset, command.size, command.value)
+        self._guest.board.bus_at(address).config_write(address.devfn, command.offset, command.size, command.value)
         return control.Ok()
 
     def _clock_step(self, command: control.ClockStep) -> control.Answer:
@@ -213,7 +221,7 @@ class GuestControl:
         return control.Value(clock.step(command.ns))
 
     def _translate(self, command: control.Translate) -> control.Answer:
-        translated, perm, mask = self._machine.translate(command.liobn, command.ioba)
+        translated, perm, mask = self._calls().translate(command.liobn, command.ioba)
         return control.Translation(translated, mask, perm)
 
     def _device_add(self, command: control.DeviceAdd) -> control.Answer:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
 from guestd.config import DeviceConfig
+from guestd.places import Buses, Occupant, Slots
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 from vfio_model.pci.address import PCIAddress
-from vfio_model.pci.device import PCIDevice, Prop
+from vfio_model.pci.device import Prop
 
 ASSIGNED: Final = "vfio-pci"
 REMOTE: Final = "vfio-user-pci"
@@ -32,20 +33,6 @@ _BOOTED: Final = frozenset(("drive", "netdev"))
 """A device with one of these has a ``bootindex``, too, which means nothing here."""
 
 
-class Slots(Protocol):
-    """A bus, as far as places on it go."""
-
-    @property
-    def devices(self) -> Mapping[int, object]:
-        """What is there, by devfn: a device, or its configuration."""
-
-    def free_devfn(self, first_slot: int = ...) -> int:
-        """The first function 0 that is free.
-
-        :raise ConfigError: when there is none.
-        """
-
-
 def drivers() -> list[str]:
     """What may be a ``driver``."""
     return sorted((*DEVICES, ASSIGNED, REMOTE))
@@ -59,15 +46,14 @@ def properties(driver: str) -> Mapping[str, Prop]:
 
 def device_config(
     options: Mapping[str, object],
-    buses: Mapping[str, Slots],
+    buses: Buses,
     taken: Collection[str],
     *,
     anonymous: str,
     text: bool = False,
     plugged: bool = False,
 ) -> DeviceConfig:
-    """The device that ``options`` ask for on one of ``buses``, the last (QEMU's choice, too) unless they name another;
-    ``anonymous`` is its name when they give no id.
+    """The device that ``options`` ask for on one of ``buses``; ``anonymous`` is its name when they give no id.
 
     ``text``: values come from a command line, numbers and switches as words. ``plugged``: into a machine that runs.
 
@@ -78,21 +64,20 @@ def device_config(
         raise ConfigError("Parameter 'driver' is missing")
     if driver not in drivers():
         raise ConfigError(f"'{driver}' is not a valid device model name")
-    bus = options.get("bus", list(buses)[-1])
-    if not isinstance(bus, str) or bus not in buses:
-        raise ConfigError(f"Bus '{bus}' not found")
+    bus = buses.find(options.get("bus"))
     name = options.get("id", anonymous)
     if name != anonymous and (not isinstance(name, str) or not _ID.fullmatch(name)):
         raise ConfigError(f"Invalid qdev ID '{name}'")
     if name in taken:
         raise ConfigError(f"Duplicate device ID '{name}'")
     several = _value("multifunction", bool, options.get("multifunction", False), text=text)
-    devfn = _devfn(driver, options.get("addr", -1), buses[bus])
-    _check_place(buses[bus], devfn, several=bool(several), plugged=plugged)
+    devfn = place(driver, options.get("addr", -1), bus)
+    occupant = Occupant(driver, "" if name == anonymous else str(name), bool(several))
+    buses.check(bus, devfn, occupant, plugged)
     own = {key: value for key, value in options.items() if key not in _COMMON | _NO_MEANING}
     if "bootindex" in own and not _BOOTED.isdisjoint(properties(driver)):
         _value("bootindex", int, own.pop("bootindex"), text=text)
-    fields: dict[str, object] = {"id": name, "bus": bus, "addr": f"{devfn >> 3:02x}.{devfn & 7}"}
+    fields: dict[str, object] = {"id": name, "bus": bus.name, "addr": written(devfn)}
     fields["multifunction"] = several
     make = {ASSIGNED: _assigned, REMOTE: _remote}.get(driver)
     fields |= make(own) if make is not None else {"model": driver, "props": _props(driver, own, text=text)}
@@ -102,10 +87,19 @@ def device_config(
         raise ConfigError(str(error)) from error
 
 
-def _devfn(driver: str, addr: object, bus: Slots) -> int:
-    """``addr=``: slot, or slot.function, hexadecimal; as a number the devfn; -1 for the first free slot."""
+def written(devfn: int) -> str:
+    """``02.0``."""
+    return f"{devfn >> 3:02x}.{devfn & 7}"
+
+
+def place(driver: str, addr: object, bus: Slots) -> int:
+    """The devfn that ``addr=`` names: slot, or slot.function, hexadecimal; as a number the devfn; -1 for the first free
+    slot of ``bus``.
+
+    :raise ConfigError: none of these, or no slot is free.
+    """
     if addr == -1:
-        return bus.free_devfn(0)
+        return bus.free_devfn()
     if isinstance(addr, bool) or not isinstance(addr, int | str):
         raise ConfigError("Invalid parameter type for 'addr', expected int or str")
     if isinstance(addr, int):
@@ -120,39 +114,9 @@ def _devfn(driver: str, addr: object, bus: Slots) -> int:
     return devfn
 
 
-def _check_place(bus: Slots, devfn: int, *, several: bool, plugged: bool) -> None:
-    """Whether ``devfn`` is free, and the functions of its slot say alike whether there are ``several``."""
-    slot, function = devfn >> 3, devfn & 7
-    zero = bus.devices.get(devfn & ~7)
-    if function and zero is not None and plugged:
-        raise ConfigError(
-            f"PCI: slot {slot} function 0 already occupied by {driver_of(zero)}, additional functions can no longer be "
-            "exposed to guest."
-        )
-    if devfn in bus.devices:
-        raise ConfigError(f"PCI: slot {slot} already occupied by {driver_of(bus.devices[devfn])}")
-    if function and zero is not None and not _is_multifunction(zero):
-        raise ConfigError(f"PCI: single function device can't be populated in function {slot:x}.{function:x}")
-    if not function and not several:
-        other = next((n for n in range(1, 8) if devfn | n in bus.devices), None)
-        if other is not None:
-            raise ConfigError(
-                f"PCI: {slot:x}.0 indicates single function, but {slot:x}.{other:x} is already populated."
-            )
-
-
-def _is_multifunction(device: object) -> bool:
-    if isinstance(device, DeviceConfig):
-        return device.multifunction
-    assert isinstance(device, PCIDevice), "a bus holds PCI functions"
-    return device.config.multifunction
-
-
-def driver_of(device: object) -> str:
-    """The driver that ``device``, or the device of that configuration, is of."""
-    if isinstance(device, DeviceConfig):
-        return device.model or {"assigned": ASSIGNED, "remote": REMOTE}[device.attach]
-    return next((name for name, kind in DEVICES.items() if type(device) is kind), ASSIGNED)
+def driver_of(device: DeviceConfig) -> str:
+    """The driver of the device of that configuration."""
+    return device.model if device.attach == "emulated" else {"assigned": ASSIGNED, "remote": REMOTE}[device.attach]
 
 
 def _props(driver: str, own: Mapping[str, object], *, text: bool) -> dict[str, object]:

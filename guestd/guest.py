@@ -10,34 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from guestd.backends import Backends, EmulatedHost, check_names, with_address
 from guestd.clock import GuestClock
 from guestd.config import DeviceConfig, GuestConfig
-from guestd.device_space import DeviceSpace
 from guestd.device_states import DeviceStates
 from guestd.host_link import GuestSide, HostLink, HostOptions
+from guestd.machines.board import Board, Parts
+from guestd.machines.build import RAM_IDS, build_board
 from guestd.remote_devices import GuestParts, RemoteDevices
 from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, PeerLost
-from vfio_model.machine.phb import EehPort, SpaprPhb
-from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
-from vfio_model.machine.vio import KINDS
+from vfio_model.machine.phb import EehPort
+from vfio_model.machine.pseries import PseriesMachine
+from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.pci.address import PCIAddress
-from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.trace import Trace
 from vfio_model.vfio.eeh import eeh_port
+from vfio_model.vfio.kvm import KvmPort
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vfio.region import DeviceConnection
 
@@ -57,32 +58,21 @@ class Guest:
     ) -> None:
         self.config, self._directory, self._loop, self._trace = config, directory, loop, trace
         machine = config.machine
-        self._memory = _ram(machine.ram)
+        self._memory = _ram(machine.ram, RAM_IDS[type(machine)])
         self.ram = RAMBlock("ram", self._memory.view, page_size=machine.page_size, hva=RAM_HVA, fd=self._memory.fd)
         self.clock = GuestClock(loop, realtime=realtime)
-        per_phb = {phb.index: machine.dma_options(phb) for phb in machine.phbs}
-        self.machine = PseriesMachine(
-            [self.ram],
-            PseriesOptions(phbs=0, per_phb=per_phb, multi_tce=machine.multitce),
-            clock=self.clock.virtual,
-            bus_options=BusOptions(idle=self._when_idle),
-            trace=trace,
-        )
-        for phb in machine.phbs:
-            self.machine.add_phb(phb.index)
-        for unit in machine.vio:
-            self.machine.vio.add(KINDS[unit.kind], unit.reg)
+        parts = Parts(self.ram, self.clock.virtual, self._when_idle, trace)
+        self.board: Board = build_board(machine, parts, self._eeh)
+        self.machine: Any = self.board.machine
         host = Path(config.host_dir) if config.host_dir else directory
         name = config.name or _UNNAMED
         port_path = Path(config.port) if config.port else host / "hostd.zmq"
         self.host = HostLink(
             HostOptions(host, port_path, name, config.memlock_bytes, config.host_page, config.container),
-            GuestSide((self.ram,), self.machine.system, lambda device: self.phb_of(device).address_space, self.clock),
+            GuestSide((self.ram,), self.machine.system, self._device_as, self.clock),
             loop,
             trace,
         )
-        for bridge in self.machine.phbs.values():
-            bridge.eeh = functools.partial(self._eeh, bridge)
         self.devices: dict[str, tuple[DeviceConfig, PCIDevice]] = {}
         self.backends = Backends(
             loop, lambda: self.clock.frozen, drives=config.drives, netdevs=config.netdevs, uplinks=config.uplinks
@@ -99,35 +89,11 @@ class Guest:
         """The runtime directory."""
         return self._directory
 
-    @property
-    def phb(self) -> SpaprPhb:
-        """The first host bridge."""
-        return self.machine.phb(self.config.machine.phbs[0].index)
+    def _device_as(self, device: DeviceConfig) -> AddressSpace:
+        return self.board.device_space(device).address_space
 
-    def phb_of(self, device: DeviceConfig) -> SpaprPhb:
-        """The host bridge that ``device`` is or would be plugged into.
-
-        :raise ConfigError: when there is no bus of that name.
-        """
-        return self.machine.phb(self.config.machine.phb_on(device.bus))
-
-    def bus_at(self, address: PCIAddress) -> PCIBus:
-        """The bus of the host bridge whose index is the address's domain.
-
-        :raise ConfigError: when there is no such bridge.
-        """
-        try:
-            return self.machine.phb(address.domain).bus
-        except KeyError:
-            raise ConfigError(f"no PCI domain {address.domain:#x}") from None
-
-    def address_of(self, device: DeviceConfig) -> PCIAddress:
-        """Where ``device`` is on the machine's buses; the domain is its bridge's index."""
-        phb = self.phb_of(device)
-        return PCIAddress.of(phb.bus.number, PCIAddress.parse(device.addr).devfn, phb.index)
-
-    def _eeh(self, phb: SpaprPhb) -> EehPort | None:
-        space = self.host.containers.get(phb.address_space)
+    def _eeh(self, address_space: AddressSpace) -> EehPort | None:
+        space = self.host.containers.get(address_space)
         return eeh_port(space.containers if space is not None and not space.lost else [])
 
     def start(self) -> None:
@@ -135,7 +101,7 @@ class Guest:
 
         :raise ConfigError: when one cannot be: it says which and why.
         """
-        if self.config.machine.kvm:
+        if self.board.kvm:
             try:
                 self._accelerate()
             except (OSError, PeerLost) as error:
@@ -144,8 +110,10 @@ class Guest:
         for config in self.config.devices:
             self.add_device(config)
 
-    def _accelerate(self) -> None:
-        self.host.accelerate(self.machine)
+    def _accelerate(self, port: KvmPort | None = None) -> None:
+        machine = self.machine
+        assert isinstance(machine, PseriesMachine), "the only one whose tables the host can have"
+        self.host.accelerate(machine, port)
 
     # -- devices -------------------------------------------------------------------------------------------------
 
@@ -181,7 +149,7 @@ class Guest:
         if name not in self.devices:
             raise ConfigError(f"no device {name}")
         config, _ = self.devices.pop(name)
-        self.phb_of(config).bus.detach(PCIAddress.parse(config.addr).devfn)
+        self.board.bus_of(config).detach(PCIAddress.parse(config.addr).devfn)
         self.host.forget(name)
         self.remote.forget(name)
         self._trace("device_del", id=name)
@@ -191,7 +159,7 @@ class Guest:
         if model is None:
             known = ", ".join(sorted(DEVICES))
             raise ConfigError(f"no device model {config.model!r}", where=f"device {config.id}", hint=f"known: {known}")
-        bus = self.phb_of(config).bus
+        bus = self.board.bus_of(config)
         return bus.attach(model(EmulatedHost(bus, devfn, self.backends), **config.props), devfn)
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
@@ -201,7 +169,7 @@ class Guest:
         return device
 
     def _plug(self, config: DeviceConfig, devfn: int, connection: DeviceConnection) -> VFIOPCIDevice:
-        bus = self.phb_of(config).bus
+        bus = self.board.bus_of(config)
         try:
             device = VFIOPCIDevice(bus.host_for(devfn), connection, name=config.id)
             bus.attach(device, devfn)
@@ -212,8 +180,7 @@ class Guest:
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         device: VFIOPCIDevice | None = None
-        phb = self.phb_of(config)
-        space = DeviceSpace(phb.buid, phb.address_space)
+        space = self.board.device_space(config)
         connection = self.remote.open(config, space, lambda: device is not None and device.bus_master)
         try:
             device = self._plug(config, devfn, connection)
@@ -226,9 +193,8 @@ class Guest:
     def _remote_back(self, device: VFIOPCIDevice) -> None:
         self.states.joined(device)
 
-    def _when_idle(self, callback: object) -> None:
+    def _when_idle(self, callback: Callable[[], bool]) -> None:
         """It rests while time stands."""
-        assert callable(callback), "idle work is a function"
 
         def run() -> None:
             if self.clock.frozen:
@@ -256,21 +222,12 @@ class Guest:
 
     def status(self) -> dict[str, object]:
         """What ``status`` on the control socket says."""
-        windows = [table for table in self.machine.tables.values() if table.enabled]
         publisher = self.remote.publisher
         return {
             "clock_ns": self.clock.now_ns,
             "devices": [self.device_status(name) for name in self.devices],
             "devices_lost": sum(1 for _, device in self.devices.values() if getattr(device, "dead", None)),
-            "windows": [
-                {
-                    "liobn": table.liobn,
-                    "start": table.bus_offset,
-                    "entries": table.nb_table,
-                    "page_shift": table.page_shift,
-                }
-                for table in windows
-            ],
+            "windows": self.board.windows(),
             "device_tree": self.machine.device_tree(),
             "irqs": {str(irq): count for irq, count in self.machine.irqs.raised.items()},
             "host": self.host.status(),
@@ -285,7 +242,7 @@ class Guest:
         return {
             "id": name,
             "model": config.model,
-            "address": str(self.address_of(config)),
+            "address": str(self.board.address_of(config)),
             "attach": config.attach,
             "host": config.host,
             "bars": {str(index): where.start for index, where in ranges.items() if where is not None},
@@ -307,10 +264,10 @@ class Guest:
             self._memory.close()
 
 
-def _ram(size: int) -> MappedMemory:
+def _ram(size: int, name: str) -> MappedMemory:
     """:raise ConfigError: when the machine that this runs on does not give ``size`` bytes."""
     try:
         return create_memory("ram", size)
     except (OSError, OverflowError) as error:
         why = os.strerror(errno.ENOMEM) if isinstance(error, OverflowError) else error.strerror
-        raise ConfigError(f"cannot set up guest memory 'ppc_spapr.ram': {why}") from error
+        raise ConfigError(f"cannot set up guest memory '{name}': {why}") from error

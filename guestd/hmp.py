@@ -54,7 +54,6 @@ class HumanMonitor:
         self._operations, self._qmp, self._version = operations, qmp, version
         guest, self._device_add = operations.guest, device_add
         self._info: dict[str, tuple[Info, str, str]] = {
-            "iommu": (lambda _: hmp_info.iommu(guest), "", "show the vIOMMU's tables and who follows them"),
             "locked_vm": (lambda _: hmp_info.locked_vm(guest, operations.loop), "", "show the memory the host locked"),
             "migrate": (lambda _: self._migrate(), "", "show migration status"),
             "mtree": (self._mtree, "-f", "show memory tree (-f: dump flat view for address spaces)"),
@@ -64,8 +63,8 @@ class HumanMonitor:
             "status": (lambda _: [self._status()], "", "show the current VM status (running|paused)"),
             "uuid": (lambda _: [guest.config.uuid], "", "show the current VM UUID"),
             "version": (lambda _: [f"{_number()}vfio-model {version}"], "", "show the version of QEMU"),
-            "windows": (lambda _: hmp_info.windows(guest), "", "show the open DMA windows"),
         }
+        self._info |= {subject: (_unasked(lines), "", what) for subject, (lines, what) in guest.board.info().items()}
         self._commands: dict[str, tuple[Callable[[list[str]], list[str]], str, str]] = {
             "cont": (self._plain("cont"), "", "resume emulation"),
             "device_add": (self._add, "driver[,prop=value][,...]", "add device, like -device on the command line"),
@@ -198,6 +197,10 @@ class HumanMonitor:
         status = self._qmp("query-migrate", {})
         assert isinstance(status, dict), "an object"
         return [f"{name}: {value}" for name, value in status.items()]
+
+
+def _unasked(lines: Callable[[], list[str]]) -> Info:
+    return lambda _: lines()
 
 
 def _two(command: str, words: list[str]) -> tuple[str, str]:

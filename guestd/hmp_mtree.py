@@ -13,19 +13,11 @@ from vfio_model.memory.region import AliasRegion, MemoryRegion, RAMRegion
 from vfio_model.ranges import U64_MAX
 
 
-def address_spaces(guest: Guest) -> list[AddressSpace]:
-    """Every address space of the machine: memory, then what the devices behind each bridge and VIO unit see."""
-    machine = guest.machine
-    spaces = [machine.system, *(phb.address_space for phb in machine.phbs.values())]
-    spaces += [device.dma.address_space for device in machine.vio if device.dma is not None]
-    return spaces
-
-
 def mtree(guest: Guest) -> list[str]:
     """The lines of ``info mtree``."""
     found: list[str] = []
     aliased: dict[int, MemoryRegion] = {}
-    for space in address_spaces(guest):
+    for space in guest.board.address_spaces():
         found.append(f"address-space: {space.name}")
         if space.root is not None:
             found += _tree(space.root, 0, 1, aliased)
@@ -56,7 +48,7 @@ def _tree(region: MemoryRegion, base: int, depth: int, aliased: dict[int, Memory
 def flat(guest: Guest) -> list[str]:
     """The lines of ``info mtree -f``."""
     groups: list[tuple[list[FlatRange], list[AddressSpace]]] = []
-    for space in address_spaces(guest):
+    for space in guest.board.address_spaces():
         ranges = space.view.ranges
         group = next((spaces for known, spaces in groups if known == ranges), None)
         if group is None:

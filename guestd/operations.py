@@ -11,14 +11,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
-from guestd.config import DeviceConfig
+from guestd.config import ANONYMOUS, DeviceConfig
 from guestd.guest import Guest
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, InternalGuestError, VfioModelError
 from vfio_model.trace import Trace
-
-ANONYMOUS: Final = "device["
-"""How the names of devices begin that were given none: no id may hold a bracket."""
 
 
 class RunState(StrEnum):
@@ -169,6 +166,8 @@ class Operations:
         self.check()
         if self.migrating():
             raise ConfigError("device_del not allowed while migrating")
+        if name in self.guest.devices:
+            self.guest.board.check_unplug(self.guest.devices[name][0])
         self.guest.remove_device(name)
         named: dict[str, object] = {} if name.startswith(ANONYMOUS) else {"device": name}
         self.loop.call_soon(lambda: self.emit("DEVICE_DELETED", {**named, "path": device_path(name)}))

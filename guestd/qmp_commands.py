@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable
 from typing import Final
 
+from guestd.config import ANONYMOUS
 from guestd.device_options import device_config
 from guestd.hmp import HumanMonitor
-from guestd.operations import ANONYMOUS, Operations, RunState
+from guestd.operations import Operations, RunState
 from guestd.qmp_migration import MigrationCommands
-from guestd.qmp_pci import named_buses, query_pci
+from guestd.qmp_pci import query_pci
 from guestd.qmp_qom import list_types, qom_get, qom_list
 from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed, version_document
@@ -42,8 +43,8 @@ class MonitorCommands:
             "query-status": self._status,
             "query-name": lambda _: {"name": name} if (name := self._guest.config.name) else {},
             "query-uuid": lambda _: {"UUID": self._guest.config.uuid},
-            "query-target": lambda _: {"arch": "ppc64"},
-            "query-kvm": lambda _: dict.fromkeys(("enabled", "present"), self._guest.config.machine.kvm),
+            "query-target": lambda _: {"arch": self._guest.board.ARCH},
+            "query-kvm": lambda _: dict.fromkeys(("enabled", "present"), self._guest.board.kvm),
             "query-cpus-fast": lambda _: [],  # the machine has none
             "query-pci": lambda _: query_pci(self._guest),
             "qom-list-types": self._list_types,
@@ -107,7 +108,7 @@ class MonitorCommands:
 
     def _list_types(self, given: Arguments) -> object:
         implements = given.get("implements")
-        return list_types(None if implements is None else str(implements), bool(given.get("abstract")))
+        return list_types(self._guest, None if implements is None else str(implements), bool(given.get("abstract")))
 
     # -- what changes something ----------------------------------------------------------------------------------
 
@@ -117,7 +118,9 @@ class MonitorCommands:
     def _device_add(self, given: Arguments, *, text: bool) -> object:
         guest = self._guest
         name = f"{ANONYMOUS}{next(self._anonymous)}]"
-        config = device_config(given, named_buses(guest), guest.devices, anonymous=name, text=text, plugged=True)
+        config = device_config(
+            given, guest.board.places(guest.devices), guest.devices, anonymous=name, text=text, plugged=True
+        )
         self.operations.add_device(config)
         return {}
 

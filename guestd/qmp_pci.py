@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from guestd.guest import Guest
-from guestd.operations import ANONYMOUS
-from vfio_model.machine.phb import SpaprPhb
+from guestd.machines.board import shown_id
 from vfio_model.pci.bar import BarType
 from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.config_space import INTERRUPT_LINE
@@ -16,19 +15,8 @@ UNMAPPED: Final = -1
 """The address of a BAR that decodes nothing."""
 
 
-def bridges(guest: Guest) -> list[tuple[str, SpaprPhb]]:
-    """Every host bridge behind the name of its bus, the first one first."""
-    machine = guest.config.machine
-    return [(phb.bus, guest.machine.phb(phb.index)) for phb in machine.phbs]
-
-
-def named_buses(guest: Guest) -> dict[str, PCIBus]:
-    """Every bus by its name, the first one first."""
-    return {name: phb.bus for name, phb in bridges(guest)}
-
-
 def query_pci(guest: Guest) -> list[dict[str, object]]:
-    """A ``PciInfo`` for each bus, the last one first."""
+    """A ``PciInfo`` for each bus that is behind no bridge."""
     names = {id(device): name for name, (_, device) in guest.devices.items()}
     return [
         {
@@ -38,7 +26,7 @@ def query_pci(guest: Guest) -> list[dict[str, object]]:
                 for devfn, device in sorted(bus.devices.items())
             ],
         }
-        for bus in reversed(named_buses(guest).values())
+        for bus in guest.board.root_buses()
     ]
 
 
@@ -55,7 +43,7 @@ def _function(bus: PCIBus, devfn: int, device: PCIDevice, name: str) -> dict[str
             "subsystem": device.SUBSYSTEM_ID,
         },
         "irq_pin": device.INTERRUPT_PIN,
-        "qdev_id": "" if name.startswith(ANONYMOUS) else name,
+        "qdev_id": shown_id(name),
         "regions": regions(device),
     }
     if device.INTERRUPT_PIN:

@@ -5,33 +5,25 @@ The tree is what there is: the machine, its host bridges and their devices. Prop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
-from guestd.device_options import ASSIGNED, REMOTE
+from guestd.config import ANONYMOUS
+from guestd.device_options import ASSIGNED, REMOTE, driver_of
 from guestd.guest import Guest
-from guestd.operations import ANONYMOUS
-from guestd.qmp_pci import bridges
+from guestd.machines.qom import TYPE_NAMES, QomObject, Value
 from protocols.monitor.messages import CommandFailed
 from vfio_model.devices import DEVICES
-from vfio_model.machine.phb import SpaprPhb
 from vfio_model.pci.address import PCIAddress
 
-MACHINE_TYPE: Final = "pseries-machine"
-PHB_TYPE: Final = "spapr-pci-host-bridge"
-# name: (parent, abstract)
-TYPES: Final[Mapping[str, tuple[str, bool]]] = {
+_TYPES: Final[Mapping[str, tuple[str, bool]]] = {
     "object": ("", True),
     "container": ("object", False),
     "machine": ("object", True),
-    "spapr-machine": ("machine", True),
-    MACHINE_TYPE: ("spapr-machine", False),
     "device": ("object", True),
     "sys-bus-device": ("device", True),
     "pci-host-bridge": ("sys-bus-device", True),
-    PHB_TYPE: ("pci-host-bridge", False),
-    "spapr-tce-table": ("device", False),
     "bus": ("object", True),
     "PCI": ("bus", False),
     "pci-device": ("device", True),
@@ -40,25 +32,15 @@ TYPES: Final[Mapping[str, tuple[str, bool]]] = {
     REMOTE: ("vfio-pci-device", False),
     **{name: ("pci-device", False) for name in DEVICES},
 }
-
-Value = Callable[[], object]
-
-
-@dataclass
-class QomObject:
-    """``properties`` by name: type and how to read it; ``children`` by name."""
-
-    type: str
-    path: str = ""
-    properties: dict[str, tuple[str, Value]] = field(default_factory=dict)
-    children: dict[str, QomObject] = field(default_factory=dict)
+"""Of every machine; by name: (parent, abstract)."""
 
 
-def list_types(implements: str | None, abstract: bool | None) -> list[dict[str, object]]:
+def list_types(guest: Guest, implements: str | None, abstract: bool | None) -> list[dict[str, object]]:
     """``qom-list-types``: those that derive from ``implements``, the abstract ones only when ``abstract``."""
     found: list[dict[str, object]] = []
-    for name, (parent, is_abstract) in TYPES.items():
-        if (is_abstract and not abstract) or (implements is not None and implements not in _line(name)):
+    types = {**_TYPES, **guest.board.qom_types}
+    for name, (parent, is_abstract) in types.items():
+        if (is_abstract and not abstract) or (implements is not None and implements not in _line(types, name)):
             continue
         entry: dict[str, object] = {"name": name}
         if parent:
@@ -69,31 +51,27 @@ def list_types(implements: str | None, abstract: bool | None) -> list[dict[str, 
     return found
 
 
-def _line(name: str) -> list[str]:
+def _line(types: Mapping[str, tuple[str, bool]], name: str) -> list[str]:
     """``name`` and all it derives from."""
     found = []
     while name:
         found.append(name)
-        name = TYPES[name][0]
+        name = types[name][0]
     return found
 
 
 def tree(guest: Guest) -> QomObject:
     """The root object, made anew from what there is."""
-    peripheral, anonymous, unattached = (QomObject("container") for _ in range(3))
-    buses: dict[int, QomObject] = {}
-    for place, (config, (bus, phb)) in enumerate(zip(guest.config.machine.phbs, bridges(guest), strict=True)):
-        bridge = _phb(phb)
-        if config.id:
-            peripheral.children[config.id] = bridge
-        else:
-            unattached.children[f"device[{place}]"] = bridge
-        shown = bridge.children[bus] = QomObject("PCI")
-        buses |= {id(device): shown for device in phb.bus.devices.values()}
-    for name in guest.devices:
-        (anonymous if name.startswith(ANONYMOUS) else peripheral).children[name] = _device(guest, name, buses)
-    machine = QomObject(MACHINE_TYPE)
-    machine.children = {"peripheral": peripheral, "peripheral-anon": anonymous, "unattached": unattached}
+    own = guest.board.qom()
+    machine = QomObject(own.machine_type)
+    machine.children = {name: QomObject("container") for name in ("peripheral", "peripheral-anon", "unattached")}
+    for container, objects in own.objects.items():
+        (machine.children[container] if container else machine).children |= objects
+    buses = {id(bus): own.buses[name] for name, bus in guest.board.buses.items()}
+    for name, (config, _) in guest.devices.items():
+        bus = buses[id(guest.board.bus_of(config))]
+        container = "peripheral-anon" if name.startswith(ANONYMOUS) else "peripheral"
+        machine.children[container].children[name] = _device(guest, name, bus)
     root = QomObject("container")
     root.children = {"machine": machine}
     _set_paths(root)
@@ -106,42 +84,25 @@ def _set_paths(start: QomObject) -> None:
         _set_paths(child)
 
 
-def _device(guest: Guest, name: str, buses: Mapping[int, QomObject]) -> QomObject:
+def _device(guest: Guest, name: str, bus: QomObject) -> QomObject:
     config, device = guest.devices[name]
-    kind = config.model if config.attach == "emulated" else {"assigned": ASSIGNED, "remote": REMOTE}[config.attach]
     devfn = PCIAddress.parse(config.addr).devfn
-    bus = buses[id(device)]
     properties: dict[str, tuple[str, Value]] = {
         "parent_bus": ("link<bus>", lambda: bus.path),
         "realized": ("bool", lambda: True),
         "addr": ("str", lambda: devfn),
     }
     for prop, content in device.props.items():
-        properties[prop] = (_TYPE_NAMES[type(content)], lambda content=content: content)  # type: ignore[misc]
+        properties[prop] = (TYPE_NAMES[type(content)], partial(_same, content))
     if config.attach == "assigned":
         properties["host"] = ("str", lambda: config.host)
     if config.attach == "remote":
         properties["socket"] = ("str", lambda: config.socket)
-    return QomObject(kind, properties=properties)
+    return QomObject(driver_of(config), properties=properties)
 
 
-_TYPE_NAMES: Final[dict[type, str]] = {int: "uint64", bool: "bool", str: "str"}
-
-
-def _phb(phb: SpaprPhb) -> QomObject:
-    options = phb.dma.options
-    return QomObject(
-        PHB_TYPE,
-        properties={
-            "realized": ("bool", lambda: True),
-            "index": ("uint32", lambda: phb.index),
-            "dma_win_addr": ("uint64", lambda: options.dma_win_addr),
-            "dma_win_size": ("uint64", lambda: options.dma_win_size),
-            "dma64_win_addr": ("uint64", lambda: options.dma64_win_addr),
-            "ddw": ("bool", lambda: options.ddw),
-            "pgsz": ("uint64", lambda: options.pgsz),
-        },
-    )
+def _same(content: object) -> object:
+    return content
 
 
 def find(guest: Guest, path: str) -> QomObject:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import IO, Final
 
 from guestd.config import QtestConfig
+from guestd.machines.board import MachineModel, Paravirtual
 from guestd.operations import ELSEWHERE, Operations, RunState, device_path
 from protocols.qtest.arguments import CommandFailed
-from protocols.qtest.state import PORTS, QtestState
+from protocols.qtest.state import QtestState
 from protocols.transport.loop import Loop
 from protocols.transport.unix import ByteConnection, ByteListener
 from vfio_model.errors import ConfigError, InternalGuestError, PeerLost, VfioModelError
@@ -23,8 +24,6 @@ from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HReturn
 
 LOOK_NS: Final = 1_000_000
 """How often it is looked whether a machine that was about to leave has left."""
-INTERRUPTS: Final = "/machine"
-"""The path whose inputs are all interrupt lines of the machine, by their numbers."""
 
 
 class QtestMachine:
@@ -34,7 +33,9 @@ class QtestMachine:
 
     def __init__(self, operations: Operations) -> None:
         self._operations, self._clock = operations, operations.guest.clock
-        self._machine = operations.guest.machine
+        self._board = operations.guest.board
+        self._machine: MachineModel = self._board.machine
+        self.paravirtual = self._board.calls is not None
         self.big_endian: bool = self._machine.big_endian
 
     @property
@@ -69,12 +70,19 @@ class QtestMachine:
             raise self._failed(error) from error
 
     def port_read(self, port: int, size: int) -> int:
-        """This machine has no I/O ports outside its PCI buses: all ones, and 0 beyond the last port."""
-        return (1 << size * 8) - 1 if port + size <= PORTS else 0
+        """What the machine has there."""
+        try:
+            return self._board.port_read(port, size)
+        except InternalGuestError as error:
+            raise self._failed(error) from error
 
     def port_write(self, port: int, size: int, value: int) -> None:
-        """Nobody listens."""
+        """What nobody takes is lost."""
         self._check()
+        try:
+            self._board.port_write(port, size, value)
+        except InternalGuestError as error:
+            raise self._failed(error) from error
 
     def rtas(self, name: str, args: tuple[int, int], rets: tuple[int, int]) -> int:
         """H_PARAMETER for a name that the platform does not have."""
@@ -83,7 +91,7 @@ class QtestMachine:
         if token is None:
             return int(HReturn.H_PARAMETER)
         try:
-            return self._machine.rtas_in_memory(int(token), args, rets)
+            return self._calls.rtas_in_memory(int(token), args, rets)
         except InternalGuestError as error:
             raise self._failed(error) from error
 
@@ -91,16 +99,22 @@ class QtestMachine:
         """A hypercall of the guest."""
         self._check()
         try:
-            return self._machine.hcall(nr, *args)
+            return self._calls.hcall(nr, *args)
         except InternalGuestError as error:
             raise self._failed(error) from error
 
+    @property
+    def _calls(self) -> Paravirtual:
+        calls = self._board.calls
+        assert calls is not None, "the commands are there with the calls"
+        return calls
+
     def intercept(self, path: str, *, outputs: bool) -> bool:
-        """:data:`INTERRUPTS` has inputs; devices have neither.
+        """The machine's interrupt lines are inputs; devices have neither.
 
         :raise CommandFailed: there is nothing at ``path``.
         """
-        if path == INTERRUPTS:
+        if path in self._board.IRQ_INPUTS:
             return not outputs
         if path not in (device_path(name) for name in self._operations.guest.devices):
             raise CommandFailed("FAIL Unknown device")

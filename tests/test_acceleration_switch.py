@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BUILDERS = {"PseriesMachine", "MachineConfig", "load_scenario", "InlineSystem"}
+BUILDERS = {"PseriesMachine", "PseriesConfig", "load_scenario", "InlineSystem"}
 """What makes a machine, or says what it is."""
 PAST_IT = {
     "guest_drivers/test_trace_replay.py": "a log holds no hypercall that the kernel answered",

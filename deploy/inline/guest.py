@@ -14,6 +14,7 @@ from deploy.inline.device import InlineConnection, InlineDevice
 from deploy.inline.host import InlineHost
 from deploy.inline.log import InlineLog
 from guestd.config import DeviceConfig, GuestConfig
+from guestd.device_space import DeviceSpace
 from guestd.dma_services import DmaServices
 from guestd.guest import Guest
 from guestd.notifier import SpaceFollower
@@ -21,7 +22,6 @@ from hostd.remote_dma import Call, MessageDma, translator
 from protocols.transport.loop import Loop
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
 from vfio_model.errors import InternalGuestError
-from vfio_model.machine.phb import SpaprPhb
 from vfio_model.memory.atc import CachedImpl
 from vfio_model.memory.dma import DMAImpl
 from vfio_model.memory.iova_maps import READ, WRITE, IovaMap, IovaMaps
@@ -30,6 +30,7 @@ from vfio_model.memory.revoke import NoFence, Revoke
 from vfio_model.memory.ring import RingReader, RingWriter, init_ring, ring_size
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import Trace
+from vfio_model.vfio.kvm import KvmPort
 
 
 class InlineNotifier:
@@ -89,17 +90,17 @@ class InlineGuest(Guest):
         self.remotes: dict[str, InlineDevice] = {}
         self._notifier: InlineNotifier | None = None
         self._followers: dict[int, SpaceFollower] = {}
-        if config.machine.kvm or any(device.attach == "assigned" for device in config.devices):
+        if self.board.kvm or any(device.attach == "assigned" for device in config.devices):
             host.port.declare_memory(self.ram)
 
-    def _accelerate(self) -> None:
-        self.host.accelerate(self.machine, self._host.port)
+    def _accelerate(self, port: KvmPort | None = None) -> None:
+        super()._accelerate(port or self._host.port)
 
     # -- assigned devices ----------------------------------------------------------------------------------------
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         path = config.group_path
-        containers = self.host.containers_of(self.phb_of(config).address_space, self._host.port)
+        containers = self.host.containers_of(self._device_as(config), self._host.port)
         containers.add_group(path)
         return self._plug(config, devfn, containers.get_device(path, config.host))
 
@@ -107,9 +108,9 @@ class InlineGuest(Guest):
 
     def _remote(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         device: PCIDevice | None = None
-        phb = self.phb_of(config)
+        space = self.board.device_space(config)
         services = DmaServices(
-            phb.address_space,
+            space.address_space,
             self.machine.system,
             lambda: device is not None and device.bus_master,
             trace=self._trace,
@@ -117,21 +118,21 @@ class InlineGuest(Guest):
         unit = InlineDevice(config.id, config.model, config.props, self._log.trace(config.id), self.clock.now_ns)
         by_message = config.dma == "message"
         call = served(services)
-        unit.start(MessageDma(call) if by_message else self._cached(unit, call, phb))
+        unit.start(MessageDma(call) if by_message else self._cached(unit, call, space))
         self.remotes[config.id] = unit
         device = self._plug(config, devfn, InlineConnection(unit, self._loop.call_soon, lambda: self._end(unit)))
         return device
 
-    def _cached(self, unit: InlineDevice, call: Call, phb: SpaprPhb) -> DMAImpl:
+    def _cached(self, unit: InlineDevice, call: Call, space: DeviceSpace) -> DMAImpl:
         if self._notifier is None:
             self._notifier = InlineNotifier(self._trace)
-        if phb.buid not in self._followers:
-            follower = self._followers[phb.buid] = SpaceFollower(self._notifier, phb.buid)
-            phb.address_space.register_listener(follower)
+        if space.as_id not in self._followers:
+            follower = self._followers[space.as_id] = SpaceFollower(self._notifier, space.as_id)
+            space.address_space.register_listener(follower)
         ram: IovaMaps[None] = IovaMaps()
         ram.add(IovaMap(0, len(self.ram.view), READ | WRITE, self.ram.view, None))
         ring = self._notifier.subscribe(unit.name, unit.lanes)
-        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=phb.buid, fallback=MessageDma(call))
+        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=space.as_id, fallback=MessageDma(call))
         cache.arm()
         return cache
 

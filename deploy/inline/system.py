@@ -23,6 +23,7 @@ from deploy.system import DmaDriver
 from guestd.config import GuestConfig
 from guestd.control import MAX_TIME_NS
 from guestd.explain import explain as explain_stage1
+from guestd.machines.board import MachineModel, Paravirtual
 from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
@@ -66,10 +67,10 @@ class InlineCpu:
     ``before`` is called ahead of each command, and may raise.
     """
 
-    big_endian = True
-
     def __init__(self, guest: InlineGuest, log: InlineLog, loop: Loop, before: Callable[[], None]) -> None:
-        self._guest, self._machine, self._log, self._loop, self._before = guest, guest.machine, log, loop, before
+        self._guest, self._log, self._loop, self._before = guest, log, loop, before
+        self._machine: MachineModel = guest.board.machine
+        self.big_endian = self._machine.big_endian
         self._causes = itertools.count((os.getpid() << 32) + 1)
         self.commands = 0
 
@@ -88,13 +89,20 @@ class InlineCpu:
         finally:
             self._log.set_cause(0)
 
+    @property
+    def _calls(self) -> Paravirtual:
+        calls = self._guest.board.calls
+        if calls is None:
+            raise VfioModelError("this machine has neither hypercalls nor RTAS")
+        return calls
+
     def hcall(self, nr: int, *args: int) -> tuple[int, list[int]]:
         """Hypercall ``nr``: the signed return code and the output registers."""
-        return self._do(self._machine.hcall, int(nr), *map(int, args))
+        return self._do(self._calls.hcall, int(nr), *map(int, args))
 
     def rtas(self, token: int, args: Sequence[int], nret: int) -> list[int]:
         """RTAS call: the return cells, the status first."""
-        return self._do(self._machine.rtas, int(token), [int(arg) for arg in args], nret)
+        return self._do(self._calls.rtas, int(token), [int(arg) for arg in args], nret)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """``size`` bytes of memory. :raise VfioModelError: when nothing is there."""
@@ -118,7 +126,7 @@ class InlineCpu:
 
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """(page address, permission bits, address mask) of a bus address."""
-        return self._do(self._machine.translate, int(liobn), int(ioba))
+        return self._do(self._calls.translate, int(liobn), int(ioba))
 
     def clock_step(self, ns: int = 0) -> int:
         """Advance virtual time, also that of the devices beside the machine; the new time in ns."""

@@ -23,8 +23,9 @@
 ``endianness``                        ``OK big`` or ``OK little``
 ====================================  =================================  =====================================
 
-An empty line has no reply, and words too many do not matter. Where QEMU ends with a failed assertion (a word that is
-missing, or no number) the reply is ``FAIL`` and the reason, and nothing else happens.
+``rtas`` and ``hcall`` are there on machines that have such calls. An empty line has no reply, and words too many do not
+matter. Where QEMU ends with a failed assertion (a word that is missing, or no number) the reply is ``FAIL`` and the
+reason, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Machine(Protocol):
     """What qtest drives. Any method may raise :class:`~protocols.qtest.arguments.CommandFailed`."""
 
     big_endian: bool
+    paravirtual: bool
+    """Whether it has ``rtas`` and ``hcall``."""
 
     @property
     def now_ns(self) -> int:
@@ -119,10 +122,10 @@ class QtestState:
             "clock_set": self._clock_set,
             "irq_intercept_in": lambda words: self._intercept(words, outputs=False),
             "irq_intercept_out": lambda words: self._intercept(words, outputs=True),
-            "rtas": self._rtas,
-            "hcall": self._hcall,
             "endianness": lambda words: f"OK {self._order}",
         }
+        if machine.paravirtual:
+            self._commands |= {"rtas": self._rtas, "hcall": self._hcall}
         for letter, size in _SIZES.items():
             self._commands |= self._sized(letter, size)
 

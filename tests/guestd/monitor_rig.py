@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig
+from guestd.config import DeviceConfig, GuestConfig
+from guestd.machine_config import PseriesConfig
 from guestd.operations import Operations
 from guestd.qmp import Monitors
 from guestd.qmp_commands import MonitorCommands
@@ -23,9 +24,9 @@ EDU = DeviceConfig(id="e0", model="edu", addr="02.0")
 class Machine:
     """A guest, its commands and the events that were told."""
 
-    def __init__(self, directory: Path, loop: Loop, machine: MachineConfig | None = None) -> None:
+    def __init__(self, directory: Path, loop: Loop, machine: PseriesConfig | None = None) -> None:
         self.loop = loop
-        config = GuestConfig(machine=machine or MachineConfig(ram=1 << 24), devices=[EDU])
+        config = GuestConfig(machine=machine or PseriesConfig(ram=1 << 24), devices=[EDU])
         config.machine.kvm = kvm()
         self.guest = HostedGuest(config, directory, loop, ListTrace())
         self.guest.start()
@@ -52,4 +53,4 @@ class Machine:
         return [name for name, _ in self.events]
 
     def config(self, offset: int, size: int, value: int) -> None:
-        self.guest.phb.bus.config_write(0x10, offset, size, value)
+        self.guest.machine.phb().bus.config_write(0x10, offset, size, value)

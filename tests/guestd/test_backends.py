@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig
+from guestd.config import DeviceConfig, GuestConfig
 from guestd.guest import Guest
+from guestd.machine_config import PseriesConfig
 from protocols.transport.loop import Loop
 from tests.acceleration import kvm
 from tests.guestd.accelerated_guest import HostedGuest
@@ -32,7 +33,7 @@ def start(tmp_path: Path, loop: Loop) -> Iterator[Start]:
     guests: list[Guest] = []
 
     def make(*devices: DeviceConfig, **names: dict[str, str]) -> Guest:
-        config = GuestConfig(machine=MachineConfig(ram=1 << 24, kvm=kvm()), devices=list(devices), **names)
+        config = GuestConfig(machine=PseriesConfig(ram=1 << 24, kvm=kvm()), devices=list(devices), **names)
         guests.append(HostedGuest(config, tmp_path, loop, ListTrace()))
         guests[-1].start()
         return guests[-1]

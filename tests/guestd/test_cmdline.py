@@ -14,7 +14,8 @@ import pytest
 
 from guestd.cmdline import Invocation, parse
 from guestd.cmdline_help import OPTIONS, HelpWanted
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig, QtestConfig
+from guestd.config import DeviceConfig, GuestConfig, MonitorConfig, QtestConfig
+from guestd.machine_config import PseriesConfig
 from guestd.option_syntax import options, size, split
 from guestd.system import run
 from guestd.text_trace import TextTrace
@@ -33,7 +34,7 @@ def config(text: str) -> GuestConfig:
     return parsed(text).config
 
 
-def machine(text: str) -> MachineConfig:
+def machine(text: str) -> PseriesConfig:
     return config(text).machine
 
 
@@ -322,7 +323,7 @@ def test_what_is_refused(text: str) -> None:
     ],
 )
 def test_what_has_no_effect_is_taken_where_qemu_takes_it(text: str) -> None:
-    assert config(text).machine.type == "pseries"
+    assert isinstance(config(text).machine, PseriesConfig)
 
 
 def test_a_global_for_nothing_is_a_warning() -> None:

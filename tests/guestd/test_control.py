@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig
+from guestd.config import DeviceConfig, GuestConfig
 from guestd.control import GuestControl
 from guestd.guest import Guest
+from guestd.machine_config import PseriesConfig
 from protocols.control import messages as control
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock
@@ -76,7 +77,7 @@ class Running:
 
 @pytest.fixture
 def running(runtime_dir: Path, loop: Loop) -> Iterator[Running]:
-    config = GuestConfig(machine=MachineConfig(ram=1 << 24), devices=[EDU])
+    config = GuestConfig(machine=PseriesConfig(ram=1 << 24), devices=[EDU])
     running = Running(runtime_dir, loop, config)
     yield running
     running.close()
@@ -214,7 +215,7 @@ def test_quit_ends_the_loop(running: Running, loop: Loop) -> None:
 
 
 def test_an_unknown_model_is_a_configuration_error(runtime_dir: Path, loop: Loop) -> None:
-    config = GuestConfig(machine=MachineConfig(ram=1 << 24), devices=[DeviceConfig(id="x", model="nope", addr="02.0")])
+    config = GuestConfig(machine=PseriesConfig(ram=1 << 24), devices=[DeviceConfig(id="x", model="nope", addr="02.0")])
     guest = Guest(config, runtime_dir, loop, ListTrace())
     with pytest.raises(ConfigError, match=r"x: .*nope"):
         guest.start()

@@ -66,7 +66,7 @@ def test_info_windows_and_who_follows_them(machine: Machine) -> None:
         "LIOBN 80000000: 0000000000000000-000000003fffffff, page size 0x1000, entries 0x40000\n"
         "LIOBN 80000001: 0800000000000000-080000003fffffff, page size 0x10000, entries 0x4000\n"
     )
-    region = machine.guest.phb.dma.tables[1].iommu
+    region = machine.guest.machine.phb().dma.tables[1].iommu
     assert region is not None
     region.register_notifier(IOMMUNotifier(lambda *_: None, IOMMUNotifierFlag.UNMAP, 0, 0xFFFF))
     text = machine.human("info iommu")

@@ -20,7 +20,8 @@ import msgspec
 import pytest
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig, MonitorConfig
+from guestd.config import DeviceConfig, GuestConfig, MonitorConfig
+from guestd.machine_config import PseriesConfig
 from protocols.transport.unix import ByteConnection
 from tests.acceleration import kvm
 from tests.guestd.accelerated_guest import host_options
@@ -169,7 +170,7 @@ class Guestd:
     """``python -m guestd`` with monitors."""
 
     def __init__(self, directory: Path, *monitors: MonitorConfig) -> None:
-        machine = MachineConfig(ram=1 << 24, kvm=kvm())
+        machine = PseriesConfig(ram=1 << 24, kvm=kvm())
         config = GuestConfig(machine=machine, devices=[EDU], monitors=list(monitors))
         path = directory / "guestd.json"
         path.write_bytes(msgspec.json.encode(config))

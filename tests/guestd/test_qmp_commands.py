@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guestd.config import MachineConfig, PhbConfig
+from guestd.machine_config import PhbConfig, PseriesConfig
 from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed
 from protocols.transport.loop import Loop
@@ -154,7 +154,7 @@ def test_every_model_shows_its_properties(machine: Machine, model: str) -> None:
 
 
 def test_devices_go_to_the_bus_that_they_name(runtime_dir: Path, loop: Loop) -> None:
-    machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=[PhbConfig(index=0), PhbConfig(index=3)]))
+    machine = Machine(runtime_dir, loop, PseriesConfig(ram=1 << 24, phbs=[PhbConfig(index=0), PhbConfig(index=3)]))
     machine.commands.ask("device_add", {"driver": "edu", "id": "far", "bus": "phb3.0"})
     found = [[device["qdev_id"] for device in bus["devices"]] for bus in machine.ask("query-pci")]
     assert found == [["far"], ["e0"]], "the last bridge first, as in QEMU"
@@ -167,7 +167,7 @@ def test_devices_go_to_the_bus_that_they_name(runtime_dir: Path, loop: Loop) -> 
 def test_a_function_plugged_without_a_function_0_is_not_seen_before_there_is_one(machine: Machine) -> None:
     machine.ask("device_add", driver="edu", id="first", addr="9.3")
     machine.ask("device_add", driver="edu", id="cold", addr="a.3")
-    bus = machine.guest.phb.bus
+    bus = machine.guest.machine.phb().bus
     machine.guest.devices["cold"][1].hotplugged = False
     bus.config_write(9 << 3 | 3, 0x3C, 1, 5)
     assert bus.config_read(9 << 3 | 3, 0, 4) == 0xFFFF_FFFF and bus.config_read(10 << 3 | 3, 0, 4) == 0x11E8_1234
@@ -191,7 +191,7 @@ def test_values_that_device_add_refuses(machine: Machine, options: dict[str, obj
 
 def test_a_bridge_with_an_id_and_a_guest_without_a_name(runtime_dir: Path, loop: Loop) -> None:
     bridges = [PhbConfig(index=0), PhbConfig(index=7, id="far", pgsz=0x1000)]
-    machine = Machine(runtime_dir, loop, MachineConfig(ram=1 << 24, phbs=bridges))
+    machine = Machine(runtime_dir, loop, PseriesConfig(ram=1 << 24, phbs=bridges))
     machine.guest.config.name = ""
     assert machine.ask("query-name") == {}
     assert machine.ask("qom-get", path="/machine/peripheral/far", property="pgsz") == 0x1000

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from guestd.config import DeviceConfig, GuestConfig, MachineConfig
+from guestd.config import DeviceConfig, GuestConfig
+from guestd.machine_config import PseriesConfig
 from protocols.transport.loop import Loop
 from tests.acceleration import kvm
 from tests.guestd.accelerated_guest import HostedGuest
@@ -91,7 +92,7 @@ class PeerGuest:
     ) -> None:
         self.loop = Loop()
         self.trace = ListTrace()
-        machine = MachineConfig(ram=RAM, page_size=1 << 16, kvm=kvm())
+        machine = PseriesConfig(ram=RAM, page_size=1 << 16, kvm=kvm())
         self.guest = HostedGuest(GuestConfig(machine=machine, notifier="inline"), directory, self.loop, self.trace)
         self.guest.start()
         self.config = DeviceConfig(
@@ -170,7 +171,7 @@ class PeerGuest:
 
     def enable_msix(self, vectors: int) -> list[int]:
         """Arm vectors 0..vectors - 1 with message interrupts of the machine, whose numbers are returned."""
-        msi = self.guest.phb.msi.give(DEVFN << 8, vectors)
+        msi = self.guest.machine.phb().msi.give(DEVFN << 8, vectors)
         assert msi is not None
         numbers = [msi.first + number for number in range(vectors)]
         for vector, number in enumerate(numbers):

@@ -107,7 +107,7 @@ def test_a_bar_is_mapped_and_messages_arrive(server: ServedDevice, guests: list[
     assert [(part.offset, part.size) for part in guest.device.bar_parts(2)] == [probe.AREA]
     guest.write(probe.AREA[0], 0xABCD, bar=2)
     assert guest.device.connection.region_read(2, probe.AREA[0], 2) == b"\xcd\xab"
-    block = guest.guest.phb.msi.give(DEVFN << 8, 4)
+    block = guest.guest.machine.phb().msi.give(DEVFN << 8, 4)
     assert block is not None and guest.device.msix is not None
     for vector in range(4):
         guest.write(vector * ENTRY_SIZE + 4, regs.MSI_WINDOW >> 32, bar=4)
