@@ -26,6 +26,7 @@ from protocols.transport.shm import map_memory
 from protocols.transport.unix import close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
+from protocols.vfio_user.iommu_messages import IommuSetup, PageAnswer
 from protocols.vfio_user.messages import Command
 from protocols.vfio_user.short_way import PlainRequest, plain_answer, plain_refusal
 from protocols.vfio_user.state import CommandReceived, ReplyReceived
@@ -55,6 +56,12 @@ class Memory(Protocol):
     def notifier(self, request: wire.NotifierSetup) -> None:
         """Subscribe there. :raise OSError: when it cannot be done."""
 
+    def iommu(self, request: IommuSetup, fds: list[int]) -> None:
+        """There is an IOMMU with services for devices. :raise OSError: when it cannot be used."""
+
+    def page_response(self, answer: PageAnswer) -> None:
+        """A page request group is answered."""
+
 
 class NoMemory:
     """An assigned device: the host's tables say what it may reach, and the client's DMA_MAPs say nothing."""
@@ -69,6 +76,14 @@ class NoMemory:
     def notifier(self, request: wire.NotifierSetup) -> None:
         """Refused: what this device caches, the host revokes."""
         raise OSError(errno.ENOTSUP, "an assigned device has no translations of the guest's")
+
+    def iommu(self, request: IommuSetup, fds: list[int]) -> None:
+        """Refused."""
+        close_fds(fds)
+        raise OSError(errno.ENOTSUP, "an assigned device has the host's IOMMU in front of it")
+
+    def page_response(self, answer: PageAnswer) -> None:
+        """Nothing was asked."""
 
 
 class DeviceSession:
@@ -111,6 +126,7 @@ class DeviceSession:
         self._taking: dict[type[wire.Payload] | type[None], Callable[..., None]] = {
             wire.SetIrqs: regions.set_irqs,
             wire.DmaMap: memory.dma_map,
+            IommuSetup: memory.iommu,
             wire.ClockSetup: lambda _request, fds: self._set_clock(fds),
         }
         """Requests whose descriptors are taken over."""
@@ -120,6 +136,7 @@ class DeviceSession:
             wire.IrqInfo: lambda request: regions.irq_info(request.index),
             wire.RegionWriteMulti: self._write_multi,
             wire.NotifierSetup: self._subscribe,
+            PageAnswer: self._page_response,
         }
         """What their answers say comes from the request alone."""
         self._short = {
@@ -171,6 +188,27 @@ class DeviceSession:
         wait, region writes that are under way are answered first from then on, whatever becomes of them; a read cannot
         be, and what the device asks for in the middle of one has failed after a time that its client can bear.
         """
+        reply = self._exchange(command, payload, seconds)
+        return None if reply is None or reply.errno else reply.payload
+
+    def ask(self, command: Command, payload: wire.Payload, seconds: float) -> wire.Payload:
+        """As :meth:`call`.
+
+        :raise OSError: the client's errno; ENODEV when it is late or gone.
+        """
+        reply = self._exchange(command, payload, seconds)
+        if reply is None:
+            raise OSError(errno.ENODEV, f"{self.endpoint.name} does not answer {wire.command_name(command)}")
+        if reply.errno or reply.payload is None:
+            raise OSError(reply.errno, f"{wire.command_name(command)}: {os.strerror(reply.errno)}")
+        return reply.payload
+
+    @property
+    def in_access(self) -> bool:
+        """Whether the client waits for an answer of ours: it has accessed a register, say."""
+        return bool(self._plain_asked or self._awaited())
+
+    def _exchange(self, command: Command, payload: wire.Payload, seconds: float) -> ReplyReceived | None:
         if self.closed or not self.endpoint.ready or self._loop.depth >= MAX_NESTED:
             return None
         try:
@@ -186,8 +224,7 @@ class DeviceSession:
             self.end(str(error))
         finally:
             self.expected.discard(number)
-        reply = self.replies.pop(number, None)
-        return None if reply is None or reply.errno else reply.payload
+        return self.replies.pop(number, None)
 
     def _await(self, number: int, command: Command, seconds: float) -> None:
         """Return when there is an answer, or there will be none."""
@@ -208,7 +245,7 @@ class DeviceSession:
                 return
             self._client_waits = True
             self._answer_writes()
-        asked = bool(self._plain_asked or self._awaited())
+        asked = self.in_access
         if not wait(min(seconds, IN_READ_SECONDS) if asked else seconds) and not asked:
             self.end(str(late[-1]))
 
@@ -327,6 +364,10 @@ class DeviceSession:
 
     def _subscribe(self, request: wire.NotifierSetup) -> wire.Payload:
         self._memory.notifier(request)
+        return wire.Empty()
+
+    def _page_response(self, answer: PageAnswer) -> wire.Payload:
+        self._memory.page_response(answer)
         return wire.Empty()
 
     def _write_multi(self, request: wire.RegionWriteMulti) -> wire.RegionWriteMultiReply:

@@ -23,15 +23,19 @@ from hostd.device_session import DeviceSession
 from hostd.dma_failures import DmaFailures
 from hostd.remote_device import RemoteDevice
 from hostd.remote_dma import MAX_DMA_MESSAGE, MessageDma, translator
+from hostd.remote_iommu import RemoteIommu
 from hostd.remote_memory import RemoteMemory
 from hostd.subscription import Subscription
 from protocols.transport.loop import Loop, deadline_scale
-from protocols.transport.unix import StreamConnection
+from protocols.transport.shm import map_memory
+from protocols.transport.unix import StreamConnection, close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint, server_capabilities
 from protocols.vfio_user import messages as wire
+from protocols.vfio_user.iommu_messages import IommuSetup, PageAnswer
 from protocols.vfio_user.messages import Command, Extensions, Role
-from vfio_model.errors import DeadlineExceeded, PeerLost
+from vfio_model.errors import DeadlineExceeded, PeerLost, RemoteProtocolError
 from vfio_model.memory.atc import CachedImpl
+from vfio_model.memory.ats_gate import AREA_SIZE
 from vfio_model.memory.mapped_dma import MappedDma
 from vfio_model.memory.mapping import DMAMapping
 from vfio_model.memory.ring import RingReader
@@ -73,12 +77,15 @@ class RemoteClient:
         self._memory = RemoteMemory()
         self._cache: CachedImpl | None = None
         self._mapped: MappedDma | None = None
+        self._iommu: RemoteIommu | None = None
         self._subscription: Subscription | None = None
+        self._ring: RingReader | None = None
+        """While the subscription is armed."""
         self._message = MessageDma(self._call)
         self._failures = DmaFailures(server.name, trace)
         self.owns = False
         """Whether the device is this client's."""
-        capabilities = server_capabilities(Extensions(ats=True, clock=True, notifier=True))
+        capabilities = server_capabilities(Extensions(ats=True, clock=True, notifier=True, iommu=True))
         self.session = DeviceSession(
             VfioUserEndpoint(connection, Role.SERVER, capabilities),
             unit.regions,
@@ -90,7 +97,6 @@ class RemoteClient:
             unit.migration,
             self._attention,
         )
-        connection.attend()
 
     def _start(self) -> bool:
         self.owns = self._server.admit(self)
@@ -121,6 +127,7 @@ class RemoteClient:
 
     def _ended(self, reason: str) -> None:
         self._trace("remote_client_end", reason=reason, owner=self.owns)
+        self._drop_iommu()
         if self._subscription is not None:
             self._subscription.close()
         if self.owns:
@@ -157,13 +164,17 @@ class RemoteClient:
             raise
         if self._cache is not None:
             self._cache.flush()
+        if self._iommu is not None:
+            self._iommu.forget()
         if self._mapped is not None and self._mapped.mappings.invalidate(first, last):
             self._await_mappings(first, last)
         size = self._memory.remove(first, last)
         self._trace("remote_dma_unmap", iova=first, last=last, bytes=size)
 
     def look(self) -> None:
-        """Tell of files that turned out to be shorter than they were."""
+        """Tell of files that turned out to be shorter than they were, and of invalidations."""
+        if self._iommu is not None:
+            self._iommu.hear()
         if self._memory.guarded:
             for known in self._memory.shrunk():
                 self._trace("remote_dma_file_shrank", iova=known.iova, size=known.size)
@@ -222,9 +233,55 @@ class RemoteClient:
         )
         self._cache.arm()
         self._unit.bind(self._cache)
+        self._ring = ring
+        if self._iommu is not None:
+            self._iommu.arm(ring, self._subscription)
 
     def _disarmed(self) -> None:
+        self._ring = None
+        if self._iommu is not None:
+            self._iommu.disarm()
         if self._cache is not None:
             self._cache.disarm()
             self._cache = None
         self._unit.bind(self._message)
+
+    def iommu(self, request: IommuSetup, fds: list[int]) -> None:
+        """X_IOMMU. :raise OSError: EINVAL for another descriptor than that of a gate; EBUSY the second time."""
+        if len(fds) != 1 or self._iommu is not None:
+            close_fds(fds)
+            raise OSError(errno.EBUSY if self._iommu is not None else errno.EINVAL, "X_IOMMU: one area, once")
+        try:
+            gate = map_memory(fds[0], size=AREA_SIZE, what="gate of translated requests")
+        except RemoteProtocolError as error:
+            raise OSError(errno.EINVAL, str(error)) from error
+        try:
+            self._iommu = RemoteIommu(
+                self._ask,
+                request,
+                gate,
+                self._memory.maps,
+                lambda: self.session.in_access,
+                self._loop.call_soon,
+                limit=self._message.limit,
+            )
+        except RemoteProtocolError as error:
+            gate.close()
+            raise OSError(errno.EINVAL, str(error)) from error
+        if self._ring is not None and self._subscription is not None:
+            self._iommu.arm(self._ring, self._subscription)
+        self._unit.around.iommu = self._iommu
+
+    def page_response(self, answer: PageAnswer) -> None:
+        """X_PAGE_RESPONSE."""
+        if self._iommu is not None:
+            self._iommu.page_response(answer)
+
+    def _drop_iommu(self) -> None:
+        if self._iommu is not None:
+            self._unit.around.iommu = None
+            self._iommu.close()
+            self._iommu = None
+
+    def _ask(self, command: Command, payload: wire.Payload) -> wire.Payload:
+        return self.session.ask(command, payload, CLIENT_SECONDS)
