@@ -1,0 +1,161 @@
+"""The IOTLB, and the cached context entries.
+
+Source: Intel Virtualization Technology for Directed I/O specification, "Caching Translation Information" (6.2),
+"IOTLB" (6.2.4) and "Invalidation of Translation Caches" (6.5): second-level translations are tagged with the domain,
+first-level and nested ones with domain and PASID. Quirk ``iotlb-by-source``: with requester ID and PASID.
+
+A page is cached once, whatever its size. In front of this a requester has a :class:`Front` of its own, in which an
+address is found with one look and which holds nothing that the IOTLB does not. Either may be emptied at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+from vfio_model.iommu.vtd.walk import page_mask
+from vfio_model.memory.iotlb import IOMMUTLBEntry
+
+MAX_PAGES = 1024
+"""Pages that the IOTLB holds; one more empties it."""
+MAX_FRAMES = 8192
+"""4 KiB frames that a front holds."""
+_LEVELS = (1, 2, 3)
+
+
+class Page(NamedTuple):
+    """A cached translation: of the page at ``iova`` of ``level`` to ``page``. ``tagged``: by a PASID (first level and
+    nested). ``dirty`` as in :class:`.walk.Walk`."""
+
+    iova: int
+    level: int
+    page: int
+    perm: int
+    pte: int
+    dirty: bool
+    did: int
+    pasid: int
+    tagged: bool
+
+    def meets(self, first: int, last: int) -> bool:
+        """Whether a byte of it is in ``first``..``last`` (inclusive)."""
+        return self.iova <= last and first <= self.iova | page_mask(self.level)
+
+
+Key = tuple[Hashable, int, int]
+"""Who, level, and number of the page of that size. Who: the PASID or RID; by quirk requester ID and PASID."""
+Doomed = Callable[[Page], bool]
+"""Which pages of a domain an invalidation takes."""
+
+
+class Iotlb:
+    """Pages by domain. ``by_source``: the quirk. ``overflowed`` is called when all were dropped for want of room."""
+
+    def __init__(self, by_source: bool, overflowed: Callable[[], None]) -> None:
+        self._by_source = by_source
+        self._overflowed = overflowed
+        self._domains: dict[int, dict[Key, Page]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def find(self, did: int, who: Hashable, iova: int) -> Page | None:
+        """The page that holds ``iova``."""
+        if self._by_source:
+            found = (self._find(pages, who, iova) for pages in self._domains.values())
+            return next((page for page in found if page is not None), None)
+        pages = self._domains.get(did)
+        return None if pages is None else self._find(pages, who, iova)
+
+    @staticmethod
+    def _find(pages: dict[Key, Page], who: Hashable, iova: int) -> Page | None:
+        for level in _LEVELS:
+            page = pages.get((who, level, iova >> 3 + 9 * level))
+            if page is not None:
+                return page
+        return None
+
+    def add(self, who: Hashable, page: Page) -> None:
+        """Cache ``page``."""
+        if self._count >= MAX_PAGES:
+            self.clear()
+            self._overflowed()
+        pages = self._domains.setdefault(page.did, {})
+        before = len(pages)
+        pages[who, page.level, page.iova >> 3 + 9 * page.level] = page
+        self._count += len(pages) - before
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._domains.clear()
+        self._count = 0
+
+    def drop(self, did: int, doomed: Doomed) -> None:
+        """Drop the pages of ``did`` that are ``doomed``."""
+        pages = self._domains.get(did)
+        if pages:
+            gone = [key for key, page in pages.items() if doomed(page)]
+            for key in gone:
+                del pages[key]
+            self._count -= len(gone)
+
+
+class Front:
+    """What one requester with one PASID finds at once: 4 KiB frame number to translation.
+
+    ``readable`` and ``writable`` hold what serves a read, and a write, with nothing left to do: a page whose dirty bit
+    is not set yet is not writable here.
+    """
+
+    __slots__ = ("_owners", "_scattered", "readable", "writable")
+
+    def __init__(self) -> None:
+        self.readable: dict[int, IOMMUTLBEntry] = {}
+        self.writable: dict[int, IOMMUTLBEntry] = {}
+        self._owners: dict[int, Page] = {}
+        self._scattered = False
+        """Whether an invalidation of few pages can take frames elsewhere."""
+
+    def add(self, frame: int, entry: IOMMUTLBEntry, page: Page) -> None:
+        """``entry`` is what ``page`` says of ``frame``."""
+        if len(self._owners) >= MAX_FRAMES:
+            self.clear()
+        self._owners[frame] = page
+        self._scattered = self._scattered or page.level > 1 or page.tagged
+        if page.perm & 1:
+            self.readable[frame] = entry
+        if page.perm & 2 and page.dirty:
+            self.writable[frame] = entry
+
+    def owner(self, frame: int) -> Page | None:
+        """The page that is known of ``frame``."""
+        return self._owners.get(frame)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.readable.clear()
+        self.writable.clear()
+        self._owners.clear()
+        self._scattered = False
+
+    def drop(self, did: int, doomed: Doomed) -> None:
+        """Forget the frames of pages of ``did`` that are ``doomed``."""
+        for frame in [frame for frame, page in self._owners.items() if page.did == did and doomed(page)]:
+            self._forget(frame)
+
+    def drop_range(self, did: int, first: int, last: int, doomed: Doomed) -> None:
+        """As :meth:`drop`; what is doomed is in ``first``..``last`` (inclusive), large, or tagged by a PASID."""
+        low, high = first >> 12, last >> 12
+        if self._scattered or high - low >= len(self._owners):
+            self.drop(did, doomed)
+            return
+        for frame in range(low, high + 1):
+            page = self._owners.get(frame)
+            if page is not None and page.did == did and doomed(page):
+                self._forget(frame)
+
+    def _forget(self, frame: int) -> None:
+        del self._owners[frame]
+        self.readable.pop(frame, None)
+        self.writable.pop(frame, None)

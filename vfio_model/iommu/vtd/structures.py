@@ -1,0 +1,258 @@
+"""From a requester to what translates its requests: root, context, PASID directory and PASID table.
+
+Source: Intel Virtualization Technology for Directed I/O specification, "Translation Structure Formats" (9): "Root
+Entry" (9.1), "Scalable-mode Root Entry" (9.2), "Context Entry" (9.3), "Scalable-mode Context-Entry" (9.4),
+"Scalable-Mode PASID Directory Entry" (9.5) and "PASID Table Entry" (9.6); "Fault Conditions" (7.1). The first check
+that fails wins, in the order of the code. Reasons are those of legacy mode where QEMU's unit reports these in scalable
+mode, too: root, context and second level.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.iommu.vtd.ports import RID
+from vfio_model.iommu.vtd.table_memory import TableMemory
+from vfio_model.ranges import U64_MAX
+
+_P, _FPD = 1, 2
+PAGE_MASK: Final = 0xFFF
+
+
+class Reason(IntEnum):
+    """Why a request is blocked, as fault records say it ("Fault Conditions", 7.1)."""
+
+    NONE = 0
+    ROOT_NOT_PRESENT = 0x1
+    CONTEXT_NOT_PRESENT = 0x2
+    CONTEXT_INVALID = 0x3
+    BEYOND_WIDTH = 0x4
+    WRITE = 0x5
+    READ = 0x6
+    PAGING_UNREADABLE = 0x7
+    ROOT_UNREADABLE = 0x8
+    CONTEXT_UNREADABLE = 0x9
+    ROOT_RESERVED = 0xA
+    CONTEXT_RESERVED = 0xB
+    PAGING_RESERVED = 0xC
+    REQUEST_TYPE = 0xD
+    INTERRUPT_ADDRESS = 0xE
+    PAGE_REQUESTS_OFF = 0x47
+    DIRECTORY_UNREADABLE = 0x50
+    DIRECTORY_NOT_PRESENT = 0x51
+    PASID_TABLE_UNREADABLE = 0x58
+    PASID_NOT_PRESENT = 0x59
+    PASID_INVALID = 0x5B
+    FIRST_UNREADABLE = 0x70
+    FIRST_NOT_PRESENT = 0x71
+    FIRST_RESERVED = 0x72
+    FIRST_ROOT_INVALID = 0x73
+    NOT_CANONICAL = 0x80
+    PRIVILEGE = 0x81
+    SCALABLE_WRITE = 0x85
+    SCALABLE_INTERRUPT_ADDRESS = 0x87
+    BIT_UPDATE = 0x91
+
+
+UNQUALIFIED: Final = frozenset(
+    (
+        Reason.ROOT_NOT_PRESENT,
+        Reason.ROOT_UNREADABLE,
+        Reason.CONTEXT_UNREADABLE,
+        Reason.ROOT_RESERVED,
+        Reason.CONTEXT_RESERVED,
+        Reason.DIRECTORY_UNREADABLE,
+        Reason.PASID_TABLE_UNREADABLE,
+    )
+)
+"""What is reported even where fault processing is disabled (FPD)."""
+
+RECOVERABLE: Final = frozenset(
+    (Reason.WRITE, Reason.READ, Reason.FIRST_NOT_PRESENT, Reason.PRIVILEGE, Reason.SCALABLE_WRITE)
+)
+"""What a translation request is told without a fault record: it may ask for the page ("Recoverable Faults", 7.1)."""
+
+
+class TableType(IntEnum):
+    """What translates, numbered as a PASID entry's PGTT."""
+
+    FIRST = 1
+    SECOND = 2
+    NESTED = 3
+    PASS_THROUGH = 4
+
+
+class Context(NamedTuple):
+    """A present context entry without reserved bits. ``lo`` and ``hi`` are its first two words."""
+
+    lo: int
+    hi: int
+    scalable: bool
+
+    @property
+    def fpd(self) -> bool:
+        """Fault processing disabled."""
+        return bool(self.lo & _FPD)
+
+    @property
+    def page_requests(self) -> bool:
+        """PRE (scalable mode)."""
+        return self.scalable and bool(self.lo & 0x10)
+
+    @property
+    def device_tlb(self) -> bool:
+        """Whether translation requests and translated requests are allowed: DTE, or TT = 1 in legacy mode."""
+        return bool(self.lo & 4) if self.scalable else self.lo >> 2 & 3 == 1
+
+    @property
+    def rid_pasid(self) -> int:
+        """The PASID of requests without one (scalable mode)."""
+        return self.hi & 0xFFFFF
+
+
+class Binding(NamedTuple):
+    """What translates the requests of one function with one PASID. Levels and widths are 0 where there is no such
+    table; ``width`` counts the bits of an input address."""
+
+    type: TableType
+    did: int
+    pasid: int
+    """That of the request, or RID_PASID; :data:`RID` in legacy mode."""
+    fpd: bool = False
+    first_root: int = 0
+    first_levels: int = 0
+    first_width: int = 0
+    second_root: int = 0
+    second_levels: int = 0
+    second_width: int = 0
+
+
+Resolved = tuple[Reason, bool, Context | None, Binding | None]
+"""A reason (then there is no binding) and whether fault processing is disabled for it."""
+
+
+class Structures:
+    """Reads them. ``scalable`` follows RTADDR.TTM, ``root`` is the address of the root table."""
+
+    def __init__(self, options: VtdOptions, memory: TableMemory) -> None:
+        self._memory = memory
+        self.root, self.scalable = 0, False
+        self._aw = options.aw_bits
+        above = U64_MAX & ~((1 << options.aw_bits) - 1)
+        self._root_reserved = above | 0xFFE
+        self._context_reserved = above | 0xFF0
+        self._scalable_reserved = above | 0x1E0
+        self._levels = frozenset(range(3, (options.aw_bits - 12) // 9 + 1))
+        self._translations = {0, *((1,) if options.device_iotlb else ()), *((2,) if options.pass_through else ())}
+        self._types = frozenset(
+            (
+                *((TableType.FIRST,) if options.first_stage else ()),
+                *((TableType.SECOND,) if options.second_stage else ()),
+                *((TableType.NESTED,) if options.nested else ()),
+                *((TableType.PASS_THROUGH,) if options.pass_through else ()),
+            )
+        )
+        self._first_levels = frozenset((4,) if options.aw_bits < 57 else (4, 5))
+
+    # -- root and context ----------------------------------------------------------------------------------------
+
+    def context(self, bus: int, devfn: int) -> tuple[Reason, bool, Context | None]:
+        """The context entry of a function: reason, FPD, entry."""
+        word = self._memory.word
+        at = self.root + bus * 16
+        lo, hi = word(at), word(at + 8)
+        if lo is None or hi is None:
+            return Reason.ROOT_UNREADABLE, False, None
+        if self.scalable:
+            return self._scalable_context(lo if devfn < 0x80 else hi, devfn & 0x7F)
+        if not lo & _P:
+            return Reason.ROOT_NOT_PRESENT, False, None
+        if hi or lo & self._root_reserved:
+            return Reason.ROOT_RESERVED, False, None
+        at = (lo & ~PAGE_MASK) + devfn * 16
+        lo, hi = word(at), word(at + 8)
+        if lo is None or hi is None:
+            return Reason.CONTEXT_UNREADABLE, False, None
+        return self._checked_legacy(Context(lo, hi, False))
+
+    def _checked_legacy(self, context: Context) -> tuple[Reason, bool, Context | None]:
+        lo, hi, fpd = context.lo, context.hi, context.fpd
+        if not lo & _P:
+            return Reason.CONTEXT_NOT_PRESENT, fpd, None
+        if hi & 0xFFFF_FFFF_FF00_0080 or lo & self._context_reserved:
+            return Reason.CONTEXT_RESERVED, fpd, None
+        if 2 + (hi & 7) not in self._levels or lo >> 2 & 3 not in self._translations:
+            return Reason.CONTEXT_INVALID, fpd, None
+        return Reason.NONE, fpd, context
+
+    def _scalable_context(self, root: int, index: int) -> tuple[Reason, bool, Context | None]:
+        if not root & _P:
+            return Reason.ROOT_NOT_PRESENT, False, None
+        words = self._memory.words((root & ~PAGE_MASK & (1 << self._aw) - 1) + index * 32, 4)
+        if words is None:
+            return Reason.CONTEXT_UNREADABLE, False, None
+        lo, hi, q2, q3 = words
+        fpd = bool(lo & _FPD)
+        if not lo & _P:
+            return Reason.CONTEXT_NOT_PRESENT, fpd, None
+        if lo & self._scalable_reserved or hi & 0xFFFF_FFFF_FFE0_0000 or q2 or q3:
+            return Reason.CONTEXT_RESERVED, fpd, None
+        return Reason.NONE, fpd, Context(lo, hi, True)
+
+    # -- what translates -----------------------------------------------------------------------------------------
+
+    def binding(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
+        """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding."""
+        if context.scalable:
+            return self._pasid_entry(context, context.rid_pasid if pasid == RID else pasid)
+        lo, hi, fpd = context.lo, context.hi, context.fpd
+        did, levels = hi >> 8 & 0xFFFF, 2 + (hi & 7)
+        if lo >> 2 & 3 == 2:
+            return Reason.NONE, fpd, Binding(TableType.PASS_THROUGH, did, RID, fpd)
+        width = min(12 + 9 * levels, self._aw)
+        root = lo & ~PAGE_MASK
+        binding = Binding(TableType.SECOND, did, RID, fpd, second_root=root, second_levels=levels, second_width=width)
+        return Reason.NONE, fpd, binding
+
+    def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
+        fpd, memory = context.fpd, self._memory
+        directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
+        if directory is None:
+            return Reason.DIRECTORY_UNREADABLE, fpd, None
+        fpd = fpd or bool(directory & _FPD)
+        if not directory & _P:
+            return Reason.DIRECTORY_NOT_PRESENT, fpd, None
+        words = memory.words((directory & ~PAGE_MASK) + (pasid & 63) * 64, 3)
+        if words is None:
+            return Reason.PASID_TABLE_UNREADABLE, fpd, None
+        q0, q1, q2 = words
+        fpd = fpd or bool(q0 & _FPD)
+        kind = q0 >> 6 & 7
+        if kind not in self._types or not self._level_supported(kind, q0, q2):
+            return Reason.PASID_INVALID, fpd, None
+        if not q0 & _P:
+            return Reason.PASID_NOT_PRESENT, fpd, None
+        return Reason.NONE, fpd, self._bound(TableType(kind), pasid, fpd, (q0, q1, q2))
+
+    def _level_supported(self, kind: int, q0: int, q2: int) -> bool:
+        if kind & 1 and 4 + (q2 >> 2 & 3) not in self._first_levels:
+            return False
+        return not kind & 2 or 2 + (q0 >> 2 & 7) in self._levels
+
+    def _bound(self, kind: TableType, pasid: int, fpd: bool, words: tuple[int, int, int]) -> Binding:
+        q0, q1, q2 = words
+        second_levels = 2 + (q0 >> 2 & 7)
+        width = 12 + 9 * second_levels
+        did = q1 & 0xFFFF
+        if kind is TableType.PASS_THROUGH:
+            return Binding(kind, did, pasid, fpd)
+        first = second = (0, 0, 0)
+        if kind & 1:
+            levels = 4 + (q2 >> 2 & 3)
+            limit = 12 + 9 * levels if kind is TableType.NESTED else min(width, 12 + 9 * levels)
+            first = (q2 & ~PAGE_MASK, levels, limit)
+        if kind & 2:
+            second = (q0 & ~PAGE_MASK, second_levels, min(width, self._aw))
+        return Binding(kind, did, pasid, fpd, *first, *second)
