@@ -197,12 +197,7 @@ class PCIBus:
         """What the IOMMU offers function ``devfn`` beside address spaces; None without an IOMMU."""
         if self._iommu is None:
             return None
-
-        def masters() -> bool:
-            device = self.devices.get(devfn)
-            return device is not None and (device.bus_master or not device.BUS_MASTER_GATED)
-
-        return BusIommuPort(self._iommu, self, devfn, masters)
+        return BusIommuPort(self._iommu, self, devfn)
 
     def free_devfn(self, first_slot: int = 1) -> int:
         """The first function 0 that is free, from ``first_slot`` on.

@@ -28,12 +28,10 @@ from vfio_model.ranges import U64_MAX
 
 class BusIommuPort:
     """An :class:`~vfio_model.pci.iommu_ops.IommuPort`: ``ops`` asked for ``devfn`` of ``bus``, the requester as the
-    IOMMU sees it. Errors are those of ``ops``. ``masters()``: whether the function may issue requests at all."""
+    IOMMU sees it. Errors are those of ``ops``."""
 
-    def __init__(
-        self, ops: PCIIOMMUOps, bus: RequesterBus, devfn: int, masters: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._ops, self._bus, self._devfn, self._masters = ops, bus, devfn, masters
+    def __init__(self, ops: PCIIOMMUOps, bus: RequesterBus, devfn: int) -> None:
+        self._ops, self._bus, self._devfn = ops, bus, devfn
 
     def get_iotlb_info(self) -> IotlbInfo:
         """See :class:`PCIIOMMUOps`."""
@@ -77,8 +75,6 @@ class BusIommuPort:
             return self.ats_request_translation(request), 0
 
         def through(address: int, view: memoryview, is_write: bool, _stamp: int) -> MemTxResult:
-            if not self._masters():
-                return MemTxResult.DECODE_ERROR
             return translated.write(address, view) if is_write else translated.read(address, view)
 
         self.register_iotlb_notifier(pasid, notifier)

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from vfio_model.memory.dma import BLOCKED, DMASpace
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.types import PCI_NO_PASID
 from vfio_model.pci.config_space import ConfigSpace
-from vfio_model.pci.iommu_ops import AtsCompletion, AtsRequest, IommuPort, IotlbInfo, PageRequest, PageResponseFn
+from vfio_model.pci.iommu_ops import (
+    Atc,
+    AtcOutcome,
+    AtsCompletion,
+    AtsRequest,
+    IommuPort,
+    IotlbInfo,
+    PageRequest,
+    PageResponseFn,
+)
 from vfio_model.pci.translation_caps import AtsCapability, AtsSpec, PasidCapability, PasidSpec, PriCapability, PriSpec
 
 
@@ -44,6 +54,9 @@ class IommuServices:
         self._iotlb_notifiers: list[tuple[int, IOMMUNotifier]] = []
         self._page_listeners: set[int] = set()
         self._translated: dict[int, DMASpace] = {}
+        self._atcs: list[CheckedAtc] = []
+        self.on_rights_change: Callable[[], None] = lambda: None
+        """Called when bus mastering or ATS was given or taken away."""
         self.ats = AtsCapability(config, self.ATS) if self.ATS is not None else None
         if self.ats is not None:
             config.on_write("ats.control", self._ats_controlled)
@@ -72,10 +85,16 @@ class IommuServices:
         """How many page requests may be outstanding: 0 while PRI is disabled."""
         return self.pri.allocated if self.pri is not None else 0
 
+    @property
+    def may_translate(self) -> bool:
+        """Whether the function may ask for translations and use them."""
+        return self._may_master and self.ats_enabled
+
     def _allow_mastering(self, allowed: bool) -> None:
         self._may_master = allowed
         if not allowed:
             self._block_translated()
+        self.on_rights_change()
 
     def _block_translated(self) -> None:
         for space in self._translated.values():
@@ -85,10 +104,17 @@ class IommuServices:
     def _ats_controlled(self) -> None:
         if not self.ats_enabled:
             self._block_translated()
+            self._close_atcs()
+        self.on_rights_change()
+
+    def _close_atcs(self) -> None:
+        for atc in list(self._atcs):
+            atc.close()
 
     def _forget_services(self) -> None:
         """Nothing is registered any more, nothing translated goes out: a reset, or the function is taken out."""
         self._allow_mastering(False)
+        self._close_atcs()
         port = self._iommu_host.iommu
         notifiers, self._iotlb_notifiers = self._iotlb_notifiers, []
         listeners, self._page_listeners = self._page_listeners, set()
@@ -171,6 +197,21 @@ class IommuServices:
             space = self._translated[pasid] = DMASpace(self._port().translated_space(pasid))
         return space
 
+    def open_atc(self, pasid: int, *, priv: bool = False) -> Atc:
+        """An empty cache of translations of ``pasid``. Its accesses fail while the function may not master the bus; a
+        reset closes it, and so does disabling ATS.
+
+        :raise OSError: as :meth:`register_iotlb_notifier`.
+        """
+        self._check_pasid(pasid)
+        atc = CheckedAtc(self._port().open_atc(pasid, priv=priv), self._atcs.remove, self._check_atc, pasid)
+        self._atcs.append(atc)
+        return atc
+
+    def _check_atc(self, pasid: int) -> None:
+        self._check_request(pasid)
+        self._check_ats()
+
     # -- pages -------------------------------------------------------------------------------------------------------
 
     def pri_register_notifier(self, pasid: int, fn: PageResponseFn) -> None:
@@ -198,3 +239,39 @@ class IommuServices:
         if not self.pri_enabled:
             raise OSError(errno.EPERM, "page requests are disabled")
         self._port().pri_request_page(request)
+
+
+class CheckedAtc:
+    """An :class:`~vfio_model.pci.iommu_ops.Atc` that a function may use as long as ``check(pasid)`` raises nothing."""
+
+    def __init__(
+        self, atc: Atc, on_close: Callable[[CheckedAtc], None], check: Callable[[int], None], pasid: int
+    ) -> None:
+        self._atc, self._on_close, self._check, self._pasid = atc, on_close, check, pasid
+        self._closed = False
+
+    @property
+    def entries(self) -> int:
+        """See ``Atc``."""
+        return self._atc.entries
+
+    def fill(self, request: AtsRequest) -> AtsCompletion:
+        """See ``Atc``; EPERM when the function may not."""
+        self._check(self._pasid)
+        return self._atc.fill(request)
+
+    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
+        """See ``Atc``; FAILED when the function may not."""
+        try:
+            self._check(self._pasid)
+        except OSError:
+            return 0, AtcOutcome.FAILED
+        return self._atc.access(addr, view, is_write)
+
+    def close(self) -> None:
+        """See ``Atc``."""
+        if not self._closed:
+            self._closed = True
+            self._on_close(self)
+            with contextlib.suppress(OSError):  # an IOMMU that has gone has forgotten it already
+                self._atc.close()
