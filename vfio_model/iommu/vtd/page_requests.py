@@ -18,7 +18,6 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.iommu_ops import PageRequest
 from vfio_model.ranges import U64_MAX
-from vfio_model.trace import Trace
 
 _DESCRIPTOR = struct.Struct("<4Q")
 _TYPE_PAGE_REQUEST = 1
@@ -39,10 +38,8 @@ def encode(sid: int, request: PageRequest) -> bytes:
 class PageRequests:
     """The queue's head, tail, address and status are registers."""
 
-    def __init__(
-        self, registers: RegisterFile, event: Event, system: AddressSpace, address_mask: int, trace: Trace
-    ) -> None:
-        self._registers, self._event, self._system, self._trace = registers, event, system, trace
+    def __init__(self, registers: RegisterFile, event: Event, system: AddressSpace, address_mask: int) -> None:
+        self._registers, self._event, self._system = registers, event, system
         self._address_mask = address_mask
 
     @property

@@ -26,38 +26,41 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.types import MemTxResult
 from vfio_model.trace import Trace
 
-MakeTranslator = Callable[[FaultRecording, InterruptRemapping], Translator]
+
+class VtdParts:
+    """What reports to the registers from elsewhere: faults, interrupt messages, page requests, and the registers'
+    values themselves. It stands without a translation half, which is given some of it.
+    """
+
+    def __init__(self, options: VtdOptions, system: AddressSpace, message: Message, trace: Trace) -> None:
+        self.options, self.system, self.trace = options, system, trace
+        resets = {regs.CAP: options.cap, regs.ECAP: options.ecap}
+        self.file = RegisterFile(resets, page_requests=options.svm)
+        self.fault_event, self.completion_event, self.page_event = (
+            Event(self.file, control, message, trace) for control in (regs.FECTL, regs.IECTL, regs.PECTL)
+        )
+        self.faults = FaultRecording(self.file, self.fault_event, trace)
+        self.remapping = InterruptRemapping(options, self.file, self.faults, system, message, trace)
+        self.page_requests = PageRequests(self.file, self.page_event, system, options.address_mask)
 
 
 class VtdRegisters:
-    """The register region's ops (a :class:`~vfio_model.memory.region.RegionOps`) and all that is behind it, but for
-    the translation half, which ``make_translator`` makes."""
+    """The register region's ops (a :class:`~vfio_model.memory.region.RegionOps`), in command of ``translator``."""
 
     min_access_size = 4
     max_access_size = 8
 
-    def __init__(
-        self,
-        options: VtdOptions,
-        system: AddressSpace,
-        message: Message,
-        make_translator: MakeTranslator,
-        trace: Trace,
-    ) -> None:
-        self.options = options
-        self._trace = trace
-        resets = {regs.CAP: options.cap, regs.ECAP: options.ecap}
-        self.file = file = RegisterFile(resets, page_requests=options.svm)
-        self.fault_event, self.completion_event, self.page_event = (
-            Event(file, control, message, trace) for control in (regs.FECTL, regs.IECTL, regs.PECTL)
+    def __init__(self, parts: VtdParts, translator: Translator) -> None:
+        self.parts, self.translator = parts, translator
+        self.options, self._trace, self.file = parts.options, parts.trace, parts.file
+        self.faults, self.remapping, self.page_requests = parts.faults, parts.remapping, parts.page_requests
+        self._do = Invalidations(translator, parts.trace)
+        descriptors = Descriptors(
+            self.file, self._do, parts.completion_event, parts.system, parts.trace, drain=parts.options.svm
         )
-        self.faults = FaultRecording(file, self.fault_event, trace)
-        self.remapping = InterruptRemapping(options, file, self.faults, system, message, trace)
-        self.page_requests = PageRequests(file, self.page_event, system, options.address_mask, trace)
-        self.translator = make_translator(self.faults, self.remapping)
-        self._do = Invalidations(self.translator, trace)
-        descriptors = Descriptors(file, self._do, self.completion_event, system, trace, drain=options.svm)
-        self.queue = InvalidationQueue(options, file, self.faults, descriptors, self._do, system, trace)
+        self.queue = InvalidationQueue(
+            parts.options, self.file, parts.faults, descriptors, self._do, parts.system, parts.trace
+        )
         self.root, self.scalable, self.enabled = 0, False, False
         """As SRTP latched them; whether translation is on."""
         self._on_write: dict[int, Callable[[], None]] = {
@@ -71,7 +74,7 @@ class VtdRegisters:
             regs.ICS: self._ics,
             regs.IECTL: self._iectl,
             regs.PRS: self.page_requests.status_written,
-            regs.PECTL: self.page_event.unmasked,
+            regs.PECTL: parts.page_event.unmasked,
             regs.IOTLB: self._iotlb,
             regs.IOTLB + 4: self._iotlb,
             regs.FRCD + 8: self.faults.cleared,
@@ -122,18 +125,18 @@ class VtdRegisters:
     def _fectl(self) -> None:
         if self._trace.enabled:
             self._trace("vtd_reg_write_fectl", value=self.file.get(regs.FECTL))
-        self.fault_event.unmasked()
+        self.parts.fault_event.unmasked()
 
     def _ics(self) -> None:
         if self.file.get(regs.ICS) & regs.ICS_IWC:
             return
-        if self.completion_event.serviced() and self._trace.enabled:
+        if self.parts.completion_event.serviced() and self._trace.enabled:
             self._trace("vtd_reg_ics_clear_ip")
 
     def _iectl(self) -> None:
         if self._trace.enabled:
             self._trace("vtd_reg_write_iectl", value=self.file.get(regs.IECTL))
-        self.completion_event.unmasked()
+        self.parts.completion_event.unmasked()
 
     # -- global commands
 
