@@ -144,7 +144,7 @@ def test_a_hole_has_the_size_of_the_level_at_which_the_walk_ended() -> None:
 
 
 def test_a_fault_says_who_where_and_how() -> None:
-    rig, slot = mapped(0x2345_6000)
+    rig, _ = mapped(0x2345_6000)
     rig.bus.number = 2
     rig.store(TABLES + 2 * 16, TABLES + 0x1001)
     rig.translate(IOVA, WO)

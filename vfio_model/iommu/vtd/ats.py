@@ -91,7 +91,7 @@ class TranslatedRegion(IOMMUMemoryRegion):
             reason = Reason.SCALABLE_INTERRUPT_ADDRESS
         if reason:
             if flag:
-                lookup.report(space, addr, bool(flag & _WO), reason, fpd, space.pasid)
+                lookup.report(space, addr, bool(flag & _WO), reason, fpd)
             return blocked
         return IOMMUTLBEntry(lookup.system, page, page, _LOW, _RW, space.pasid)
 
@@ -147,7 +147,7 @@ class VtdOps(PCIIOMMUOps):
                 reason, fpd = Reason.SCALABLE_INTERRUPT_ADDRESS, False if context is None else context.fpd
             elif context is not None:
                 reason = Reason.REQUEST_TYPE
-            lookup.report(space, addr, not no_write, reason, fpd, space.pasid)
+            lookup.report(space, addr, not no_write, reason, fpd)
             return IOMMUTLBEntry(lookup.system, 0, 0, _LOW, _NONE)
         entry = lookup.translate(space, addr, READ, soft_write=not no_write, recoverable=True)
         perm = int(entry.perm) & ~int(_GLOBAL) & (~WRITE if no_write else -1)
@@ -197,7 +197,7 @@ class VtdOps(PCIIOMMUOps):
         if context is not None and not context.page_requests:
             reason = Reason.PAGE_REQUESTS_OFF
         if reason:
-            lookup.report(space, request.addr, request.is_write, reason, fpd, request.pasid)
+            lookup.report(space, request.addr, request.is_write, reason, fpd)
             raise OSError(errno.EPERM, f"page request of {space.name}: fault {int(reason):#x}")
         self._forget(space, request)
         self.page_requests.submit(space.sid, request)

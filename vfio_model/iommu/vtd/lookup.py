@@ -120,7 +120,7 @@ class Lookup:
             return self._hit(space, addr, known)
         reason, fpd, binding = self.binding(space) if want else self.unseen(space)
         if binding is None:
-            return self._blocked(space, addr, want, reason, fpd, 0, space.pasid, recoverable)
+            return self._blocked(space, addr, want, reason, fpd, 0, recoverable)
         if binding.type is TableType.PASS_THROUGH:
             return self._passed(space, addr, want)
         if want:
@@ -132,7 +132,7 @@ class Lookup:
                     return self._nothing(space, known.level)
         done = self.walker.walk(binding, addr, want, soft_write=soft_write)
         if done.reason:
-            return self._blocked(space, addr, want, done.reason, fpd, done.level, binding.pasid, recoverable)
+            return self._blocked(space, addr, want, done.reason, fpd, done.level, recoverable)
         low = page_mask(done.level)
         tagged = binding.type is not TableType.SECOND
         page = Page(
@@ -194,22 +194,21 @@ class Lookup:
         reason: Reason,
         fpd: bool,
         level: int,
-        pasid: int,
         recoverable: bool,
     ) -> IOMMUTLBEntry:
         if want and not (recoverable and reason in RECOVERABLE):
-            self.report(space, addr, bool(want & WRITE), reason, fpd, pasid)
+            self.report(space, addr, bool(want & WRITE), reason, fpd)
         return self._nothing(space, level)
 
     def _nothing(self, space: VtdSpace, level: int) -> IOMMUTLBEntry:
         return IOMMUTLBEntry(self.system, 0, 0, page_mask(level), _NONE, space.pasid)
 
-    def report(self, space: VtdSpace, addr: int, is_write: bool, reason: Reason, fpd: bool, pasid: int) -> None:
+    def report(self, space: VtdSpace, addr: int, is_write: bool, reason: Reason, fpd: bool) -> None:
         """Hand over a fault, unless fault processing is disabled for it."""
         if fpd and reason not in UNQUALIFIED:
             self._trace("vtd_fault_disabled")
             return
-        self._faults.report(Fault(int(reason), space.sid, addr, is_write, pasid))
+        self._faults.report(Fault(int(reason), space.sid, addr, is_write, space.pasid))
 
     # -- traces --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,10 @@ _P, _FPD = 1, 2
 PAGE_MASK: Final = 0xFFF
 
 
+RID_PASID: Final = 0
+"""The PASID of requests without one in scalable mode, where ECAP.RPS is not reported."""
+
+
 class Reason(IntEnum):
     """Why a request is blocked, as fault records say it ("Fault Conditions", 7.1)."""
 
@@ -106,11 +110,6 @@ class Context(NamedTuple):
         """Whether translation requests and translated requests are allowed: DTE, or TT = 1 in legacy mode."""
         return bool(self.lo & 4) if self.scalable else self.lo >> 2 & 3 == 1
 
-    @property
-    def rid_pasid(self) -> int:
-        """The PASID of requests without one (scalable mode)."""
-        return self.hi & 0xFFFFF
-
 
 class Binding(NamedTuple):
     """What translates the requests of one function with one PASID. Levels and widths are 0 where there is no such
@@ -119,7 +118,7 @@ class Binding(NamedTuple):
     type: TableType
     did: int
     pasid: int
-    """That of the request, or RID_PASID; :data:`RID` in legacy mode."""
+    """That of the request, or :data:`RID_PASID`; :data:`RID` in legacy mode."""
     fpd: bool = False
     first_root: int = 0
     first_levels: int = 0
@@ -166,7 +165,7 @@ class Structures:
         if lo is None or hi is None:
             return Reason.ROOT_UNREADABLE, False, None
         if self.scalable:
-            return self._scalable_context(lo if devfn < 0x80 else hi, devfn & 0x7F)
+            return self._scalable_context(lo, hi, devfn)
         if not lo & _P:
             return Reason.ROOT_NOT_PRESENT, False, None
         if hi or lo & self._root_reserved:
@@ -187,10 +186,13 @@ class Structures:
             return Reason.CONTEXT_INVALID, fpd, None
         return Reason.NONE, fpd, context
 
-    def _scalable_context(self, root: int, index: int) -> tuple[Reason, bool, Context | None]:
+    def _scalable_context(self, lo: int, hi: int, devfn: int) -> tuple[Reason, bool, Context | None]:
+        root = lo if devfn < 0x80 else hi
         if not root & _P:
             return Reason.ROOT_NOT_PRESENT, False, None
-        words = self._memory.words((root & ~PAGE_MASK & (1 << self._aw) - 1) + index * 32, 4)
+        if (lo | hi) & self._root_reserved:
+            return Reason.ROOT_RESERVED, False, None
+        words = self._memory.words((root & ~PAGE_MASK) + (devfn & 0x7F) * 32, 4)
         if words is None:
             return Reason.CONTEXT_UNREADABLE, False, None
         lo, hi, q2, q3 = words
@@ -206,7 +208,7 @@ class Structures:
     def binding(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
         """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding."""
         if context.scalable:
-            return self._pasid_entry(context, context.rid_pasid if pasid == RID else pasid)
+            return self._pasid_entry(context, RID_PASID if pasid == RID else pasid)
         lo, hi, fpd = context.lo, context.hi, context.fpd
         did, levels = hi >> 8 & 0xFFFF, 2 + (hi & 7)
         if lo >> 2 & 3 == 2:

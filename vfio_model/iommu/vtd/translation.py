@@ -259,7 +259,7 @@ class Translation:
 
     def interrupt_range_hit(self, space: VtdSpace, addr: int, is_write: bool) -> None:
         """See :class:`.spaces.Resolver`."""
-        self.lookup.report(space, addr, is_write, Reason.SCALABLE_INTERRUPT_ADDRESS, self._fpd(space), space.pasid)
+        self.lookup.report(space, addr, is_write, Reason.SCALABLE_INTERRUPT_ADDRESS, self._fpd(space))
 
     def _fpd(self, space: VtdSpace) -> bool:
         return self.lookup.enabled and self.lookup.binding(space)[1]
