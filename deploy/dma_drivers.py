@@ -22,7 +22,6 @@ class SwappedCpu:
     def __init__(self, cpu: Cpu) -> None:
         self._cpu = cpu
         self.big_endian = cpu.big_endian
-        self.hcall, self.rtas, self.translate = cpu.hcall, cpu.rtas, cpu.translate
         self.read_memory, self.write_memory, self.clock_step = cpu.read_memory, cpu.write_memory, cpu.clock_step
 
     def mmio_read(self, gpa: int, size: int) -> int:

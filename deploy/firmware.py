@@ -10,7 +10,7 @@ from deploy import dma_drivers
 from deploy.scenario import Device, Machine
 from deploy.system import DmaDriver
 from vfio_model.errors import ConfigError
-from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.cpu import PseriesCpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
 from vfio_model.iommu.spapr import regs
@@ -26,13 +26,13 @@ class Firmware:
         self._functions: dict[tuple[int, int], PciFunction] = {}
         """By the bridge's index, and devfn."""
 
-    def bring_up(self, cpu: Cpu) -> None:
+    def bring_up(self, cpu: PseriesCpu) -> None:
         """Find and start everything that is plugged now."""
         for index, window in self._windows.items():
             for function in bring_up(cpu, regs.phb_buid(index), window):
                 self._functions[index, function.devfn] = function
 
-    def driver(self, cpu: Cpu, device: Device) -> DmaDriver:
+    def driver(self, cpu: PseriesCpu, device: Device) -> DmaDriver:
         """A DMA driver of ``device``.
 
         :raise ConfigError: when there is none for its model, or it is not on the bus.
@@ -40,7 +40,7 @@ class Firmware:
         function, to_cpu = self._function(device)
         return dma_drivers.bind(cpu, device.id, device.model, function, to_cpu)
 
-    def burst(self, cpu: Cpu, device: Device) -> DmaBurstDriver:
+    def burst(self, cpu: PseriesCpu, device: Device) -> DmaBurstDriver:
         """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
         if device.model != "dma-burst":
             raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")

@@ -13,7 +13,7 @@ from typing import Protocol
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
 from deploy.scenario import At, Migrate, Wait
-from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.cpu import PseriesCpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.trace import Trace
 
@@ -39,7 +39,7 @@ class System(Protocol):
     """A running guest, its host, and their processes."""
 
     @property
-    def cpu(self) -> Cpu:
+    def cpu(self) -> PseriesCpu:
         """The guest's processor."""
 
     @property

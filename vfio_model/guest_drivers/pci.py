@@ -2,7 +2,7 @@
 register, arm MSI.
 
 PCI Local Bus Specification 3.0, chapter 6. How configuration space is reached is the platform's business
-(:class:`ConfigAccess`): on pseries by RTAS.
+(:class:`ConfigAccess`): on pseries by RTAS, on a PC by ports or memory (:mod:`.pc`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vfio_model.errors import VfioModelError
-from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.cpu import PseriesCpu
 from vfio_model.iommu.spapr import regs as spapr
 from vfio_model.pci.bar import BAR_OFFSET, BARS
 from vfio_model.pci.config_space import (
@@ -52,7 +52,7 @@ class RtasConfig:
     ``buid``.
     """
 
-    def __init__(self, cpu: Cpu, buid: int, bus: int = 0) -> None:
+    def __init__(self, cpu: PseriesCpu, buid: int, bus: int = 0) -> None:
         self._cpu, self._bus = cpu, bus
         self._buid = [buid >> 32, buid & U32_MAX]
 
@@ -227,9 +227,13 @@ def enable_msi(config: ConfigAccess, devfn: int, address: int, data: int) -> Non
     config.write(devfn, cap + 2, 2, config.read(devfn, cap + 2, 2) | CONTROL_ENABLE)
 
 
-def bring_up(cpu: Cpu, buid: int, window: MmioWindow) -> list[PciFunction]:
+def bring_up(cpu: PseriesCpu, buid: int, window: MmioWindow) -> list[PciFunction]:
+    """:func:`bring_up_bus` on the bus of PHB ``buid``."""
+    return bring_up_bus(RtasConfig(cpu, buid), window)
+
+
+def bring_up_bus(config: ConfigAccess, window: MmioWindow) -> list[PciFunction]:
     """What firmware leaves behind: every function found, placed, decoding and mastering."""
-    config = RtasConfig(cpu, buid)
     functions = enumerate_bus(config)
     for function in functions:
         assign_bars(config, function, window)

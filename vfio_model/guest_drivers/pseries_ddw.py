@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.cpu import PseriesCpu
 from vfio_model.guest_drivers.pci import DriverError
 from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.regs import HCall, RtasToken
@@ -27,13 +27,13 @@ class TceWindow:
     Every method that changes entries raises :class:`DriverError` when the hypercall fails.
     """
 
-    def __init__(self, cpu: Cpu, liobn: int, bus_offset: int, page_shift: int, *, list_gpa: int) -> None:
+    def __init__(self, cpu: PseriesCpu, liobn: int, bus_offset: int, page_shift: int, *, list_gpa: int) -> None:
         self._cpu, self.liobn, self.bus_offset, self.page_shift = cpu, liobn, bus_offset, page_shift
         self._list_gpa = list_gpa
         self._multi_tce = True
 
     @classmethod
-    def default(cls, cpu: Cpu, phb_index: int = 0, *, list_gpa: int) -> TceWindow:
+    def default(cls, cpu: PseriesCpu, phb_index: int = 0, *, list_gpa: int) -> TceWindow:
         """The default window of a PHB, where QEMU puts it."""
         liobn = regs.pci_liobn(phb_index, 0)
         return cls(cpu, liobn, regs.DEFAULT_WINDOW_ADDR, regs.TCE_PAGE_SHIFT, list_gpa=list_gpa)
@@ -125,7 +125,7 @@ class PseriesDdw:
 
     def __init__(
         self,
-        cpu: Cpu,
+        cpu: PseriesCpu,
         devfn: int,
         *,
         ram_size: int,

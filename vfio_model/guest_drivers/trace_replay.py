@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vfio_model.guest_drivers.cpu import Cpu
+from vfio_model.guest_drivers.cpu import PseriesCpu
 from vfio_model.guest_drivers.trace_compare import Comparison, ReplayReport
 from vfio_model.guest_drivers.trace_events import (
     DdwCreate,
@@ -51,7 +51,7 @@ class Replayer:
 
     def __init__(
         self,
-        cpu: Cpu,
+        cpu: PseriesCpu,
         *,
         options: Callable[[int], DmaOptions] = lambda index: DmaOptions(),
         provide: Callable[[int], bool] = lambda liobn: regs.is_pci_liobn(liobn) and regs.liobn_phb(liobn) == 0,
