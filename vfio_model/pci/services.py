@@ -19,6 +19,7 @@ from vfio_model.pci.iommu_ops import (
     Atc,
     AtcOutcome,
     AtsCompletion,
+    AtsGate,
     AtsRequest,
     IommuPort,
     IotlbInfo,
@@ -89,6 +90,11 @@ class IommuServices:
     def may_translate(self) -> bool:
         """Whether the function may ask for translations and use them."""
         return self._may_master and self.ats_enabled
+
+    @property
+    def may_master(self) -> bool:
+        """Whether requests of the function get out now: the guest allows it, bridges hand them up, no reset goes on."""
+        return self._may_master
 
     def _allow_mastering(self, allowed: bool) -> None:
         self._may_master = allowed
@@ -172,6 +178,20 @@ class IommuServices:
         self._check_pasid(pasid)
         self._port().unregister_iotlb_notifier(pasid, notifier)
         self._iotlb_notifiers.remove((pasid, notifier))
+
+    def drop_iotlb_notifier(self, pasid: int, notifier: IOMMUNotifier) -> None:
+        """As :meth:`unregister_iotlb_notifier`, whatever the guest has enabled. Harmless when it is not registered."""
+        if (pasid, notifier) in self._iotlb_notifiers:
+            self._iotlb_notifiers.remove((pasid, notifier))
+            if self._iommu_host.iommu is not None:
+                self._iommu_host.iommu.unregister_iotlb_notifier(pasid, notifier)
+
+    def watch_translated_requests(self, fn: AtsGate) -> Callable[[], None]:
+        """See :meth:`PCIIOMMUOps.watch_translated_requests`.
+
+        :raise OSError: ENODEV.
+        """
+        return self._port().watch_translated_requests(fn)
 
     def ats_request_translation(self, request: AtsRequest) -> AtsCompletion:
         """Ask for translations.
