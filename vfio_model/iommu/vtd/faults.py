@@ -40,9 +40,8 @@ class FaultRecording:
     def report(self, fault: Fault) -> None:
         """See :class:`~vfio_model.iommu.vtd.ports.FaultSink`."""
         if self._trace.enabled:
-            self._trace(
-                "vtd_dmar_fault", sid=fault.sid, fault=fault.reason, addr=fault.address, is_write=fault.is_write
-            )
+            write = int(fault.is_write)
+            self._trace("vtd_dmar_fault", sid=fault.sid, fault=fault.reason, addr=fault.address, write=write)
         high = regs.FRCD_SID.put(fault.sid) | regs.FRCD_REASON.put(fault.reason)
         high |= 0 if fault.is_write else regs.FRCD_T
         if fault.pasid != RID:
@@ -62,7 +61,7 @@ class FaultRecording:
             self._registers.change(regs.FSTS, set_=regs.FSTS_PFO)
             return
         if self._trace.enabled:
-            self._trace("vtd_frr_new", index=self.next, hi=high, lo=low)
+            self._trace("vtd_frr_new", index=self.next, high=high, low=low)
         self._registers.put_quad(at, low)
         if not status & regs.FSTS_PPF:
             self._registers.change(regs.FSTS, regs.FSTS_FRI.mask, regs.FSTS_FRI.put(self.next))
@@ -95,7 +94,7 @@ class FaultRecording:
         pending = any(high & regs.FRCD_F for high in highs)
         self._registers.change(regs.FSTS, regs.FSTS_PPF, regs.FSTS_PPF if pending else 0)
         if self._trace.enabled:
-            self._trace("vtd_fsts_ppf", ppf=pending)
+            self._trace("vtd_fsts_ppf", ppf=int(pending))
 
     def status_written(self) -> None:
         """FSTS was: without a condition nothing is pending."""

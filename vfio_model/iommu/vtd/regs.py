@@ -240,7 +240,7 @@ DESCRIPTORS: Final = {
 IRTE_SIZE: Final = 16
 IRTE_P, IRTE_FPD, IRTE_DM, IRTE_RH, IRTE_TM = bit(0), bit(1), bit(2), bit(3), bit(4)
 IRTE_DLM, IRTE_VECTOR, IRTE_DEST, IRTE_XAPIC_DEST = Bits(7, 5), Bits(23, 16), Bits(63, 32), Bits(47, 40)
-IRTE_RESERVED: Final = 0xFF00_F000
+IRTE_RESERVED: Final = 0xFF00_7000
 IRTE_SID, IRTE_SQ, IRTE_SVT = Bits(15, 0), Bits(17, 16), Bits(19, 18)
 """The upper 64 bits of an entry; what is above is reserved."""
 IRTE_HIGH_RESERVED: Final = U64_MAX & ~0xF_FFFF

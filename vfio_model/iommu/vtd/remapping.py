@@ -23,10 +23,13 @@ _ENTRY = struct.Struct("<2Q")
 _HEAD, _REMAPPABLE, _SHV = 0xFEE, regs.bit(4), regs.bit(3)
 _HEAD_BITS, _INDEX_LOW = regs.Bits(31, 20), regs.Bits(19, 5)
 _INDEX_HIGH_BIT, _INDEX_HIGH_SHIFT = regs.bit(2), 13
-_SUBHANDLE, _DATA_RESERVED = 0xFFFF, 0xFFFF_0000
+_INDEX_MASK, _DATA_RESERVED = 0xFFFF, 0xFFFF_0000
 _SQ_MASKS = (0xFFFF, 0xFFFB, 0xFFF9, 0xFFF8)
 _SVT_NONE, _SVT_SID, _SVT_BUS = 0, 1, 2
-_LEVEL, _TRIGGER = regs.bit(14), regs.bit(15)
+_REDIRECTION_HINT, _LOGICAL = regs.bit(3), regs.bit(2)
+"""Of a message's address."""
+_ASSERT, _LEVEL = regs.bit(14), regs.bit(15)
+"""Of its data."""
 _QUALIFIED = frozenset(
     (
         regs.FaultReason.IR_ENTRY_NOT_PRESENT,
@@ -35,8 +38,6 @@ _QUALIFIED = frozenset(
     )
 )
 """Faults that an entry's FPD keeps from being recorded."""
-_NOT_CARED = 3
-"""Bits of a message's address that go through unchanged."""
 
 
 class InterruptRemapping:
@@ -113,12 +114,12 @@ class InterruptRemapping:
             return None
         index = _INDEX_LOW.of(address) | (address & _INDEX_HIGH_BIT) << _INDEX_HIGH_SHIFT
         if address & _SHV:
-            index += data & _SUBHANDLE
+            index = index + data & _INDEX_MASK
         reason, low = self._entry(sid, index)
         if not reason and address & _SHV and data & _DATA_RESERVED:
-            reason = regs.FaultReason.IR_REQUEST_RESERVED
+            reason, index = regs.FaultReason.IR_REQUEST_RESERVED, 0
         if not reason:
-            return self._interrupt(low, address)
+            return self._interrupt(low, index)
         if reason not in _QUALIFIED or not low & regs.IRTE_FPD:
             self._faults.report_interrupt(reason, sid, index)
         return None
@@ -157,11 +158,21 @@ class InterruptRemapping:
             return first <= sid >> 8 <= last
         return kind == _SVT_NONE
 
-    def _interrupt(self, low: int, address: int) -> tuple[int, int]:
+    def _interrupt(self, low: int, index: int) -> tuple[int, int]:
         """The message in compatibility format; what of a 32-bit destination does not fit goes above address bit 31."""
         destination = regs.IRTE_DEST.of(low) if self.eime else regs.IRTE_XAPIC_DEST.of(low)
+        vector, mode = regs.IRTE_VECTOR.of(low), regs.IRTE_DLM.of(low)
+        logical, level = bool(low & regs.IRTE_DM), bool(low & regs.IRTE_TM)
+        if self._trace.enabled:
+            self._trace(
+                "vtd_ir_remap",
+                index=index,
+                trigger=int(level),
+                vector=vector,
+                deliver=mode,
+                dest=destination,
+                mode=int(logical),
+            )
         target = _HEAD << 20 | (destination & 0xFF) << 12 | (destination & ~0xFF) << 32
-        target |= (8 if low & regs.IRTE_RH else 0) | (4 if low & regs.IRTE_DM else 0) | address & _NOT_CARED
-        data = regs.IRTE_VECTOR.of(low) | regs.IRTE_DLM.of(low) << 8
-        data |= _LEVEL | (_TRIGGER if low & regs.IRTE_TM else 0)
-        return target, data
+        target |= (_REDIRECTION_HINT if low & regs.IRTE_RH else 0) | (_LOGICAL if logical else 0)
+        return target, vector | mode << 8 | _ASSERT | (_LEVEL if level else 0)
