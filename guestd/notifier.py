@@ -34,9 +34,10 @@ from vfio_model.errors import DeadlineExceeded, PeerLost, RemoteProtocolError
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
 from vfio_model.memory.lane import LANES, LANES_SIZE, LaneArea, lanes_retired
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
+from vfio_model.memory.region import RAMRegion
 from vfio_model.memory.revoke import Fence, Revoke
-from vfio_model.memory.ring import RingWriter, init_ring, ring_size
-from vfio_model.memory.types import IOMMUNotifierFlag
+from vfio_model.memory.ring import RecordFlags, RingWriter, init_ring, pasid_flags, ring_size
+from vfio_model.memory.types import PCI_NO_PASID
 from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 
@@ -45,6 +46,8 @@ LANE_SECONDS: Final = 2.0
 FENCE_SECONDS: Final = 5.0
 FLUSH_SECONDS: Final = 2.0
 RETRY_NS: Final = 100_000_000
+UNTRANSLATED: Final = pasid_flags(PCI_NO_PASID)
+"""The flags of a record about untranslated requests without PASID."""
 
 HubChannel = FdChannel[wire.FromHub, wire.ToHub]
 
@@ -103,6 +106,10 @@ class Publisher:
         """Whom a hub that is gone introduced: they have the ring, and use it."""
         self._channel: HubChannel | None = None
         self._records: list[wire.Record] = []
+        self._ats = False
+        """Whether something that devices asked for by ATS is among what is queued."""
+        self._timed_out: OSError | None = None
+        """Who was too late for that, until somebody asks."""
         self._wanted = False
         self._flush_seq = 0
         self._flushed: wire.FlushDone | None = None
@@ -118,25 +125,40 @@ class Publisher:
         self._spaces.add(as_id)
         self._tell(wire.AddSpace(as_id))
 
-    def append(self, as_id: int, iova: int, last: int) -> None:
-        """Queue the invalidation of ``iova``..``last`` (inclusive) of ``as_id``."""
-        self._writer.append(as_id, iova, last)
+    def append(self, as_id: int, iova: int, last: int, flags: int = UNTRANSLATED) -> None:
+        """Queue the invalidation of ``iova``..``last`` (inclusive) of ``as_id``; ``flags`` as in the ring."""
+        self._writer.append(as_id, iova, last, flags)
+        self._ats = self._ats or bool(flags & RecordFlags.ATS)
         if self._wanted:
-            self._records.append(wire.Record(as_id, iova, last, 0))
+            self._records.append(wire.Record(as_id, iova, last, flags))
 
     def flush(self) -> OSError | None:
         """Publish what is queued and return when nobody uses it any more; the error when that cannot be had."""
         if not self._writer.publish():
             return None
         self.invalidations += 1
+        ats, self._ats = self._ats, False
         records, self._records = self._records, []
         if records and self._wanted:
             for first in range(0, len(records), wire.MAX_RECORDS):
                 self._tell(wire.Publish(self._trace.cause, records[first : first + wire.MAX_RECORDS]))
-        error = self._revoke() if self._subscribers or self._orphans else None
+        error = self._revoke(told=ats)
         return (self._flush_messages() if records and self._wanted else None) or error
 
-    def _revoke(self) -> OSError | None:
+    def flush_ats(self) -> OSError | None:
+        """As :meth:`flush`, where invalidations of caches (ATS) were among it: ETIMEDOUT, too, when a process had to be
+        killed for its end. Its device did not acknowledge in time; nobody uses what was invalidated all the same.
+        """
+        error = self.flush()
+        late, self._timed_out = self._timed_out, None
+        return error or late
+
+    def revoke(self) -> OSError | None:
+        """Return when no section is open any more that was: a right was taken away, by a word in shared memory."""
+        return self._revoke(told=False)
+
+    def _revoke(self, *, told: bool) -> OSError | None:
+        """``told``: somebody asks by :meth:`flush_ats` whether all were in time."""
         subscribers = self._known()
         revoke = Revoke(self._fence, subscribers)
         if revoke.start():
@@ -146,6 +168,9 @@ class Publisher:
             return None
         except DeadlineExceeded:
             late = revoke.late_sets  # looks again: the waiter may have been the one that was late
+        if told and late:
+            names = ", ".join(lanes.name for lanes in late)
+            self._timed_out = OSError(errno.ETIMEDOUT, f"no acknowledgement within {LANE_SECONDS:g} s from {names}")
         for subscriber in subscribers:
             if subscriber in late and subscriber.alive():
                 self._trace("notifier_fenced", name=subscriber.name, pid=subscriber.pid, seconds=LANE_SECONDS)
@@ -284,17 +309,18 @@ class Publisher:
 class Invalidations(Protocol):
     """Where invalidations go: a :class:`Publisher`, or a ring whose readers are in this process."""
 
-    def append(self, as_id: int, iova: int, last: int) -> None:
-        """Queue the invalidation of ``iova``..``last`` (inclusive) of ``as_id``."""
+    def append(self, as_id: int, iova: int, last: int, flags: int = UNTRANSLATED) -> None:
+        """Queue the invalidation of ``iova``..``last`` (inclusive) of ``as_id``, of what is cached for untranslated
+        requests without PASID unless ``flags`` (as in the ring) say otherwise."""
 
     def flush(self) -> OSError | None:
         """Return when nobody uses what is queued any more; the error when that cannot be had."""
 
 
 class SpaceFollower(MemoryListener):
-    """Follows every IOMMU section of one address space for ``publisher``.
+    """Follows every IOMMU section of one address space for ``publisher``, and RAM that it shows as it is.
 
-    A window that goes is invalidated when it *has gone*: until the new view is in force, whoever asks for a translation
+    What goes is invalidated when it *has gone*: until the new view is in force, whoever asks for a translation
     still gets one through it, also while other listeners wait for the host.
     """
 
@@ -304,11 +330,28 @@ class SpaceFollower(MemoryListener):
         self._publisher, self._as_id = publisher, as_id
         self._notifiers: dict[tuple[int, int], IOMMUNotifier] = {}
         self._gone: list[tuple[int, int]] = []
+        self._unheard: set[tuple[int, int]] = set()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all changes are heard of: what a vIOMMU does not tell its followers must not be cached."""
+        return not self._unheard
 
     def region_add(self, section: MemoryRegionSection) -> None:
         """A window appeared."""
         if not isinstance(section.mr, IOMMUMemoryRegion):
             return
+        where = section.range.start, section.range.last
+        notifier = self._notifier(section)
+        try:
+            section.mr.register_notifier(notifier)
+        except OSError:
+            self._unheard.add(where)
+            return
+        self._notifiers[where] = notifier
+
+    def _notifier(self, section: MemoryRegionSection) -> IOMMUNotifier:
+        assert isinstance(section.mr, IOMMUMemoryRegion), "others have no notifiers"
         offset = section.offset_within_address_space - section.offset_within_region
         as_id, append = self._as_id, self._publisher.append
 
@@ -319,25 +362,27 @@ class SpaceFollower(MemoryListener):
             append(as_id, run.iova + offset & U64_MAX, run.last + offset & U64_MAX)
 
         start = section.offset_within_region
-        notifier = IOMMUNotifier(
+        return IOMMUNotifier(
             changed,
-            IOMMUNotifierFlag.IOTLB_EVENTS,
+            section.mr.cache_events,
             start,
             start + section.size - 1,
             fn_run=run_changed,
             flush=self._publisher.flush,
         )
-        self._notifiers[section.range.start, section.range.last] = notifier
-        section.mr.register_notifier(notifier)
 
     def region_del(self, section: MemoryRegionSection) -> None:
-        """A window goes."""
+        """A window goes, or memory."""
+        where = section.range.start, section.range.last
+        if isinstance(section.mr, RAMRegion):
+            self._gone.append(where)
         if not isinstance(section.mr, IOMMUMemoryRegion):
             return
-        notifier = self._notifiers.pop((section.range.start, section.range.last), None)
+        notifier = self._notifiers.pop(where, None)
         if notifier is not None:
             section.mr.unregister_notifier(notifier)
-            self._gone.append((section.range.start, section.range.last))
+        self._unheard.discard(where)
+        self._gone.append(where)
 
     def commit(self) -> None:
         """The new view is in force: everything cached of windows that went goes; who is too late is fenced."""

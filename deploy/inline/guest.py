@@ -17,7 +17,7 @@ from guestd.config import DeviceConfig, GuestConfig
 from guestd.device_space import DeviceSpace
 from guestd.dma_services import DmaServices
 from guestd.guest import Guest
-from guestd.notifier import SpaceFollower
+from guestd.notifier import UNTRANSLATED, SpaceFollower
 from hostd.remote_dma import Call, MessageDma, translator
 from protocols.transport.loop import Loop
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
@@ -57,9 +57,9 @@ class InlineNotifier:
         """It caches nothing any more. Harmless twice."""
         self._lanes.pop(name, None)
 
-    def append(self, as_id: int, iova: int, last: int) -> None:
+    def append(self, as_id: int, iova: int, last: int, flags: int = UNTRANSLATED) -> None:
         """See :class:`~guestd.notifier.Invalidations`."""
-        self._writer.append(as_id, iova, last)
+        self._writer.append(as_id, iova, last, flags)
 
     def flush(self) -> OSError | None:
         """See :class:`~guestd.notifier.Invalidations`."""

@@ -28,12 +28,13 @@ Credit = Annotated[int, Meta(ge=1, le=MAX_CREDIT)]
 
 
 class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """``iova``..``last`` (inclusive) of ``as_id`` is no longer translated as before; ``flags`` as in the ring."""
+    """``iova``..``last`` (inclusive) of ``as_id`` is no longer translated as before; ``flags`` as in the ring,
+    its PASID in the high half."""
 
     as_id: U64
     iova: U64
     last: U64
-    flags: U32
+    flags: U64
 
 
 class Announce(Message, tag="announce", frozen=True):

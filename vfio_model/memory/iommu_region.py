@@ -38,6 +38,9 @@ class IOMMUMemoryRegion(MemoryRegion):
     """Base of every vIOMMU's region. ``size`` in bytes; addresses given to the methods are relative to the region."""
 
     terminates = True
+    cache_events = IOMMUNotifierFlag.IOTLB_EVENTS
+    """The events that somebody who caches translations has to hear of. An IOMMU that never gives a translated page
+    another meaning without an UNMAP needs no MAP here."""
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
