@@ -12,10 +12,12 @@ Nothing here waits by itself: a store returns when every follower of a translati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from vfio_model.clock import VirtualClock
+from vfio_model.iommu.vtd import regs as vtd
+from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.iommu.vtd.unit import IntelIommu
 from vfio_model.machine.base import Machine
 from vfio_model.machine.device_tree import DeviceTree
 from vfio_model.machine.q35 import regs
@@ -25,57 +27,27 @@ from vfio_model.machine.q35.interrupts import ChipsetConfig, MessageWindow, PinR
 from vfio_model.machine.q35.ioapic import IoApic
 from vfio_model.machine.q35.memory_map import MemoryMap
 from vfio_model.machine.q35.ports import PortSpace, ResetControl
-from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
-from vfio_model.memory.region import IORegion, MemoryRegion, transaction
-from vfio_model.memory.types import MemTxResult
+from vfio_model.memory.region import IORegion, transaction
 from vfio_model.pci.bus import BusOptions, PCIBus, Window
-from vfio_model.pci.iommu_ops import PCIIOMMUOps
 from vfio_model.trace import NULL_TRACE, Trace
 
 ROOT_BUS = "pcie.0"
 
 
-class InterruptSink(Protocol):
-    """Where interrupt requests go to be remapped."""
-
-    def request(self, sid: int, address: int, data: int) -> MemTxResult:
-        """A message of requester ``sid``."""
-
-
-class IommuUnit(Protocol):
-    """What the machine needs of an IOMMU."""
-
-    @property
-    def mmio(self) -> MemoryRegion:
-        """Its registers."""
-
-    @property
-    def ops(self) -> PCIIOMMUOps:
-        """What it does for buses."""
-
-    @property
-    def interrupts(self) -> InterruptSink:
-        """Its interrupt remapping."""
-
-    def reset(self) -> None:
-        """Registers go to their reset values; nothing is translated."""
-
-
 @dataclass(frozen=True, slots=True)
 class Q35Options:
-    """What the machine is made of besides RAM. ``bypass_iommu``: the root bus's devices are not translated (QEMU's
-    ``default-bus-bypass-iommu``)."""
+    """What the machine is made of besides RAM. ``bypass_iommu``: the devices of the root bus's hierarchy are not
+    translated (QEMU's ``default-bus-bypass-iommu``)."""
 
+    iommu: VtdOptions | None = None
     bypass_iommu: bool = False
 
 
-MakeIommu = Callable[[AddressSpace, Callable[[int, int], None]], IommuUnit]
-"""``make(system, message)``: a unit in front of ``system``; ``message(address, data)`` carries its own interrupts."""
-
-
 class Q35Machine(Machine):
-    """A machine with ``ram`` (blocks one after another, below 4 GiB and above it). It comes up reset."""
+    """A machine with ``ram`` (blocks one after another, below 4 GiB and above it). It comes up reset.
+
+    Of ``bus_options`` the idle hook counts, and whether bridges gate DMA."""
 
     TYPE = "q35"
     big_endian = False
@@ -85,7 +57,6 @@ class Q35Machine(Machine):
         ram: Sequence[RAMBlock],
         options: Q35Options | None = None,
         *,
-        make_iommu: MakeIommu | None = None,
         clock: VirtualClock | None = None,
         bus_options: BusOptions | None = None,
         trace: Trace = NULL_TRACE,
@@ -100,12 +71,11 @@ class Q35Machine(Machine):
         self.chipset = ChipsetConfig()
         self.on_reset_request: Callable[[], None] = self.reset
         """Called when the guest asks for a reset."""
-        self.root_bus = self._root_bus(bus_options.idle if bus_options is not None else None)
-        self.buses: dict[str, PCIBus] = {ROOT_BUS: self.root_bus}
-        """By QEMU's names."""
-        self.iommu = make_iommu(self.system, self.messages.deliver) if make_iommu is not None else None
-        if self.iommu is not None and not self.options.bypass_iommu:
-            self.root_bus.setup_iommu(self.iommu.ops)
+        self.iommu: IntelIommu | None = None
+        """The IOMMU of every bus, if there is one."""
+        if self.options.iommu is not None:
+            self.iommu = IntelIommu(self.options.iommu, self.system, self.messages.deliver, trace=trace)
+        self.root_bus = self._root_bus(bus_options or BusOptions())
         self.mch, self.lpc = Mch(self.root_bus.host_for(0)), Ich9Lpc(self.root_bus.host_for(regs.LPC_DEVFN))
         self._pins = PinRouter(self.chipset, self.lpc.route, self.set_gsi)
         self._plug_chipset()
@@ -114,16 +84,21 @@ class Q35Machine(Machine):
 
     # -- building ------------------------------------------------------------------------------------------------
 
-    def _root_bus(self, idle: Callable[[Callable[[], bool]], None] | None) -> PCIBus:
-        return PCIBus(
+    def _root_bus(self, options: BusOptions) -> PCIBus:
+        bus = PCIBus(
             ROOT_BUS,
             memory=Window(self.memory.pci),
             io=Window(self.ports.region),
             system=self.system,
             clock=self.clock,
-            options=BusOptions(idle=idle, intx=lambda devfn, pin, level: self._pins.set_pin(devfn, pin, level)),
+            options=replace(options, intx=lambda devfn, pin, level: self._pins.set_pin(devfn, pin, level)),
             trace=self.trace,
+            express=True,
+            bypass_iommu=self.options.bypass_iommu,
         )
+        if self.iommu is not None:
+            bus.setup_iommu(self.iommu.ops)
+        return bus
 
     def _plug_chipset(self) -> None:
         self.root_bus.attach(self.mch, 0)
@@ -150,7 +125,7 @@ class Q35Machine(Machine):
         ):
             root.add_subregion(base, region, priority)
         if self.iommu is not None:
-            root.add_subregion(regs.VTD_BASE, self.iommu.mmio)
+            root.add_subregion(vtd.BASE, self.iommu.mmio)
 
     def _place_ecam(self) -> None:
         value = self.mch.config.get("pciexbar")
@@ -173,22 +148,24 @@ class Q35Machine(Machine):
 
     def bus_numbered(self, number: int) -> PCIBus | None:
         """The bus that the guest calls ``number`` now."""
-        return next((bus for bus in self.buses.values() if bus.number == number), None)
+        return self.root_bus.find(number)
+
+    @property
+    def buses(self) -> dict[str, PCIBus]:
+        """Every bus by QEMU's name, the root bus first, then in the order of the tree."""
+        return {bus.name: bus for bus in self.root_bus.walk()}
 
     def reset(self) -> None:
         """Reset in three phases: DMA stops, registers, then the IOMMU and running again. CONFIG_ADDRESS stays."""
-        for bus in self.buses.values():
-            bus.reset_enter()
-        for bus in self.buses.values():
-            bus.reset_hold()
+        self.root_bus.reset_enter()
+        self.root_bus.reset_hold()
         self.chipset.reset()
         self.ioapic.reset()
         self._pins.reset()
         self.irqs.reset()
         if self.iommu is not None:
             self.iommu.reset()
-        for bus in self.buses.values():
-            bus.reset_exit()
+        self.root_bus.reset_exit()
 
     def device_tree(self) -> DeviceTree:
         """A PC has none."""
