@@ -19,6 +19,7 @@ from protocols.transport.kernel import EventFd
 from protocols.transport.loop import Loop, deadline_scale
 from protocols.transport.unix import close_fds
 from protocols.vfio_user import messages as wire
+from protocols.vfio_user.iommu_messages import IommuSetup, PageAnswer
 from protocols.vfio_user.messages import (
     Capabilities,
     Command,
@@ -54,7 +55,7 @@ def capabilities(*, ats: bool, twin: bool = False) -> Capabilities:
         pgsizes=PGSIZES,
         migration=MigrationCapability(),
         twin_socket=TwinSocket(True) if twin else None,
-        extensions=Extensions(ats=ats, clock=True, notifier=ats),
+        extensions=Extensions(ats=ats, clock=True, notifier=ats, iommu=ats),
     )
 
 
@@ -289,6 +290,20 @@ class VfioUserDevice(RemotePeer):
     def notifier(self, as_id: int, path: str) -> None:
         """X_NOTIFIER: subscribe to ``as_id``."""
         self._call(Command.X_NOTIFIER, wire.NotifierSetup(as_id, os.fsencode(path)), wire.Empty)
+
+    def iommu(self, request: IommuSetup, gate: int) -> None:
+        """X_IOMMU: there is one with services for devices; ``gate`` is the descriptor of its area."""
+        self._call(Command.X_IOMMU, request, wire.Empty, [gate])
+
+    def page_response(self, answer: PageAnswer) -> None:
+        """X_PAGE_RESPONSE; posted."""
+        with contextlib.suppress(PeerLost):
+            self._post(Command.X_PAGE_RESPONSE, answer)
+
+    @property
+    def iommu_services(self) -> bool:
+        """See :class:`~vfio_model.vfio.pci.ServedFunction`."""
+        return self.extensions.iommu
 
     # -- the end -------------------------------------------------------------------------------------------------
 

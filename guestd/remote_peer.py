@@ -76,6 +76,9 @@ class DeviceServices(Protocol):
     def dma_write(self, address: int, data: bytes) -> bool:
         """DMA by message: whether all of it was written."""
 
+    def iommu(self, request: Payload) -> Payload:
+        """What a device with a cache of translations asks of the IOMMU. :raise OSError: it refuses."""
+
 
 class NoServices:
     """For a device whose DMA does not go through this process."""
@@ -91,6 +94,10 @@ class NoServices:
     def dma_write(self, address: int, data: bytes) -> bool:
         """Refused."""
         return False
+
+    def iommu(self, request: Payload) -> Payload:
+        """Refused."""
+        raise OSError(errno.ENODEV, "no IOMMU of this process")
 
 
 class RemotePeer:
@@ -260,8 +267,18 @@ class RemotePeer:
         elif isinstance(request, wire.DmaAccess):
             done = services.dma_write(request.address, request.data)
             self._answer_dma(event, wire.DmaAccess(request.address, request.count) if done else None)
+        elif request is not None:
+            self._serve_iommu(event, request)
         else:
             self._endpoint.reply_error(event, errno.ENOTSUP)
+
+    def _serve_iommu(self, event: CommandReceived, request: Payload) -> None:
+        try:
+            answer = self._services.iommu(request)
+        except OSError as error:
+            self._endpoint.reply_error(event, error.errno or errno.EIO)
+            return
+        self._endpoint.reply(event, answer)
 
     def _answer_dma(self, event: CommandReceived, answer: wire.DmaAccess | None) -> None:
         if answer is None:
