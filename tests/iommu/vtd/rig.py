@@ -92,6 +92,14 @@ class Rig:
         assert not self.system.read(addr, data), f"{addr:#x} is RAM"
         return int.from_bytes(data, "little")
 
+    def write_protect_tables(self) -> None:
+        """From now on they are a ROM."""
+        region = next(each for each in self.root.subregions if each.name == "tables")
+        assert isinstance(region, RAMRegion)
+        region.set_enabled(False)
+        region.readonly = True
+        region.set_enabled(True)
+
     def page(self) -> int:
         """A zeroed page for a table."""
         self._free += 4096

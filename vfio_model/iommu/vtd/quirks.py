@@ -29,6 +29,8 @@ NO_FAULT_ON_HIT: Final = "no-fault-on-hit"
 IOTLB_BY_SOURCE: Final = "iotlb-by-source"
 COMPATIBILITY_FORMAT: Final = "compatibility-format"
 SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
+FPD_WHEN_PRESENT: Final = "fpd-when-present"
+FS1GP_IGNORED: Final = "fs1gp-ignored"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
 
@@ -66,6 +68,22 @@ QUIRKS: Final = (
         "an interrupt remapping entry with SVT=2 has the first bus in SID bits 15:8 and the last in 7:0",
         "the last bus is in 15:8 and the first in 7:0",
         "9.9, Source Identifier",
+        selectable=True,
+    ),
+    Quirk(
+        FPD_WHEN_PRESENT,
+        "11.1",
+        "FPD of a PASID directory entry or PASID entry counts even if the entry is not present or not valid",
+        "it counts in good entries only",
+        "hardware looks at FPD irrespective of the present bit (9.5, 9.6)",
+        selectable=True,
+    ),
+    Quirk(
+        FS1GP_IGNORED,
+        "11.1",
+        "without 1 GiB first-stage pages (fs1gp=off) a leaf of that size has a reserved bit set",
+        "it translates",
+        "9.7, Page Size bit of a first-stage page-directory-pointer entry",
         selectable=True,
     ),
     Quirk(

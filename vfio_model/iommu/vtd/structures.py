@@ -12,6 +12,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.ports import RID
 from vfio_model.iommu.vtd.table_memory import TableMemory
@@ -153,6 +154,7 @@ class Structures:
                 *((TableType.PASS_THROUGH,) if options.pass_through else ()),
             )
         )
+        self._fpd_when_present = options.has(quirks.FPD_WHEN_PRESENT)
         self._first_levels = frozenset((4,) if options.aw_bits < 57 else (4, 5))
 
     # -- root and context ----------------------------------------------------------------------------------------
@@ -220,22 +222,23 @@ class Structures:
 
     def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
         fpd, memory = context.fpd, self._memory
+        absent = 0 if self._fpd_when_present else _FPD
         directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
         if directory is None:
             return Reason.DIRECTORY_UNREADABLE, fpd, None
-        fpd = fpd or bool(directory & _FPD)
         if not directory & _P:
-            return Reason.DIRECTORY_NOT_PRESENT, fpd, None
+            return Reason.DIRECTORY_NOT_PRESENT, fpd or bool(directory & absent), None
+        fpd = fpd or bool(directory & _FPD)
         words = memory.words((directory & ~PAGE_MASK) + (pasid & 63) * 64, 3)
         if words is None:
             return Reason.PASID_TABLE_UNREADABLE, fpd, None
         q0, q1, q2 = words
-        fpd = fpd or bool(q0 & _FPD)
         kind = q0 >> 6 & 7
         if kind not in self._types or not self._level_supported(kind, q0, q2):
-            return Reason.PASID_INVALID, fpd, None
+            return Reason.PASID_INVALID, fpd or bool(q0 & absent), None
         if not q0 & _P:
-            return Reason.PASID_NOT_PRESENT, fpd, None
+            return Reason.PASID_NOT_PRESENT, fpd or bool(q0 & absent), None
+        fpd = fpd or bool(q0 & _FPD)
         return Reason.NONE, fpd, self._bound(TableType(kind), pasid, fpd, (q0, q1, q2))
 
     def _level_supported(self, kind: int, q0: int, q2: int) -> bool:

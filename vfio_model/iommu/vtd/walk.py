@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.regs import INTERRUPT_FIRST, INTERRUPT_LAST
 from vfio_model.iommu.vtd.structures import Binding, Reason, TableType
@@ -73,7 +74,7 @@ def second_reserved(options: VtdOptions) -> ReservedBits:
 def first_reserved(options: VtdOptions) -> ReservedBits:
     """Of first-level entries."""
     above = ADDRESS_BITS & ~((1 << options.aw_bits) - 1)
-    giant = above | 0x3FFF_E000 if options.fs1gp else above | LARGE
+    giant = above | (0x3FFF_E000 if options.fs1gp or options.has(quirks.FS1GP_IGNORED) else LARGE)
     return ReservedBits(
         (0, above, above, above, above | LARGE, above | LARGE),
         (0, 0, above | 0x1F_E000, giant, above | LARGE, above | LARGE),
