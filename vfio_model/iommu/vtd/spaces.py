@@ -64,6 +64,9 @@ class Resolver(Protocol):
 class VtdRegion(IOMMUMemoryRegion):
     """Everything that a function can address, translated."""
 
+    cache_events = IOMMUNotifierFlag.UNMAP
+    marks_writes = True
+
     def __init__(self, space: VtdSpace, resolver: Resolver, trace: Trace) -> None:
         super().__init__(f"{space.name}-dmar", _WHOLE)
         self.space = space
