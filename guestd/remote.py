@@ -163,10 +163,10 @@ class VfioUserDevice(RemotePeer):
         )
 
     def _region_read(self, index: int, offset: int, size: int) -> bytes:
-        reply = self._call(Command.REGION_READ, wire.RegionAccess(offset, index, size), wire.RegionAccess)
-        if len(reply.data) != size:
-            raise OSError(errno.EIO, f"{self.name}: {len(reply.data)} bytes of {size} read")
-        return reply.data
+        data = self._read(index, offset, size)
+        if len(data) != size:
+            raise OSError(errno.EIO, f"{self.name}: {len(data)} bytes of {size} read")
+        return data
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """REGION_WRITE, posted."""
@@ -239,15 +239,20 @@ class VfioUserDevice(RemotePeer):
         request = wire.DeviceFeature(wire.MAX_FEATURE, flags, data)
         return self._call(Command.DEVICE_FEATURE, request, wire.DeviceFeature).data
 
+    @property
+    def mig_data_limit(self) -> int:
+        """Bytes of a state that one message carries at most."""
+        return self._endpoint.state.peer.max_data_xfer_size
+
     def mig_data_read(self, size: int) -> bytes:
         """MIG_DATA_READ: at most ``size`` bytes; none at the end of the state."""
-        size = min(size, self._endpoint.state.peer.max_data_xfer_size)
+        size = min(size, self.mig_data_limit)
         request = wire.MigData(wire.MigData.SIZE + size, size)
         return self._call(Command.MIG_DATA_READ, request, wire.MigData).data
 
     def mig_data_write(self, data: bytes) -> None:
         """MIG_DATA_WRITE, in as many messages as it takes."""
-        limit = self._endpoint.state.peer.max_data_xfer_size
+        limit = self.mig_data_limit
         for at in range(0, len(data), limit):
             part = data[at : at + limit]
             request = wire.MigData(wire.MigData.SIZE + len(part), len(part), part)

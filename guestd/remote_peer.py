@@ -3,10 +3,8 @@
 Who waits for an answer serves what devices ask in between: translations, DMA by message, interrupts. Serving never
 waits: a DMA that leads to another process's BAR is an error there, not a question.
 
-A device that answers at once is waited for on its socket alone, which is one call of the kernel instead of a turn of
-the loop: what it asks in between comes there, and what has come elsewhere until the answer is served before that is
-given out (an interrupt that the device sent before it answered is there when the answer is). One that lets wait for its
-answer is waited for in the loop, until several of its answers have come at once again.
+An answer that is the next thing to happen is taken without a turn of the loop. Whatever else has happened by then is
+served first: an interrupt that a device sent before it answered is there when the answer is.
 
 A device that is gone (EOF, dead pidfd, a broken protocol, a deadline) stays gone: every call raises
 :class:`PeerLost` from then on, :attr:`RemotePeer.on_lost` is called once, and nobody else notices.
@@ -18,7 +16,6 @@ import contextlib
 import errno
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
@@ -29,7 +26,7 @@ from protocols.transport.unix import close_fds
 from protocols.transport.vfio_user import VfioUserEndpoint
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Command, Payload
-from protocols.vfio_user.state import CommandReceived, ReplyReceived
+from protocols.vfio_user.state import CommandReceived, Event, ReplyReceived
 from vfio_model.errors import DeadlineExceeded, PeerLost, ProtocolError
 from vfio_model.trace import NULL_TRACE, Trace
 
@@ -37,12 +34,12 @@ DEVICE_SECONDS: Final = 5.0
 """Deadline of one request to a device."""
 END_SECONDS: Final = 2.0
 """How long a device process may take to end when its connection was closed."""
-PROMPT_NS: Final = 500_000
-"""An answer within this time has come at once."""
-PROMPT_ANSWERS: Final = 16
-"""How many answers in a row have to come at once before a device is waited for alone again."""
+SHORT_WAIT_MS: Final = 1
+"""How long an answer is waited for before the loop has its turn."""
 MAX_TURN: Final = 32
 """Messages of one device that are taken before others have their turn."""
+
+_REGION_READ = Command.REGION_READ
 
 P = TypeVar("P", bound=Payload)
 _serving: ContextVar[bool] = ContextVar("serving", default=False)
@@ -128,9 +125,6 @@ class RemotePeer:
         self._waiting: set[int] = set()
         self._posted = False
         """Whether something was sent since the last answer that wants none itself."""
-        self._slow = 0
-        """Answers that have to come at once before the device is waited for alone."""
-        endpoint.stream.attend()
         self._prepare()
         loop.register(endpoint, self._readable, served=True)
         if process is not None:
@@ -186,50 +180,85 @@ class RemotePeer:
         :raise OSError: the device's errno, EDEADLK while a device is answered. :raise PeerLost: it is gone, or too
         late.
         """
+        self._may_ask(command)
+        return self._result(self._await(self._send(command, payload, fds), command), reply)
+
+    def _may_ask(self, command: Command) -> None:
         if is_answering():
             raise OSError(errno.EDEADLK, f"{self.name}: {wire.command_name(command)} while another device is served")
-        answer = self._await(self._send(command, payload, fds), command)
+        if self.lost is not None:
+            raise PeerLost(self.name, self.lost.doing)
+
+    def _result(self, answer: ReplyReceived, reply: type[P]) -> tuple[P, list[int]]:
         self._posted = False
         if answer.errno:
             close_fds(answer.fds)
-            raise OSError(answer.errno, f"{self.name}: {wire.command_name(command)}: {os.strerror(answer.errno)}")
+            what = wire.command_name(answer.command)
+            raise OSError(answer.errno, f"{self.name}: {what}: {os.strerror(answer.errno)}")
         assert isinstance(answer.payload, reply), "the protocol state checked what answers what"
         return answer.payload, answer.fds
 
+    def _read(self, index: int, offset: int, size: int) -> bytes:
+        """REGION_READ, the short way as far as it goes; the answer may be a short one. :raise OSError: and others as
+        :meth:`_exchange`.
+        """
+        self._may_ask(_REGION_READ)
+        try:
+            number = self._endpoint.read(index, offset, size)
+        except PeerLost as error:
+            raise self._lose(error.doing) from error
+        self._waiting.add(number)
+        data = self._read_soon(number, size)
+        if data is None:
+            answer, fds = self._result(self._await(number, _REGION_READ), wire.RegionAccess)
+            close_fds(fds)
+            return answer.data
+        self._waiting.discard(number)
+        self._posted = False
+        return data
+
+    def _read_soon(self, number: int, size: int) -> bytes | None:
+        """The data, when their arrival is the next thing that happens."""
+        if self._loop.wakes_fd(self._endpoint.fileno(), SHORT_WAIT_MS):
+            try:
+                event = self._endpoint.receive_data(number, size)
+                if isinstance(event, bytes):
+                    return event
+                if event is not None:
+                    self._handle(event)
+            except (PeerLost, ProtocolError) as error:
+                self._broken(error)
+        return None
+
     def _await(self, number: int, command: Command, seconds: float | None = None) -> ReplyReceived:
         replies = self._replies
-        try:
-            if not self._slow and len(self._waiting) == 1 and self._endpoint.twin is None and number not in replies:
-                self._await_alone(number)
-            if number not in replies:
-                self._await_in_loop(number, command, self.seconds if seconds is None else seconds)
-        finally:
-            self._waiting.discard(number)
+        # The usual case, without a turn of the loop: the answer is the next thing that happens.
+        soon = number not in replies and self.lost is None
+        if soon and self._loop.wakes_fd(self._endpoint.fileno(), SHORT_WAIT_MS):
+            if len(self._waiting) == 1:
+                self._take()
+            else:
+                self._readable()
+        if number not in replies:
+            self._await_in_loop(number, command, self.seconds if seconds is None else seconds)
+        self._waiting.discard(number)
         if number not in replies:
             assert self.lost is not None, "the wait ends with an answer or a loss"
             raise PeerLost(self.name, self.lost.doing)
         return replies.pop(number)
 
-    def _await_alone(self, number: int) -> None:
-        """Wait a moment for what the device says next."""
-        since_ns = time.monotonic_ns()
-        self._take(wait=True)
-        if number not in self._replies or time.monotonic_ns() - since_ns > PROMPT_NS:
-            self._slow = PROMPT_ANSWERS
-        self._loop.serve_ready()
-
     def _await_in_loop(self, number: int, command: Command, seconds: float) -> None:
-        replies, since_ns = self._replies, time.monotonic_ns()
         try:
             self._loop.serve_until(
-                lambda: number in replies or self.lost is not None, seconds, self.name, wire.command_name(command)
+                lambda: number in self._replies or self.lost is not None,
+                seconds,
+                self.name,
+                wire.command_name(command),
             )
         except DeadlineExceeded as error:
             raise self._lose(f"waiting: {error}") from error
-        if time.monotonic_ns() - since_ns > PROMPT_NS:
-            self._slow = PROMPT_ANSWERS
-        elif self._slow:
-            self._slow -= 1
+        finally:
+            self._waiting.discard(number)
 
     # -- served --------------------------------------------------------------------------------------------------
 
@@ -238,24 +267,31 @@ class RemotePeer:
             if self.lost is not None or not self._take():
                 return
 
-    def _take(self, *, wait: bool = False) -> bool:
-        """Take one message, if there is one; ``wait`` gives it a moment."""
+    def _take(self) -> bool:
+        """Take one message, if there is one."""
         try:
-            event = self._endpoint.receive(wait=wait)
-            if event is None:
-                return False
-            if isinstance(event, ReplyReceived) and event.id in self._waiting:
-                self._replies[event.id] = event
-                return True
-            close_fds(event.fds)  # nothing that a device asks needs a descriptor
-            if isinstance(event, CommandReceived):
-                with answering():
-                    self._serve(event)
-        except PeerLost as error:
+            event = self._endpoint.receive()
+            if event is not None:
+                self._handle(event)
+        except (PeerLost, ProtocolError) as error:
+            self._broken(error)
+            return False
+        return event is not None
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, ReplyReceived) and event.id in self._waiting:
+            self._replies[event.id] = event
+            return
+        close_fds(event.fds)  # nothing that a device asks needs a descriptor
+        if isinstance(event, CommandReceived):
+            with answering():
+                self._serve(event)
+
+    def _broken(self, error: PeerLost | ProtocolError) -> None:
+        if isinstance(error, PeerLost):
             self._lose(f"{error.doing}: it ended the connection")
-        except ProtocolError as error:
+        else:
             self._lose(f"speaking: it broke the protocol: {error}")
-        return True
 
     def _serve(self, event: CommandReceived) -> None:
         request, services = event.payload, self._services

@@ -150,7 +150,9 @@ class RemoteClient:
                 f"DMA_MAP of {request.size:#x} bytes at {request.address:#x} is refused: {error.strerror}"
             )
             raise
-        self._trace("remote_dma_map", iova=request.address, size=request.size, flags=request.flags, direct=direct)
+        trace = self._trace
+        if trace.enabled:
+            trace("remote_dma_map", iova=request.address, size=request.size, flags=request.flags, direct=direct)
 
     def dma_unmap(self, request: wire.DmaUnmap) -> None:
         """DMA_UNMAP; whatever was cached or mapped over it goes first."""
@@ -169,7 +171,9 @@ class RemoteClient:
         if self._mapped is not None and self._mapped.mappings.invalidate(first, last):
             self._await_mappings(first, last)
         size = self._memory.remove(first, last)
-        self._trace("remote_dma_unmap", iova=first, last=last, bytes=size)
+        trace = self._trace
+        if trace.enabled:
+            trace("remote_dma_unmap", iova=first, last=last, bytes=size)
 
     def look(self) -> None:
         """Tell of files that turned out to be shorter than they were, and of invalidations."""

@@ -21,17 +21,14 @@ from vfio_model.ranges import U64_MAX
 
 UNMAP_ALL = 2
 """``VFIO_DMA_UNMAP_FLAG_ALL``."""
+_PERMISSIONS = READ | WRITE
 
 
 class _File:
     """One mapped file and how many maps are cut from it."""
 
     def __init__(self, memory: FileMemory) -> None:
-        self.memory, self.users, self.told = memory, 0, False
-
-    @property
-    def view(self) -> memoryview:
-        return self.memory.view
+        self.memory, self.view, self.users, self.told = memory, memory.view, 0, False
 
 
 class RemoteMemory:
@@ -47,18 +44,19 @@ class RemoteMemory:
         :raise OSError: EINVAL for a range that is empty, wraps or leaves the file; EEXIST for an overlap; ENOSPC; EPERM
             for a descriptor of what cannot be mapped.
         """
+        address, size, offset, flags = request.address, request.size, request.offset, request.flags
         try:
-            if request.flags & ~(READ | WRITE) or len(fds) > 1:
-                raise OSError(errno.EINVAL, f"flags {request.flags:#x}, {len(fds)} descriptors")
-            place = self.maps.check(request.address, request.size)
-            file = self._file(fds[0], request.offset + request.size) if fds else None
+            if flags & ~_PERMISSIONS or len(fds) > 1:
+                raise OSError(errno.EINVAL, f"flags {flags:#x}, {len(fds)} descriptors")
+            place = self.maps.check(address, size)
+            file = self._file(fds[0], offset + size) if fds else None
         finally:
             close_fds(fds)
-        view = None if file is None else file.view[request.offset : request.offset + request.size]
-        new = IovaMap(request.address, request.size, request.flags, view, file, request.offset)
-        self.maps.insert(place, new)
-        if file is not None:
-            file.users += 1
+        if file is None:
+            self.maps.insert(place, IovaMap(address, size, flags, None, None, offset))
+            return
+        self.maps.insert(place, IovaMap(address, size, flags, file.view[offset : offset + size], file, offset))
+        file.users += 1
 
     def _file(self, fd: int, end: int) -> _File:
         key, size = identify(fd)

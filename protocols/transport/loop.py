@@ -40,6 +40,7 @@ DEADLINE_SCALE_VARIABLE = "VFIO_MODEL_DEADLINE_SCALE"
 FINE_NS = 2_000_000
 """Below this a poll timeout (whole milliseconds) is too coarse and the timerfd is used."""
 _POLLIN = int(zmq.POLLIN)
+_EPOLLIN = int(select.EPOLLIN)
 
 Callback = Callable[[], None]
 
@@ -238,13 +239,13 @@ class Loop:
         """
         return bool(zmq_poll(self._polled_in_waits, milliseconds) == [(socket, _POLLIN)])
 
-    def serve_ready(self) -> None:
-        """What a wait does when it need not wait: what is *served* and there already is served."""
-        self._depth += 1
-        try:
-            self._turn(0, nested=True)
-        finally:
-            self._depth -= 1
+    def wakes_fd(self, fd: int, milliseconds: int) -> bool:
+        """As :meth:`wakes` for a source by its descriptor: whether it is the only one that then has something."""
+        if self._zmq:
+            if zmq_poll(self._polled_in_waits, milliseconds) != [(self._served_fd, _POLLIN)]:
+                return False
+            milliseconds = 0
+        return self._served.poll(milliseconds / 1000) == [(fd, _EPOLLIN)]
 
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.

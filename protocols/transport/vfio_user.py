@@ -11,7 +11,7 @@ import errno
 import socket
 from collections.abc import Callable
 
-from protocols.transport.unix import StreamConnection, close_fds
+from protocols.transport.unix import Frame, StreamConnection, close_fds
 from protocols.vfio_user.messages import (
     Capabilities,
     Command,
@@ -107,21 +107,27 @@ class VfioUserEndpoint:
                 twin = None
             if frame is None:
                 return None
-            try:
-                event = state.receive(frame.header, frame.body, frame.fds, twin=twin is not None)
-                if isinstance(event, ReplyReceived) and event.command == _VERSION:
-                    self._adopt(event)
-            except RemoteProtocolError:
-                close_fds(frame.fds)
-                raise
-            if isinstance(event, CommandReceived) and (frame.short or event.payload is None):
-                close_fds(event.fds)
-                self.reply_error(event, errno.EMFILE if frame.short else errno.ENOTSUP)
-            elif frame.short:
-                close_fds(event.fds)
-                raise RemoteProtocolError(f"{self.name}: no room here for the descriptors of its answer")
-            else:
+            event = self._event(frame, twin is not None)
+            if event is not None:
                 return event
+
+    def _event(self, frame: Frame, twin: bool) -> Event | None:
+        """What ``frame`` is; None when it is answered here."""
+        try:
+            event = self.state.receive(frame.header, frame.body, frame.fds, twin=twin)
+            if isinstance(event, ReplyReceived) and event.command == _VERSION:
+                self._adopt(event)
+        except RemoteProtocolError:
+            close_fds(frame.fds)
+            raise
+        if isinstance(event, CommandReceived) and (frame.short or event.payload is None):
+            close_fds(event.fds)
+            self.reply_error(event, errno.EMFILE if frame.short else errno.ENOTSUP)
+            return None
+        if frame.short:
+            close_fds(event.fds)
+            raise RemoteProtocolError(f"{self.name}: no room here for the descriptors of its answer")
+        return event
 
     def _adopt(self, event: ReplyReceived) -> None:
         """Take the second socket that came with the server's VERSION. :raise RemoteProtocolError: there is none."""
@@ -158,6 +164,24 @@ class VfioUserEndpoint:
         twin = self.twin if self.state.role is _SERVER else None
         (twin or self.stream).send(data, fds)
         return number
+
+    def read(self, region: int, offset: int, count: int) -> int:
+        """As :meth:`command` with a client's REGION_READ, the short way; :meth:`receive_data` may have its answer."""
+        number, data = self.state.read(region, offset, count)
+        self.stream.send(data)
+        return number
+
+    def receive_data(self, number: int, count: int) -> bytes | Event | None:
+        """As :meth:`receive`, for who expects the answer to the :meth:`read` of ``count`` bytes with id ``number``: of
+        one that is as it should be, its data alone.
+        """
+        frame = self.stream.receive()
+        if frame is None:
+            return self.receive()
+        data = None
+        if not frame.fds and not frame.short:
+            data = self.state.read_data(number, count, frame.header, frame.body)
+        return self._event(frame, False) if data is None else data
 
     def version(self) -> int:
         """Send the client's VERSION."""

@@ -214,9 +214,9 @@ class IovaMaps(Generic[Memory]):
 
 def _whole(found: list[IovaMap[Memory]], start: int, last: int) -> list[IovaMap[Memory]]:
     """``found``, of which only the first and the last can leave the range."""
-    for known in (*found[:1], *found[-1:]):
-        if known.iova < start or known.last > last:
-            raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {known!r} in two")
+    if found and (found[0].iova < start or found[-1].last > last):
+        cut = found[0] if found[0].iova < start else found[-1]
+        raise OSError(errno.EINVAL, f"{start:#x}..{last:#x} cuts the map {cut!r} in two")
     return found
 
 
