@@ -136,7 +136,7 @@ class Lookup:
         low = page_mask(done.level)
         tagged = binding.type is not TableType.SECOND
         page = Page(
-            addr & ~low, done.level, done.page, done.perm, done.pte, done.dirty, binding.did, space.pasid, tagged
+            addr & ~low, done.level, done.page, done.perm, done.pte, done.dirty, binding.did, binding.pasid, tagged
         )
         if want:
             self.iotlb.add(self._who(space, binding), page)
