@@ -101,18 +101,17 @@ class Translation:
     def set_enabled(self, on: bool) -> None:
         """See :class:`Translator`."""
         self.lookup.enabled = on
-        self._trace("vtd_dmar_enable", enable=int(on))
         self._forget_all()
         self._switch_all()
 
     def _forget_all(self) -> None:
-        self._reset_contexts()
+        self._trace("vtd_context_cache_reset")
+        self._forget_contexts(1)
         self._trace("vtd_pasid_cache_reset")
         self._reset_iotlb()
 
-    def _reset_contexts(self) -> None:
-        self._trace("vtd_context_cache_reset")
-        self.lookup.generation += 1
+    def _forget_contexts(self, generation: int) -> None:
+        self.lookup.generation = generation
         for space in self._spaces.values():
             self._forget_context(space)
 
@@ -129,7 +128,7 @@ class Translation:
     def invalidate_contexts(self, granularity: Granularity, did: int = 0, sid: int = 0, mask: int = 0) -> None:
         """See :class:`Translator`. A whole domain is invalidated as everything."""
         if granularity is not Granularity.SELECTIVE:
-            self._reset_contexts()
+            self._forget_contexts(self.lookup.generation + 1)
             self._switch_all()
             self._sync_all()
             return
