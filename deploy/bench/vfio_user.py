@@ -1,4 +1,4 @@
-"""vfio-user between two processes: a device as ``vfio-model serve`` serves it, and a client by our framing.
+"""vfio-user between two processes: a device as ``vfio-model serve`` serves it, and guestd's client or a bare one.
 
 The limits are bare echoes over the same kind of socket, with as many bytes and descriptors each way
 (:mod:`deploy.bench.stream_echo`). The device and the echoes run on one processor, this process on another
@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from deploy.bench.measure import Action, Row, in_turn
 from deploy.bench.placement import opposite
 from deploy.bench.stream_echo import echo
-from protocols.transport.vfio_user import VfioUserEndpoint, connect
+from deploy.inline.vfio_user import Client, attached
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import HEADER, HEADER_SIZE, Capabilities, Command, Header, HeaderFlags
-from protocols.vfio_user.state import ReplyReceived
+from protocols.vfio_user.messages import HEADER, HEADER_SIZE, Command, Header, HeaderFlags
 from vfio_model.errors import VfioModelError
 from vfio_model.uapi.vfio import PciRegion
 
@@ -34,7 +32,6 @@ RAM = 64 << 20
 _CONFIG = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
 _EDU_ID = 0
 _RW = 3
-_ANSWER_MS = 10_000
 _NUMBER = 256
 _ROUNDS = 31
 _KEPT = 1 << 40
@@ -42,35 +39,9 @@ _KEPT = 1 << 40
 _READ = HEADER_SIZE + wire.RegionAccess.SIZE
 _UNMAP = HEADER_SIZE + wire.DmaUnmap.SIZE
 MAX_ANSWER = 4096
-Ask = Callable[[Command, wire.Payload, Sequence[int]], object]
 AskBare = Callable[[Command, wire.Payload, int, int | None], None]
 ECHO = "bare AF_UNIX echo of as many bytes"
 ECHO_FD = "bare AF_UNIX echo that carries a descriptor"
-
-
-class Client:
-    """Asks one thing at a time and waits, for the socket alone."""
-
-    def __init__(self, endpoint: VfioUserEndpoint) -> None:
-        self._endpoint = endpoint
-        self._poll = select.poll()
-        self._poll.register(endpoint, select.POLLIN)
-        self._answer(endpoint.version())
-
-    def ask(self, command: Command, payload: wire.Payload, fds: Sequence[int] = ()) -> wire.Payload | None:
-        """The answer. :raise VfioModelError: it is an error, or there is none."""
-        return self._answer(self._endpoint.command(command, payload, tuple(fds)))
-
-    def _answer(self, number: int) -> wire.Payload | None:
-        poll, receive = self._poll.poll, self._endpoint.receive
-        while True:
-            if not poll(_ANSWER_MS):
-                raise VfioModelError("the device does not answer")
-            event = receive()
-            if isinstance(event, ReplyReceived) and event.id == number:
-                if event.errno:
-                    raise VfioModelError(f"the device refuses: {os.strerror(event.errno)}")
-                return event.payload
 
 
 class BareClient:
@@ -129,10 +100,10 @@ def rows() -> Iterator[Row]:
     with ExitStack() as stack:
         path, pid = stack.enter_context(served("edu"))
         other, other_pid = stack.enter_context(served("edu"))
-        endpoint = stack.enter_context(closing(connect(path, "edu", Capabilities(max_msg_fds=16))))
+        ours = stack.enter_context(attached(path, "edu"))
         sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         sock.connect(other)
-        ours, bare = Client(endpoint).ask, BareClient(sock).ask
+        bare = BareClient(sock).ask
         memory = guest_memory()
         stack.callback(os.close, memory)
         limits = [
@@ -147,9 +118,9 @@ def rows() -> Iterator[Row]:
         yield from _maps(memory, ours, bare, limits[1].once, limits[2].once)
 
 
-def _reads(name: str, request: wire.RegionAccess, ours: Ask, bare: AskBare, limit: Action) -> Iterator[Row]:
+def _reads(name: str, request: wire.RegionAccess, ours: Client, bare: AskBare, limit: Action) -> Iterator[Row]:
     def asked_by_ours() -> None:
-        ours(Command.REGION_READ, request, ())
+        ours.region_read(request.region, request.offset, request.count)
 
     def asked_by_bare() -> None:
         bare(Command.REGION_READ, request, _READ + 4, None)
@@ -159,7 +130,7 @@ def _reads(name: str, request: wire.RegionAccess, ours: Ask, bare: AskBare, limi
     yield from _two(name, ECHO, times[0], times[1], times[2])
 
 
-def _maps(memory: int, ours: Ask, bare: AskBare, limit_fd: Action, limit: Action) -> Iterator[Row]:
+def _maps(memory: int, ours: Client, bare: AskBare, limit_fd: Action, limit: Action) -> Iterator[Row]:
     """Pages of one file mapped and unmapped, one message each."""
     places: dict[str, int] = {}
 
@@ -176,16 +147,16 @@ def _maps(memory: int, ours: Ask, bare: AskBare, limit_fd: Action, limit: Action
         bare(Command.DMA_MAP, mapping("map by bare"), HEADER_SIZE, memory)
 
     def map_by_ours() -> None:
-        ours(Command.DMA_MAP, mapping("map by ours"), [memory])
+        ours.dma_map(mapping("map by ours"), memory)
 
     def unmap_by_bare() -> None:
         bare(Command.DMA_UNMAP, wire.DmaUnmap(address=page("unmap by bare"), size=PAGE), _UNMAP, None)
 
     def unmap_by_ours() -> None:
-        ours(Command.DMA_UNMAP, wire.DmaUnmap(address=page("unmap by ours"), size=PAGE), ())
+        ours.dma_unmap(wire.DmaUnmap(address=page("unmap by ours"), size=PAGE))
 
     kept = wire.DmaMap(flags=_RW, address=_KEPT, size=PAGE)
-    ours(Command.DMA_MAP, kept, [memory])
+    ours.dma_map(kept, memory)
     bare(Command.DMA_MAP, kept, HEADER_SIZE, memory)
     actions = [map_by_bare, map_by_ours, limit_fd, unmap_by_bare, unmap_by_ours, limit]
     times = in_turn(actions, number=_NUMBER, rounds=_ROUNDS)
@@ -194,7 +165,7 @@ def _maps(memory: int, ours: Ask, bare: AskBare, limit_fd: Action, limit: Action
 
 
 def _two(name: str, limit: str, bare: list[float], ours: list[float], theirs: list[float]) -> Iterator[Row]:
-    """What the server costs, seen by a client as bare as the echo's; and by ours."""
+    """What the server costs, seen by a client as bare as the echo's; and by guestd's."""
     yield _row(name, bare, limit, theirs, "the server's part: the client is as bare as the echo's")
     yield _row(f"{name}, our client", ours, limit, theirs, "")
 
