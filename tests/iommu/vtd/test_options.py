@@ -42,9 +42,7 @@ def test_capabilities(options: dict[str, object], cap: int, ecap: int) -> None:
 
 def test_page_requests_without_drain_and_write_flag_are_the_first_version_of_them() -> None:
     """Before page-request drain (PDS) and no-write-flag (NWFS) came, eight PASID bits were all there were."""
-    options = VtdOptions(
-        scalable_mode=True, fsts=True, svm=True, device_iotlb=True, pasid_bits=8, intremap=False
-    )
+    options = VtdOptions(scalable_mode=True, fsts=True, svm=True, device_iotlb=True, pasid_bits=8, intremap=False)
     assert options.ecap & ~(regs.ECAP_PDS | regs.ECAP_NWFS) == 0x8938_2000_0F46
 
 

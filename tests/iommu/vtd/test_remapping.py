@@ -98,7 +98,7 @@ def test_while_remapping_is_off_messages_pass() -> None:
     assert made.messages == [(request(0x12), 0x77)]
 
 
-# -- compatibility format ----------------------------------------------------------------------------------------------
+# -- compatibility format -----------------------------------------------------------------------------------------
 
 
 def test_compatibility_format_is_blocked_unless_software_allows_it() -> None:
@@ -120,7 +120,7 @@ def test_the_quirk_lets_compatibility_format_pass_and_has_no_cfi() -> None:
     assert send(made, 0xFEE0_1000, 0x31) == MemTxResult.OK
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- faults -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", [0x1_FEE0_0250, 0xFEF0_0250])
@@ -206,7 +206,7 @@ def test_svt_3_serves_nobody() -> None:
     assert not verified(3, SID, 0, SID)
 
 
-# -- registers ---------------------------------------------------------------------------------------------------------
+# -- registers ----------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_latched_and_not_what_is_written_later() -> None:
