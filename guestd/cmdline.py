@@ -25,7 +25,6 @@ Guest RAM is always a sealed memfd. What a memory backend says about pages is wh
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,25 +35,22 @@ import msgspec
 
 from guestd import cmdline_devices as devices
 from guestd.cmdline_backends import BackendNames
-from guestd.cmdline_devices import Globals
+from guestd.cmdline_devices import Globals, MachineWords
 from guestd.cmdline_help import ACCELERATORS, OPTIONS, HelpWanted, topic
-from guestd.cmdline_inert import READERS, hotplug_memory
+from guestd.cmdline_inert import READERS, hotplug_memory, smp
+from guestd.cmdline_pseries import PseriesWords
+from guestd.cmdline_q35 import Q35Words
 from guestd.config import GuestConfig, MonitorConfig, QtestConfig
-from guestd.machine_config import PseriesConfig
-from guestd.option_syntax import identifier, number, only, options, size, split, switch
+from guestd.option_syntax import identifier, only, options, size, split, switch
 from guestd.text_trace import read_patterns
 from protocols.transport import uri as migration_uri
 from vfio_model.errors import ConfigError
 
 DEFAULT_RAM: Final = 512 << 20
 _MEBI: Final = 20
-_MACHINE: Final = re.compile(r"pseries(-\d+\.\d+(-sxxm)?)?")
-_PHB_NUMBERS: Final = ("pgsz", "dma_win_addr", "dma_win_size", "dma64_win_addr")
-_MACHINE_NO_MEANING: Final = re.compile(
-    r"usb|graphics|mem-merge|dump-guest-core|suppress-vmdesc|ic-mode|vsmt|resize-hpt|max-cpu-compat|kernel_irqchip"
-    r"|kvm-type|aux-ram-share|dumpdtb|cap-.*|x-.*"
-)
 _SOCKET: Final = frozenset(("path", "server", "wait", "nodelay", "reconnect", "reconnect-ms", "mux", "logfile"))
+ARCHES: Final[dict[str, type[MachineWords]]] = {kind.ARCH: kind for kind in (PseriesWords, Q35Words)}
+"""What a binary's name ends in, and what it reads."""
 _ONE_RAM: Final = "Machine memory size does not match the size of the memory backend"
 
 
@@ -107,12 +103,12 @@ class _Seen:
     paused: bool = False
 
 
-def parse(words: Sequence[str]) -> Invocation:
-    """What ``words``, the command line without the program, ask for.
+def parse(words: Sequence[str], arch: str = PseriesWords.ARCH) -> Invocation:
+    """What ``words``, the command line without the program, ask of the binary for ``arch``, one of :data:`ARCHES`.
 
     :raise ConfigError: for what QEMU would refuse, too. :raise HelpWanted: they ask for help.
     """
-    reader = _Reader()
+    reader = _Reader(ARCHES[arch]())
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -144,9 +140,11 @@ def _named(where: str, act: Callable[[], None]) -> None:
 class _Reader:
     """One handler for each option that has a meaning."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: MachineWords) -> None:
+        self._words = machine
         self.seen = _Seen()
         seen = self.seen
+        seen.globals.check = machine.check_global
         self._handlers: dict[str, Callable[[str], None]] = {
             "machine": self._machine,
             "accel": self._accel,
@@ -174,6 +172,7 @@ class _Reader:
             "parallel": _silent,
             "net": _no_network,
             "nic": _no_network,
+            "smp": lambda value: smp(value, machine.CPUS_OF),
             **READERS,
         }
         for option, name in (
@@ -187,7 +186,7 @@ class _Reader:
     def take(self, name: str, value: str) -> None:
         """One option. :raise ConfigError: without saying which."""
         name = OPTIONS[name].same_as or name
-        text = topic(name, value)
+        text = topic(name, value, self._words)
         if text is not None:
             raise HelpWanted(text)
         handler = self._handlers.get(name)
@@ -320,10 +319,10 @@ class _Reader:
         seen = self.seen
         given = dict(seen.machine)
         backend = self._backend(given.pop("memory-backend", None))
-        machine = self._machine_config(given, backend)
-        plugged = devices.plug_all(seen.devices, machine, seen.globals, seen.names, shared=backend.share)
+        self._configure(given, backend)
+        plugged = devices.plug_all(seen.devices, self._words, seen.globals, seen.names, shared=backend.share)
         config = GuestConfig(
-            machine=machine,
+            machine=self._words.config(),
             devices=plugged,
             drives=seen.names.drives,
             netdevs=seen.names.netdevs,
@@ -340,7 +339,7 @@ class _Reader:
             config.uuid = seen.uuid
         steps = config.qtest is not None or seen.accelerator == "qtest"
         directory = Path(seen.directory) if seen.directory else None
-        warnings = (*seen.globals.warnings(), *seen.names.warnings(plugged))
+        warnings = (*seen.globals.warnings(self._words.OWN), *seen.names.warnings(plugged))
         return Invocation(config, directory, not steps, tuple(seen.patterns), seen.log, warnings, seen.exit_with_parent)
 
     def _backend(self, name: object) -> devices.MemoryBackend:
@@ -350,24 +349,13 @@ class _Reader:
             raise ConfigError(f"Memory backend '{name}' not found")
         return self.seen.backends[str(name)]
 
-    def _machine_config(self, given: dict[str, object], backend: devices.MemoryBackend) -> PseriesConfig:
-        kind = str(given.pop("type", "pseries"))
-        if not _MACHINE.fullmatch(kind):
-            raise ConfigError(f'unsupported machine type: "{kind}"\nUse -machine help to list supported machines')
-        fields: dict[str, object] = {"ram": self._ram(backend)}
+    def _configure(self, given: dict[str, object], backend: devices.MemoryBackend) -> None:
+        kind = str(given.pop("type", next(iter(self._words.MACHINES))))
+        ram: dict[str, object] = {"ram": self._ram(backend)}
         if backend.page_size:
-            fields["page_size"] = backend.page_size
-        shared, self.seen.globals.phb = self.seen.globals.phb, {}
-        for name, value in {**shared, **given}.items():
-            if name in ("ddw", "multitce", "kvm-tce"):
-                fields["kvm" if name == "kvm-tce" else name] = switch(name, value)
-            elif name in _PHB_NUMBERS:
-                fields[name] = number(name, value, kind="uint64")
-            elif name == "quirks":
-                fields[name] = str(value).split("+")
-            elif not _MACHINE_NO_MEANING.fullmatch(name):
-                raise ConfigError(f"Property 'pseries-machine.{name}' not found")
-        return devices.machine_with_phbs(fields, self.seen.devices)
+            ram["page_size"] = backend.page_size
+        asked = devices.MachineAsked(kind, given, ram)
+        self._words.configure(asked, self.seen.devices, self.seen.globals)
 
     def _ram(self, backend: devices.MemoryBackend) -> int:
         asked = self.seen.ram

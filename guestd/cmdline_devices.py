@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import Final
-
-import msgspec
+from typing import ClassVar, Final
 
 from guestd.backends import check_names
 from guestd.cmdline_backends import BackendNames
 from guestd.config import ANONYMOUS, DeviceConfig
 from guestd.device_options import ASSIGNED, REMOTE, device_config, driver_of, drivers
-from guestd.machine_config import PhbConfig, PseriesConfig, VioConfig
-from guestd.option_syntax import identifier, number, only, size, split, switch
-from guestd.places import Buses, Occupant, Slots, check_pseries
+from guestd.machine_config import MachineConfig
+from guestd.option_syntax import identifier, only, size, split, switch
+from guestd.places import Buses, Occupant
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
-from vfio_model.iommu.spapr.regs import MAX_PHBS, VIO_UNIT_BASE
 from vfio_model.pci.address import PCIAddress
 
-PHB: Final = "spapr-pci-host-bridge"
-PHB_NUMBERS: Final = ("index", "pgsz", "dma_win_addr", "dma_win_size", "dma64_win_addr")
-PHB_PROPERTIES: Final = (*PHB_NUMBERS, "ddw")
-VIO: Final = {"spapr-vlan": "llan", "spapr-vscsi": "vscsi", "tpm-spapr": "tpm", "spapr-vty": "vty"}
-"""Drivers of VIO devices; of them no more is here than their DMA windows."""
-_VIO_NO_MEANING: Final = ("driver", "id", "irq", "netdev", "mac", "bootindex", "chardev", "tpmdev")
-_FIRST_UNIT: Final = VIO_UNIT_BASE + 1
-"""Units are counted up from here; the one below is the NVRAM's, which this machine does not show."""
-_PHB_NO_MEANING: Final = ("driver", "id", "numa_node", "pre-5.1-associativity")
 _BACKENDS: Final = ("memory-backend-memfd", "memory-backend-ram", "memory-backend-file", "memory-backend-shm")
 _BACKEND_KEYS: Final = frozenset(
     (
@@ -115,24 +103,14 @@ class DeviceWords:
     text: bool
     where: str
 
-    @property
-    def is_phb(self) -> bool:
-        """Whether it is a host bridge."""
-        return self.options.get("driver") == PHB
-
-    @property
-    def is_vio(self) -> bool:
-        """Whether it is a VIO device."""
-        return self.options.get("driver") in VIO
-
 
 class Globals:
     """``-global DRIVER.PROPERTY=VALUE``: defaults of every device of that kind."""
 
     def __init__(self) -> None:
         self._given: list[tuple[str, str, str]] = []
-        self.phb: dict[str, object] = {}
-        """Of every PHB."""
+        self.check: Callable[[str, str, str], None] = lambda driver, name, value: None
+        """What is wrong at once; raises ConfigError."""
 
     def add(self, text: str) -> None:
         """:raise ConfigError: when it is neither form."""
@@ -145,136 +123,107 @@ class Globals:
                 raise ConfigError("options 'driver', 'property', and 'value' are required")
             driver, name, value = given["driver"], given["property"], given["value"]
         self._given.append((driver, name, value))
-        if driver == PHB:
-            if name not in PHB_PROPERTIES:
-                raise ConfigError(f"can't apply global {driver}.{name}={value}: Property '{driver}.{name}' not found")
-            try:
-                _phb_value(name, value)
-            except ConfigError as error:
-                raise ConfigError(f"can't apply global {driver}.{name}={value}: {error}") from error
-            self.phb[name] = value
+        try:
+            self.check(driver, name, value)
+        except ConfigError as error:
+            raise ConfigError(f"can't apply global {driver}.{name}={value}: {error}") from error
 
-    def of(self, driver: object) -> dict[str, object]:
-        """The defaults of ``driver``.
+    def of(self, driver: object, known: Collection[str] | None = None) -> dict[str, object]:
+        """The defaults of ``driver``, whose properties are ``known``; None: any.
 
         :raise ConfigError: for a property that it has not got.
         """
+        if known is None and driver in DEVICES:
+            known = DEVICES[str(driver)].PROPS
         found: dict[str, object] = {}
         for kind, name, value in self._given:
             if kind == driver:
-                if kind in DEVICES and name not in DEVICES[kind].PROPS:
+                if known is not None and name not in known:
                     what = f"can't apply global {kind}.{name}={value}: Property '{kind}.{name}' not found"
                     raise ConfigError(what)
                 found[name] = value
         return found
 
-    def warnings(self) -> list[str]:
-        """About what holds for nothing."""
-        known = (*drivers(), PHB, *VIO)
+    def warnings(self, own: Collection[str]) -> list[str]:
+        """About what holds for nothing; ``own`` are the machine's own drivers."""
+        known = (*drivers(), *own)
         return [f"global {kind}.{name} has invalid class name" for kind, name, _ in self._given if kind not in known]
 
 
-def machine_with_phbs(fields: Mapping[str, object], devices: Sequence[DeviceWords]) -> PseriesConfig:
-    """The machine with its first PHB, and the PHBs and VIO devices that ``devices`` name.
-
-    :raise ConfigError: see :func:`_phb` and :func:`_vio`.
+@dataclass(frozen=True, slots=True)
+class MachineAsked:
+    """``-machine``: its type, its properties as they are ``given``, and what is known of its RAM, as fields of the
+    configuration.
     """
-    phbs = [PhbConfig(index=0)]
-    vio: dict[int, tuple[str, VioConfig]] = {}
-    machine = _machine(fields, phbs, [], "-machine")
-    for words in devices:
-        try:
-            if words.is_phb:
-                unnamed = sum(phb.id is None for phb in phbs)
-                phbs.append(_phb(words.options, {phb.index for phb in phbs}, unnamed))
-                _machine(fields, phbs, [], words.where)
-            elif words.is_vio:
-                unit = _vio(words.options, vio)
-                assert unit.reg is not None, "given one"
-                vio[unit.reg] = str(words.options["driver"]), unit
-        except ConfigError as error:
-            raise ConfigError(error.what, where=words.where) from error
-    return _machine(fields, phbs, [unit for _, unit in vio.values()], "-machine") if devices else machine
+
+    kind: str
+    given: Mapping[str, object]
+    ram: Mapping[str, object]
 
 
-def _machine(
-    fields: Mapping[str, object], phbs: Sequence[PhbConfig], vio: Sequence[VioConfig], where: str
-) -> PseriesConfig:
-    parts = {"phbs": msgspec.to_builtins(phbs), "vio": msgspec.to_builtins(vio)}
-    try:
-        return msgspec.convert({**parts, **fields}, PseriesConfig)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise ConfigError(str(error), where=where) from error
+class MachineWords(ABC):
+    """What a command line says of the machine: one kind for each binary."""
 
+    ARCH: ClassVar[str]
+    MACHINES: ClassVar[Mapping[str, str]]
+    """What ``-machine help`` lists, the default first, with the descriptions."""
+    CPUS_OF: ClassVar[str]
+    """What QEMU calls the machine that has too many CPUs."""
+    OWN: ClassVar[Sequence[str]]
+    """Drivers of its own."""
+    DRIVERS: ClassVar[Mapping[str, Sequence[str]]]
+    """Those that ``-device help`` lists, with what the help of each says."""
+    OFF_PCI: ClassVar[Collection[str]]
+    """Of these, what is on no PCI bus."""
+    MACHINE_HELP: ClassVar[Sequence[str]]
 
-def _phb_value(name: str, value: object) -> object:
-    """:raise ConfigError: what cannot be the property ``name`` of a bridge."""
-    if name == "ddw":
-        return switch(name, value)
-    return number(name, value, kind="uint64" if name != "index" else "uint32_t")
+    buses: Buses
+    """Those so far."""
 
+    @abstractmethod
+    def check_global(self, driver: str, name: str, value: str) -> None:
+        """:raise ConfigError: what is refused before any device is made."""
 
-def _phb(options: Mapping[str, object], taken: set[int], unnamed: int) -> PhbConfig:
-    """One more bridge than those of the indices ``taken``, of which ``unnamed`` have no id."""
-    fields: dict[str, object] = {}
-    for name, value in options.items():
-        if name in PHB_PROPERTIES:
-            fields[name] = _phb_value(name, value)
-        elif name not in _PHB_NO_MEANING:
-            raise ConfigError(f"Property '{PHB}.{name}' not found")
-    index = fields.get("index")
-    if index is None:
-        raise ConfigError('"index" for PAPR PHB is mandatory')
-    assert isinstance(index, int), "read as a number"
-    if index >= MAX_PHBS:
-        raise ConfigError(f'"index" for PAPR PHB is too large (max {MAX_PHBS - 1})')
-    if index in taken:
-        raise ConfigError(f"PHB {index} already attached")
-    if "id" in options:
-        fields["id"] = identifier(options["id"])
-    else:
-        fields["bus_name"] = f"pci.{unnamed}"
-    return msgspec.convert(fields, PhbConfig)
+    @abstractmethod
+    def configure(self, asked: MachineAsked, devices: Sequence[DeviceWords], defaults: Globals) -> None:
+        """The machine that is ``asked`` for; ``devices`` are all that will come.
 
+        :raise ConfigError: with QEMU's message.
+        """
 
-def _vio(options: Mapping[str, object], taken: Mapping[int, tuple[str, VioConfig]]) -> VioConfig:
-    """One more VIO device than those ``taken``, by unit with their drivers."""
-    driver = str(options["driver"])
-    unit = next(unit for unit in count(_FIRST_UNIT) if unit not in taken)
-    for name, value in options.items():
-        if name == "reg":
-            unit = number(name, value)
-        elif name not in _VIO_NO_MEANING:
-            raise ConfigError(f"Property '{driver}.{name}' not found")
-    if unit in taken:
-        raise ConfigError(f"{taken[unit][0]} and {driver} devices conflict at address {unit:#x}")
-    try:
-        return msgspec.convert({"kind": VIO[driver], "reg": unit}, VioConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"Property '{driver}.reg' doesn't take value '{options['reg']}'") from error
+    @abstractmethod
+    def take(self, words: DeviceWords, given: Globals, place: int) -> bool:
+        """Whether ``words`` are of the machine itself, which then has it; ``place`` of them had no id before.
+
+        :raise ConfigError: with QEMU's message.
+        """
+
+    @property
+    def unnamed(self) -> int:
+        """How many of what was taken had no id and count as devices."""
+        return 0
+
+    @abstractmethod
+    def config(self) -> MachineConfig:
+        """When all devices have come."""
 
 
 def plug_all(
-    devices: Sequence[DeviceWords], machine: PseriesConfig, given: Globals, names: BackendNames, *, shared: bool
+    devices: Sequence[DeviceWords], machine: MachineWords, given: Globals, names: BackendNames, *, shared: bool
 ) -> list[DeviceConfig]:
-    """Every PCI device of ``devices``, each on its bus, which a bridge before it has made. ``names`` are those of back
-    ends; ``shared``: whether remote ones get guest RAM.
+    """Every PCI device of ``devices``, each on its bus, which a bridge before it has made; what is the machine's own
+    goes to ``machine``. ``names`` are those of back ends; ``shared``: whether remote ones get guest RAM.
 
     :raise ConfigError: naming the option.
     """
-    bridges = iter(machine.phbs)
-    buses = Buses({}, "", check_pseries)
-    _add_bus(buses, next(bridges))
     taken: dict[str, DeviceConfig] = {}
     for words in devices:
-        if words.is_phb:
-            _add_bus(buses, next(bridges))
-        if words.is_phb or words.is_vio:
-            continue
         own = words.options
-        place = sum(name.startswith(ANONYMOUS) for name in taken)
+        place = machine.unnamed + sum(name.startswith(ANONYMOUS) for name in taken)
         try:
-            config = _plug({**given.of(own.get("driver")), **own}, buses, taken, place, text=words.text)
+            if machine.take(words, given, place):
+                continue
+            config = _plug({**given.of(own.get("driver")), **own}, machine.buses, taken, place, text=words.text)
             known = {"drive": names.drives, "netdev": names.netdevs}
             check_names(config, known, taken.values(), names.uplinks)
         except ConfigError as error:
@@ -300,9 +249,3 @@ def _plug(
     occupant = Occupant(driver_of(config), str(own.get("id", "")), config.multifunction)
     buses.slots[config.bus].devices[devfn] = occupant
     return config
-
-
-def _add_bus(buses: Buses, phb: PhbConfig) -> None:
-    """The bus of ``phb``, where QEMU puts from now on what does not say."""
-    buses.slots[phb.bus] = Slots(phb.bus)
-    buses.default = phb.bus

@@ -5,39 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from guestd.cmdline_devices import MachineWords
 from guestd.device_options import ASSIGNED, REMOTE, drivers
 from protocols.monitor.messages import QEMU_VERSION
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError
 
-MACHINES: Final = {"pseries": "pSeries Logical Partition (PAPR compliant) (default)"}
 ACCELERATORS: Final = ("qtest", "tcg", "kvm")
-PHB: Final = "spapr-pci-host-bridge"
 _TYPES: Final = {int: "uint64", bool: "bool", str: "str"}
-_PHB_HELP: Final = (
-    "ddw=<bool>             - on/off (default: on)",
-    "dma64_win_addr=<uint64>",
-    "dma_win_addr=<uint64>  -  (default: 0)",
-    "dma_win_size=<uint64>  -  (default: 1073741824)",
-    "index=<uint32>",
-    "pgsz=<uint64>          - bitmap of IOMMU page sizes",
-)
 _MORE_DEVICES: Final = {
     ASSIGNED: ("group=<uint32>", "host=<str>             - Address (bus/device/function) of the host device"),
     REMOTE: ("dma=<str>              - shared/message", "socket=<str>           - of the device's server"),
-    PHB: _PHB_HELP,
 }
-_MACHINE_HELP: Final = (
-    "ddw=<bool>             - dynamic DMA windows on every PHB",
-    "dma64_win_addr=<int>",
-    "dma_win_addr=<int>",
-    "dma_win_size=<int>",
-    "kvm-tce=<bool>         - TCE tables live with the host",
-    "memory-backend=<link<memory-backend>>",
-    "multitce=<bool>        - H_STUFF_TCE and H_PUT_TCE_INDIRECT",
-    "pgsz=<int>             - bitmap of IOMMU page sizes",
-    "quirks=<string>        - differences from QEMU to give up",
-)
 
 
 class HelpWanted(Exception):
@@ -109,13 +88,13 @@ OPTIONS: Final[dict[str, Option]] = {
 }
 
 
-def topic(option: str, value: str) -> str | None:
-    """The help that ``-option value`` asks for, or None.
+def topic(option: str, value: str, machine: MachineWords) -> str | None:
+    """The help that ``-option value`` asks for, or None, with what ``machine`` has of its own.
 
     :raise ConfigError: when it is about something unknown.
     """
     if option == "help":
-        return _overview()
+        return _overview(machine.ARCH)
     if option == "version":
         number = ".".join(str(part) for part in QEMU_VERSION.values())
         return f"QEMU emulator version {number} (vfio-model: its options, qtest and QMP; no CPU)"
@@ -123,36 +102,37 @@ def topic(option: str, value: str) -> str | None:
     if not {"help", "?"} & set(words):
         return None
     if option == "device":
-        return _device(words[0].removeprefix("driver="))
+        return _device(words[0].removeprefix("driver="), machine)
     if option == "machine":
-        return _machine(words[0].removeprefix("type="))
+        return _machine(words[0].removeprefix("type="), machine)
     if option == "accel":
         return "\n".join(["Accelerators supported in QEMU binary:", *ACCELERATORS])
     return f"-{option} {OPTIONS[option].argument}\n    {OPTIONS[option].help}"
 
 
-def _overview() -> str:
-    lines = ["usage: guestd-system-ppc64 [options]", ""]
+def _overview(arch: str) -> str:
+    lines = [f"usage: guestd-system-{arch} [options]", ""]
     for name, option in OPTIONS.items():
         lines.append(f"-{name} {option.argument}".rstrip())
         lines.append(f"                {option.help}")
     return "\n".join(lines)
 
 
-def _device(driver: str) -> str:
+def _device(driver: str, machine: MachineWords) -> str:
+    own_names = [f'name "{name}"' for name in machine.DRIVERS]
     if driver in ("help", "?"):
-        return "\n".join(["Controller/Bridge/Hub devices:", f'name "{PHB}"', "", "Misc devices:", *_pci_devices()])
-    if driver in _MORE_DEVICES:
-        own = _MORE_DEVICES[driver]
+        return "\n".join(["Controller/Bridge/Hub devices:", *own_names, "", "Misc devices:", *_pci_devices()])
+    known = {**_MORE_DEVICES, **machine.DRIVERS}
+    if driver in known:
+        own = tuple(known[driver])
     elif driver in DEVICES:
         props = sorted(DEVICES[driver].PROPS.items())
         shown = ((f"{name}=<{_TYPES[prop.type]}>", prop) for name, prop in props)
         own = tuple(f"{name:<22} - {prop.doc} (default: {prop.default})" for name, prop in shown)
     else:
         raise ConfigError(f"Device '{driver}' not found")
-    common = (
-        () if driver == PHB else ("addr=<str>             - Slot and optional function number, example: 06.0 or 06",)
-    )
+    address = "addr=<str>             - Slot and optional function number, example: 06.0 or 06"
+    common = () if driver in machine.OFF_PCI else (address,)
     return "\n".join([f"{driver} options:", *(f"  {line}" for line in sorted((*common, *own)))])
 
 
@@ -160,7 +140,9 @@ def _pci_devices() -> list[str]:
     return [f'name "{name}", bus PCI' for name in drivers()]
 
 
-def _machine(name: str) -> str:
+def _machine(name: str, machine: MachineWords) -> str:
     if name in ("help", "?"):
-        return "\n".join(["Supported machines are:", *(f"{kind:<20} {what}" for kind, what in MACHINES.items())])
-    return "\n".join([f"{name} options:", *(f"  {line}" for line in _MACHINE_HELP)])
+        return "\n".join(
+            ["Supported machines are:", *(f"{kind:<20} {what}" for kind, what in machine.MACHINES.items())]
+        )
+    return "\n".join([f"{name} options:", *(f"  {line}" for line in machine.MACHINE_HELP)])

@@ -22,8 +22,8 @@ _DATE: Final = re.compile(r"utc|localtime|\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}:\d{2})?
 _INTEGER: Final = re.compile(r"-?(0x[0-9a-f]+|[0-9]+)", re.IGNORECASE)
 
 
-def smp(value: str) -> None:
-    """``-smp``. :raise ConfigError: no topology of 1 to 4096 CPUs."""
+def smp(value: str, machine: str) -> None:
+    """``-smp`` of ``machine``. :raise ConfigError: no topology of 1 to 4096 CPUs."""
     given = split(value, "cpus")
     _expected("smp", given, _SMP)
     counts = {name: _integer(f"smp.{name}", text) for name, text in given.items()}
@@ -31,7 +31,7 @@ def smp(value: str) -> None:
         raise ConfigError("Invalid CPU topology: CPU topology parameters must be greater than zero")
     for name in ("cpus", "maxcpus"):
         if not 0 < counts.get(name, 1) <= MAX_CPUS:
-            what = f"Invalid SMP CPUs {counts[name]}. The max CPUs supported by machine 'pseries' is {MAX_CPUS}"
+            what = f"Invalid SMP CPUs {counts[name]}. The max CPUs supported by machine '{machine}' is {MAX_CPUS}"
             raise ConfigError(what)
     if counts.get("maxcpus", MAX_CPUS) < counts.get("cpus", 1):
         raise ConfigError("Invalid CPU topology: maxcpus must be equal to or greater than smp")
@@ -100,7 +100,6 @@ def _sandbox(value: str) -> None:
 
 
 READERS: Final[dict[str, Callable[[str], None]]] = {
-    "smp": smp,
     "rtc": _rtc,
     "boot": _boot,
     "audio": _audio,

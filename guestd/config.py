@@ -7,18 +7,17 @@ of this process are found by name.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from guestd.machine_config import ANONYMOUS as ANONYMOUS
 from guestd.machine_config import MachineConfig, PseriesConfig, Size
 from vfio_model.errors import ConfigError
 from vfio_model.vfio.kinds import ContainerChoice
 
 UNLIMITED = (1 << 64) - 1
-ANONYMOUS: Final = "device["
-"""How the names of devices begin that were given none: no id may hold a bracket."""
 
 
 class DeviceConfig(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -10,9 +10,14 @@ from msgspec import Meta, Struct
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.spapr import quirks, regs
 from vfio_model.iommu.spapr.regs import DEFAULT_WINDOW_SIZE, DMA64_WINDOW_ADDR, DmaOptions
+from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.ranges import U32_MAX, is_aligned
 
 Size = Annotated[int, Meta(ge=0)]
+ANONYMOUS: Final = "device["
+"""How the names of devices begin that were given none: no id may hold a bracket."""
+ROOT_BUS: Final = "pcie.0"
+"""Of a q35."""
 OnOffAuto = bool | Literal["auto"]
 
 
@@ -156,15 +161,44 @@ class IntelIommuConfig(Struct, kw_only=True, forbid_unknown_fields=True, rename=
     """What QEMU does otherwise than the specification and this unit is to do, too, by name, or ``qemu`` for all."""
 
 
+    def options(self) -> VtdOptions:
+        """Those of the unit. ``auto`` is as on QEMU without a kernel's interrupt controller.
+
+        :raise ConfigError: there is no such unit.
+        """
+        same = {name: getattr(self, name) for name in _SAME_OPTIONS}
+        eim, intremap = self.eim is True, self.intremap is not False
+        return VtdOptions(**same, eim=eim, intremap=intremap, quirks=frozenset(self.quirks))
+
+
+_SAME_OPTIONS: Final = (
+    *("aw_bits", "caching_mode", "device_iotlb", "dma_translation", "fs1gp", "fsts", "pasid_bits", "scalable_mode"),
+    *("snoop_control", "stale_tm", "svm", "nested", "invalidation"),
+)
+
+
 class BridgeConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A bridge, whose bus is called by its ``id``. ``props``: QEMU's properties of it."""
+    """A bridge. Its bus is called by its ``id``, unless ``bus_name`` says otherwise. ``props``: QEMU's properties of
+    it.
+    """
 
     driver: Literal["pcie-root-port", "pcie-pci-bridge", "i82801b11-bridge", "pci-bridge", "pxb-pcie"]
     id: str
-    bus: str = "pcie.0"
+    bus: str = ROOT_BUS
     addr: str
     multifunction: bool = False
+    bus_name: str | None = None
     props: dict[str, int | str | bool] = {}
+
+    @property
+    def bus_below(self) -> str:
+        """What a device's ``bus`` calls its secondary bus."""
+        return self.bus_name or self.id
+
+    @property
+    def named_id(self) -> str:
+        """Its id; empty when it was given none."""
+        return "" if self.id.startswith(ANONYMOUS) else self.id
 
 
 class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="q35"):
@@ -182,7 +216,7 @@ class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
 
     def check_bus(self, bus: str) -> None:
         """:raise ConfigError: no bus is called so."""
-        names = [ROOT_BUS, *(bridge.id for bridge in self.bridges)]
+        names = [ROOT_BUS, *(bridge.bus_below for bridge in self.bridges)]
         if bus not in ("", *names):
             raise ConfigError(f"Bus '{bus}' not found", hint=f"there is {', '.join(names)}")
 
@@ -192,11 +226,15 @@ class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
         for bridge in self.bridges:
             if bridge.bus not in known:
                 raise ValueError(f"bridges: {bridge.id}: Bus '{bridge.bus}' not found")
-            if bridge.id in known:
-                raise ValueError(f"bridges: two have the id {bridge.id}")
-            known.append(bridge.id)
+            if bridge.bus_below in known:
+                raise ValueError(f"bridges: two have the bus {bridge.bus_below}")
+            known.append(bridge.bus_below)
+        if self.iommu is not None:
+            try:
+                self.iommu.options()
+            except ConfigError as error:
+                raise ValueError(f"iommu: {error.what}") from error
 
 
-ROOT_BUS = "pcie.0"
 MachineConfig = PseriesConfig | Q35Config
 """By ``type``."""

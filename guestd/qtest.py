@@ -239,7 +239,8 @@ class QtestServer:
             self._loop.register(connection, self._readable)
 
     def _irq(self, number: int, level: bool) -> None:
-        if self._connection is None or self._state is None:
+        lines = self._operations.guest.board.IRQ_LINES
+        if self._connection is None or self._state is None or (lines is not None and number >= lines):
             return
         data = self._state.irq(number, level)
         if data:

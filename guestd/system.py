@@ -1,4 +1,5 @@
-"""``guestd-system-ppc64``: the guest machine where a tool expects a QEMU binary.
+"""``guestd-system-ppc64`` and ``guestd-system-x86_64``: the guest machine where a tool expects a QEMU binary. As with
+QEMU the program's name says what it emulates: what comes after the last dash.
 
 Ends with status 0 on SIGTERM, SIGINT and QMP's ``quit``; with 1 and a message when the command line cannot be used or
 the machine cannot be built.
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from guestd.cmdline import Invocation, parse
+from guestd.cmdline import ARCHES, Invocation, parse
 from guestd.cmdline_help import HelpWanted
 from guestd.process import Surroundings, serve
 from protocols.transport.kernel import die_with_parent
@@ -31,7 +32,7 @@ def run(program: str, words: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
-        invocation = parse(words)
+        invocation = parse(words, arch_of(program))
         for warning in invocation.warnings:
             print(f"{program}: warning: {warning}", file=sys.stderr)
         if invocation.exit_with_parent:
@@ -43,6 +44,12 @@ def run(program: str, words: Sequence[str]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def arch_of(program: str) -> str:
+    """What ``program`` emulates; ppc64 for a name that does not say."""
+    arch = program.rpartition("-")[2]
+    return arch if arch in ARCHES else next(iter(ARCHES))
 
 
 def _end(number: int, frame: FrameType | None) -> None:

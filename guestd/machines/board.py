@@ -108,6 +108,8 @@ class Board(ABC):
     IRQ_INPUTS: ClassVar[frozenset[str]]
     """QOM paths, whole or in part, of the object whose inputs are the machine's interrupt lines."""
 
+    IRQ_LINES: ClassVar[int | None] = None
+    """How many inputs it has; None: as many as there are interrupts."""
     qom_types: ClassVar[Mapping[str, tuple[str, bool]]]
     """Types of objects that only this machine has; by name: (parent, abstract)."""
 

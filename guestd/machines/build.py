@@ -8,7 +8,7 @@ from typing import Final
 from guestd.machine_config import MachineConfig, PseriesConfig, Q35Config
 from guestd.machines.board import Board, Parts
 from guestd.machines.pseries import PseriesBoard
-from vfio_model.errors import ConfigError
+from guestd.machines.q35 import Q35Board
 from vfio_model.machine.phb import EehPort
 from vfio_model.memory.address_space import AddressSpace
 
@@ -22,5 +22,5 @@ def build_board(config: MachineConfig, parts: Parts, eeh: Callable[[AddressSpace
     :raise ConfigError: when it cannot be.
     """
     if isinstance(config, Q35Config):
-        raise ConfigError("this machine is not here yet", where="machine.type")
+        return Q35Board(config, parts)
     return PseriesBoard(config, parts, eeh)

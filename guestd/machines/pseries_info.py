@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from guestd.machine_config import PseriesConfig
+from guestd.machines.followers import follower
 from guestd.machines.qom import QomObject, QomTree
 from guestd.machines.walk import PERMS, Walk
 from vfio_model.iommu.spapr.tce import SpaprTceTable
 from vfio_model.machine.phb import SpaprPhb
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.address_space import AddressSpace
-from vfio_model.memory.notifier import IOMMUNotifier
 
 MACHINE_TYPE: Final = "pseries-machine"
 PHB_TYPE: Final = "spapr-pci-host-bridge"
@@ -110,13 +110,6 @@ def _table(table: SpaprTceTable) -> list[str]:
     need = f"need_vfio {'on' if table.need_vfio else 'off'}{', in the kernel' if table.kernel is not None else ''}"
     lines = [f"  LIOBN {table.liobn:08x}: {table.nb_table:#x} entries of {1 << table.page_shift:#x} bytes, {need}"]
     return [*lines, *(f"    followed by {follower(notifier)}" for notifier in table.iommu.notifiers)]
-
-
-def follower(notifier: IOMMUNotifier) -> str:
-    """The owner of the callback names the follower; the range is relative to the region."""
-    owner = type(getattr(notifier.fn, "__self__", notifier.fn)).__name__
-    flags = "|".join(flag.name or "" for flag in type(notifier.flags) if flag and flag in notifier.flags)
-    return f"{owner}: {flags}, {notifier.start:016x}-{notifier.last:016x}"
 
 
 def explain(walk: Walk, system: AddressSpace, phb: SpaprPhb, iova: int) -> None:

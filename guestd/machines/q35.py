@@ -1,0 +1,136 @@
+"""The q35 machine in guestd: the root bus ``pcie.0``, bridges behind it, and a VT-d unit, if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from guestd.config import DeviceConfig
+from guestd.device_space import DeviceSpace
+from guestd.machine_config import ROOT_BUS, Q35Config
+from guestd.machines import q35_info
+from guestd.machines.board import Board, Bridge, InfoLines, Parts, Plugged, slots_of
+from guestd.machines.q35_places import add_bridge, root_places
+from guestd.machines.qom import QomTree
+from guestd.machines.walk import Walk
+from guestd.places import Buses
+from vfio_model.errors import ConfigError
+from vfio_model.machine.q35.machine import Q35Machine, Q35Options
+from vfio_model.memory.address_space import AddressSpace
+from vfio_model.pci.address import PCIAddress
+from vfio_model.pci.bus import BusOptions, PCIBus
+from vfio_model.pci.device import PCIDevice
+
+
+class Q35Board(Board):
+    """Of ``config``."""
+
+    ARCH: ClassVar = "x86_64"
+    IRQ_INPUTS: ClassVar = frozenset(("ioapic", "q35/ioapic", "/machine/q35/ioapic"))
+    IRQ_LINES: ClassVar = q35_info.IOAPIC_PINS
+    qom_types: ClassVar = q35_info.TYPES
+
+    def __init__(self, config: Q35Config, parts: Parts) -> None:
+        self.config = config
+        if config.iommu is not None or config.bridges:
+            raise ConfigError("neither its IOMMU nor bridges are here yet", where="machine")
+        self.machine: Q35Machine = Q35Machine(
+            [parts.ram],
+            Q35Options(bypass_iommu=config.default_bus_bypass_iommu),
+            clock=parts.clock,
+            bus_options=BusOptions(idle=parts.idle),
+            trace=parts.trace,
+        )
+        self._space_ids: dict[AddressSpace, int] = {}
+
+    # -- buses -------------------------------------------------------------------------------------------------------
+
+    @property
+    def buses(self) -> Mapping[str, PCIBus]:
+        """See :class:`~guestd.machines.board.Board`, here and below."""
+        return self.machine.buses
+
+    def bus_at(self, address: PCIAddress) -> PCIBus:
+        """The bus that the guest calls so now; there is one domain."""
+        bus = self.machine.bus_numbered(address.bus) if not address.domain else None
+        if bus is None:
+            raise ConfigError(f"no PCI bus {address.domain:04x}:{address.bus:02x}")
+        return bus
+
+    def address_of(self, device: DeviceConfig) -> PCIAddress:
+        """With the number that the guest gave its bus."""
+        return PCIAddress.of(self.bus_of(device).number, PCIAddress.parse(device.addr).devfn)
+
+    def places(self, devices: Plugged) -> Buses:
+        """As at the start: what does not say goes to the newest expander's bus, or the root bus."""
+        buses = self._own_places()
+        for name, bus in self.buses.items():
+            own = buses.slots[name].devices
+            buses.slots[name].devices = {**slots_of(name, bus, devices).devices, **own}
+        return buses
+
+    def _own_places(self) -> Buses:
+        buses = root_places()
+        for bridge in self.config.bridges:
+            add_bridge(buses, bridge)
+        return buses
+
+    def check_unplug(self, device: DeviceConfig) -> None:
+        """Devices of the root bus, and of an expander's, stay."""
+        name = device.bus or ROOT_BUS
+        if not self._own_places().slots[name].hotplug:
+            raise ConfigError(f"Bus '{name}' does not support hotplugging")
+
+    def root_buses(self) -> list[PCIBus]:
+        """The newest expander's first."""
+        return [self.machine.root_bus]
+
+    def functions(self) -> Iterator[tuple[int, PCIDevice]]:
+        """By bus, in the order of the configuration, and devfn."""
+        for index, bus in enumerate(self.buses.values()):
+            for devfn, function in sorted(bus.devices.items()):
+                yield index << 16 | devfn, function
+
+    # -- address spaces ----------------------------------------------------------------------------------------------
+
+    def device_space(self, device: DeviceConfig) -> DeviceSpace:
+        """That of the function that its requests seem to come from."""
+        space = self.bus_of(device).iommu_address_space(PCIAddress.parse(device.addr).devfn)
+        return DeviceSpace(self._space_ids.setdefault(space, len(self._space_ids) + 1), space)
+
+    def address_spaces(self) -> list[AddressSpace]:
+        """Memory, ports, and what functions see."""
+        machine = self.machine
+        return list(dict.fromkeys([machine.system, machine.ports.space, *q35_info.function_spaces(self.buses)]))
+
+    def explain(self, walk: Walk, device: DeviceConfig, iova: int) -> None:
+        """What the unit makes of it, without a fault."""
+        q35_info.explain(walk, self.machine.system, self.device_space(device).address_space, iova)
+
+    # -- what monitors show ------------------------------------------------------------------------------------------
+
+    def windows(self) -> list[dict[str, int]]:
+        """There are none."""
+        return []
+
+    def info(self) -> dict[str, tuple[InfoLines, str]]:
+        """The unit and who follows it."""
+        return {"iommu": (lambda: q35_info.iommu_lines(self.config, self.buses), "show the vIOMMU and who follows it")}
+
+    def qtree(self) -> list[Bridge]:
+        """The root complex."""
+        return [Bridge("q35-pcihost", "", q35_info.host_properties(self.config), ROOT_BUS)]
+
+    def qom(self) -> QomTree:
+        """The root complex and the I/O APIC."""
+        return q35_info.qom_tree(self.config)
+
+    # -- ports -------------------------------------------------------------------------------------------------------
+
+    def port_read(self, port: int, size: int) -> int:
+        """IN."""
+        return self.machine.port_read(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """OUT."""
+        self.machine.port_write(port, size, value)
