@@ -91,6 +91,16 @@ class RemoteDevices:
             space.address_space.register_listener(follower)
         return os.fspath(self.publisher.path)
 
+    def hears_all(self, space: DeviceSpace) -> bool:
+        """See ``Around``."""
+        follower = self._followers.get(space.as_id)
+        return follower is not None and follower.complete
+
+    @property
+    def invalidations(self) -> Publisher | None:
+        """See ``Around``."""
+        return self.publisher
+
     def _publish(self) -> Publisher:
         fence = probe()
         if fence is None:

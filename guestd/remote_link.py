@@ -30,6 +30,7 @@ from guestd.clock import GuestClock
 from guestd.config import DeviceConfig
 from guestd.device_space import DeviceSpace
 from guestd.dma_services import DmaServices
+from guestd.function_iommu import AtsInvalidations, FunctionIommu
 from guestd.remote import VfioUserDevice, capabilities
 from guestd.remote_peer import DEVICE_SECONDS
 from protocols.transport.kernel import Pidfd
@@ -66,6 +67,13 @@ class Around(Protocol):
         :raise ConfigError: they cannot be, here.
         """
 
+    def hears_all(self, space: DeviceSpace) -> bool:
+        """Whether all that becomes of translations in ``space`` is published."""
+
+    @property
+    def invalidations(self) -> AtsInvalidations | None:
+        """Where those of caches go; None before anybody follows the notifier."""
+
     def lost(self, link: RemoteLink) -> None:
         """Its device is gone."""
 
@@ -93,6 +101,8 @@ class RemoteLink:
         self.space: VfioUserSpace | None = None
         """What follows the device's address space for one that gets maps."""
         self.device: VFIOPCIDevice | None = None
+        self._services: DmaServices | None = None
+        """Of the present connection."""
         self._shaking: VfioUserEndpoint | None = None
         self._timer: LoopTimer | None = None
         self._pause_ns = FIRST_PAUSE_NS
@@ -128,14 +138,21 @@ class RemoteLink:
 
     def _connection(self, endpoint: VfioUserEndpoint, seconds: float) -> VfioUserDevice:
         """:raise PeerLost: it is gone."""
+        space = self.device_space
         services = DmaServices(
-            self.device_space.address_space, self._around.system, self._bus_master, trace=self._trace
+            space.address_space,
+            self._around.system,
+            self._bus_master,
+            cacheable=lambda: self._around.hears_all(space),
+            trace=self._trace,
         )
         try:
             process = Pidfd(endpoint.stream.open_pidfd())
         except PeerLost:
             endpoint.close()
             raise
+        self._forget_iommu()
+        self._services = services
         return VfioUserDevice(
             self.config.id,
             endpoint,
@@ -180,7 +197,33 @@ class RemoteLink:
         """``device`` is the guest's side of it: it is told of losses, and brought back."""
         self.device = device
         assert self.connection is not None, "opened before"
+        self._offer_iommu(self.connection, device)
         self._watch(self.connection)
+
+    def _offer_iommu(self, connection: VfioUserDevice, device: VFIOPCIDevice) -> None:
+        """Let the device ask what the IOMMU offers to those that cache translations, if it offers anything and the
+        device has a use for it.
+        """
+        invalidations = self._around.invalidations
+        if self._services is None or invalidations is None or device.ats is None or not connection.iommu_services:
+            return
+        try:
+            function = FunctionIommu(device, invalidations, self.device_space.as_id, connection.page_response)
+        except OSError:
+            return
+        self._services.function = function
+        try:
+            connection.iommu(function.setup, function.gate.fd)
+        except OSError as error:
+            self._forget_iommu()
+            self._trace("vfio_device_refused", name=self.config.id, what="iommu", reason=str(error))
+        except PeerLost:
+            self._forget_iommu()
+
+    def _forget_iommu(self) -> None:
+        if self._services is not None and self._services.function is not None:
+            self._services.function.close()
+            self._services.function = None
 
     def _watch(self, connection: VfioUserDevice) -> None:
         connection.on_lost = self._lost
@@ -204,6 +247,7 @@ class RemoteLink:
         if self._closed:
             return
         self._drop_space()
+        self._forget_iommu()
         lived_ns = time.monotonic_ns() - self._since_ns
         if lived_ns > self.config.reconnect_ms * 1_000_000:
             self._pause_ns = FIRST_PAUSE_NS
@@ -273,6 +317,7 @@ class RemoteLink:
                 raise device.dead
             self._set_up(connection)
             device.reconnect(connection)
+            self._offer_iommu(connection, device)
         except (OSError, VfioModelError) as error:
             device.lost(PeerLost(self.config.id, f"coming back: {error}"))
             if connection is not None:
@@ -305,5 +350,6 @@ class RemoteLink:
         if endpoint is not None:
             endpoint.close()
         self._drop_space()
+        self._forget_iommu()
         if self.connection is not None:
             self.connection.close()

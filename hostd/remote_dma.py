@@ -103,7 +103,7 @@ def translator(call: Call) -> Callable[[int, int, bool], IOMMUTLBEntry | None]:
     """``ask(iova, length, is_write)`` of an ATC by X_TRANSLATE. No entry for ``iova`` is a fault; no answer is None."""
 
     def ask(iova: int, length: int, is_write: bool) -> IOMMUTLBEntry | None:
-        answer = call(Command.X_TRANSLATE, TranslateRequest(iova, length, 0 if is_write else _NO_WRITE))
+        answer = call(Command.X_TRANSLATE, TranslateRequest(iova, 1, 0 if is_write else _NO_WRITE))
         if not isinstance(answer, TranslateReply):
             return None
         for entry in answer.entries():

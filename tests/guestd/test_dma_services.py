@@ -7,10 +7,12 @@ import pytest
 from guestd.dma_services import MAX_ENTRIES, DmaServices
 from protocols.vfio_user.messages import TranslateRequest, TranslationEntry
 from tests.vfio.direct_chain import MIB, Chain
+from vfio_model.memory.types import IOMMUAccessFlags
 
 pytestmark = pytest.mark.machine
 
 PAGE = 4096
+BY_MESSAGE = int(IOMMUAccessFlags.UNTRANSLATED_ONLY)
 
 
 def services(chain: Chain, *, allowed: bool = True) -> DmaServices:
@@ -40,12 +42,33 @@ def test_a_range_is_translated_up_to_the_first_refusal() -> None:
     ]
 
 
-def test_what_is_not_ram_or_not_in_a_window_is_refused() -> None:
+def test_what_is_not_in_a_window_is_refused() -> None:
     machine = chain()
-    machine.put(0x3000, 0x4000_0000_0003)
-    for iova in (0x3000, 0x7000, 1 << 50, (1 << 64) - 1):
+    for iova in (0x7000, 1 << 50, (1 << 64) - 1):
         (entry,) = services(machine).translate(TranslateRequest(iova, 1))
         assert entry.perm == 0
+
+
+def test_what_is_not_ram_goes_by_message() -> None:
+    machine = chain()
+    machine.put(0x3000, 0x4000_0000_0003)
+    (entry,) = services(machine).translate(TranslateRequest(0x3000, 1))
+    assert entry.perm == BY_MESSAGE | 3 and entry.translated == 0
+
+
+def test_what_nobody_hears_of_goes_by_message() -> None:
+    machine = chain()
+    machine.put(0x3000, 0x5003)
+    phb = machine.machine.phb()
+    deaf = DmaServices(phb.address_space, machine.machine.system, lambda: True, cacheable=lambda: False)
+    assert deaf.translate_page(0x3000).perm == BY_MESSAGE | 3
+
+
+def test_memory_that_is_shown_as_it_is_has_its_own_addresses() -> None:
+    system = chain().machine.system
+    passed = DmaServices(system, system, lambda: True)
+    assert passed.translate_page(3 * MIB) == TranslationEntry(2 * MIB, 2 * MIB, 2 * MIB - 1, 3)
+    assert passed.translate_page(0x4000_0000_0000).perm == 0
 
 
 def test_without_bus_mastering_nothing_is_translated_or_moved() -> None:

@@ -41,6 +41,8 @@ class IOMMUMemoryRegion(MemoryRegion):
     cache_events = IOMMUNotifierFlag.IOTLB_EVENTS
     """The events that somebody who caches translations has to hear of. An IOMMU that never gives a translated page
     another meaning without an UNMAP needs no MAP here."""
+    marks_writes = False
+    """Whether a translation for a write leaves a mark in a table (a dirty bit): one for a read is not to write by."""
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)

@@ -162,20 +162,18 @@ class ConfigSpace:
     def add_extended_capability(
         self, cap_id: int, version: int, size: int, fields: Iterable[Field], *, prefix: str, offset: int | None = None
     ) -> int:
-        """Append an extended capability of ``size`` bytes, at ``offset`` or behind the last one; the first lies at
-        0x100. Otherwise as :meth:`add_capability`.
+        """Append an extended capability of ``size`` bytes behind the last one, the first at 0x100; or put it at
+        ``offset``, in a list that is linked elsewhere. Otherwise as :meth:`add_capability`.
 
         :return: its offset.
         """
         at = self._next_extended if offset is None else offset
-        assert at >= self._next_extended, f"{prefix} overlaps, or is not in order"
-        assert at == FIRST_EXTENDED or self._last_header, "the first extended capability lies at 0x100"
-        self._next_extended = at + (size + 3) & ~3
+        self._next_extended = max(self._next_extended, at + (size + 3) & ~3)
         self._scratch[at : at + size] = self._writable[at : at + size] = bytes(size)
         self.add(Field(f"{prefix}.header", at, EXTENDED_HEADER, reset=cap_id | version << 16))
         for field in fields:
             self.add(replace(field, name=f"{prefix}.{field.name}", offset=at + field.offset))
-        if self._last_header:
+        if self._last_header and offset is None:
             self._bytes[self._last_header + 2] |= at << EXTENDED_NEXT_SHIFT - 16 & 0xF0
             self._bytes[self._last_header + 3] = at >> 4
         self._last_header = at

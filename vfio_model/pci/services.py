@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from vfio_model.memory.dma import BLOCKED, DMASpace
 from vfio_model.memory.notifier import IOMMUNotifier
@@ -26,7 +26,17 @@ from vfio_model.pci.iommu_ops import (
     PageRequest,
     PageResponseFn,
 )
-from vfio_model.pci.translation_caps import AtsCapability, AtsSpec, PasidCapability, PasidSpec, PriCapability, PriSpec
+from vfio_model.pci.translation_caps import (
+    CAP_ID_ATS,
+    CAP_ID_PASID,
+    CAP_ID_PRI,
+    AtsCapability,
+    AtsSpec,
+    PasidCapability,
+    PasidSpec,
+    PriCapability,
+    PriSpec,
+)
 
 
 class ServiceHost(Protocol):
@@ -41,11 +51,11 @@ class IommuServices:
     """A part of every :class:`~vfio_model.pci.device.PCIDevice`: its methods towards the IOMMU, and the capabilities
     that let it use them."""
 
-    ATS: ClassVar[AtsSpec | None] = None
+    ATS: AtsSpec | None = None
     """The function may cache translations."""
-    PRI: ClassVar[PriSpec | None] = None
+    PRI: PriSpec | None = None
     """The function may ask for pages that are not there."""
-    PASID: ClassVar[PasidSpec | None] = None
+    PASID: PasidSpec | None = None
     """The function's requests may name a process address space."""
 
     def _init_services(self, host: ServiceHost, config: ConfigSpace) -> None:
@@ -58,11 +68,17 @@ class IommuServices:
         self._atcs: list[CheckedAtc] = []
         self.on_rights_change: Callable[[], None] = lambda: None
         """Called when bus mastering or ATS was given or taken away."""
-        self.ats = AtsCapability(config, self.ATS) if self.ATS is not None else None
+        self.ats = AtsCapability(config, self.ATS, self._service_offset(CAP_ID_ATS)) if self.ATS is not None else None
         if self.ats is not None:
             config.on_write("ats.control", self._ats_controlled)
-        self.pri = PriCapability(config, self.PRI) if self.PRI is not None else None
-        self.pasid = PasidCapability(config, self.PASID) if self.PASID is not None else None
+        self.pri = PriCapability(config, self.PRI, self._service_offset(CAP_ID_PRI)) if self.PRI is not None else None
+        self.pasid = (
+            PasidCapability(config, self.PASID, self._service_offset(CAP_ID_PASID)) if self.PASID is not None else None
+        )
+
+    def _service_offset(self, cap_id: int) -> int | None:
+        """Where the extended capability lies, for a function whose list is not made here."""
+        return None
 
     # -- state -------------------------------------------------------------------------------------------------------
 

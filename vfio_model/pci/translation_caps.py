@@ -86,13 +86,15 @@ class PasidSpec:
 
 
 class AtsCapability:
-    """The capability, added to ``config``."""
+    """The capability, added to ``config``; ``offset`` as for :meth:`ConfigSpace.add_extended_capability`."""
 
-    def __init__(self, config: ConfigSpace, spec: AtsSpec) -> None:
+    def __init__(self, config: ConfigSpace, spec: AtsSpec, offset: int | None = None) -> None:
         self.spec, self._config = spec, config
         capability = spec.queue_depth & 31 | (ATS_PAGE_ALIGNED if spec.page_aligned else 0)
         fields = Field("capability", 4, 2, capability), Field("control", 6, 2, writable=ATS_ENABLE | ATS_STU)
-        self.offset = config.add_extended_capability(CAP_ID_ATS, _VERSION, ATS_SIZE, fields, prefix="ats")
+        self.offset = config.add_extended_capability(
+            CAP_ID_ATS, _VERSION, ATS_SIZE, fields, prefix="ats", offset=offset
+        )
 
     @property
     def enabled(self) -> bool:
@@ -106,9 +108,9 @@ class AtsCapability:
 
 
 class PriCapability:
-    """The capability, added to ``config``."""
+    """The capability, added to ``config``; ``offset`` as for :meth:`ConfigSpace.add_extended_capability`."""
 
-    def __init__(self, config: ConfigSpace, spec: PriSpec) -> None:
+    def __init__(self, config: ConfigSpace, spec: PriSpec, offset: int | None = None) -> None:
         self.spec, self._config = spec, config
         status = PRI_STOPPED | (PRI_PASID_REQUIRED if spec.pasid_required else 0)
         fields = (
@@ -117,7 +119,9 @@ class PriCapability:
             Field("max_requests", 8, 4, spec.max_requests),
             Field("allocated", 12, 4, writable=0xFFFF_FFFF),
         )
-        self.offset = config.add_extended_capability(CAP_ID_PRI, _VERSION, PRI_SIZE, fields, prefix="pri")
+        self.offset = config.add_extended_capability(
+            CAP_ID_PRI, _VERSION, PRI_SIZE, fields, prefix="pri", offset=offset
+        )
         config.on_write("pri.control", self._controlled)
 
     def _controlled(self) -> None:
@@ -142,16 +146,18 @@ class PriCapability:
 
 
 class PasidCapability:
-    """The capability, added to ``config``."""
+    """The capability, added to ``config``; ``offset`` as for :meth:`ConfigSpace.add_extended_capability`."""
 
-    def __init__(self, config: ConfigSpace, spec: PasidSpec) -> None:
+    def __init__(self, config: ConfigSpace, spec: PasidSpec, offset: int | None = None) -> None:
         self.spec, self._config = spec, config
         permissions = (PASID_EXEC if spec.exec else 0) | (PASID_PRIV if spec.priv else 0)
         fields = (
             Field("capability", 4, 2, permissions | spec.width << PASID_WIDTH_SHIFT),
             Field("control", 6, 2, writable=PASID_CONTROL),
         )
-        self.offset = config.add_extended_capability(CAP_ID_PASID, _VERSION, PASID_SIZE, fields, prefix="pasid")
+        self.offset = config.add_extended_capability(
+            CAP_ID_PASID, _VERSION, PASID_SIZE, fields, prefix="pasid", offset=offset
+        )
 
     @property
     def enabled(self) -> bool:

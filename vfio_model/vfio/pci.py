@@ -4,7 +4,8 @@ What the guest sees is put together as ``vfio-pci`` does it: identity, BAR sizes
 from the device once; BAR addresses, the messages of MSI and MSI-X, and the interrupt line are the guest side's own,
 because the device's have no meaning there; the command register and the message capabilities are both: emulated here,
 and written through, so that the device knows whether it may be a bus master. Everything else behind the header is the
-device's. BAR accesses go to the device's regions, or straight to what of them the connection has mapped.
+device's; of a device that asks the IOMMU for translations and pages, what the guest enables is noted here. BAR accesses
+go to the device's regions, or straight to what of them the connection has mapped.
 
 The device signals as many MSI-X vectors as the guest has unmasked so far: a table of 2048 costs what is used of it.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from vfio_model.errors import PeerLost
 from vfio_model.memory.types import MemTxResult
@@ -56,6 +57,15 @@ _CONFIG: Final = int(PciRegion.VFIO_PCI_CONFIG_REGION_INDEX)
 _INTX: Final = int(PciIrq.VFIO_PCI_INTX_IRQ_INDEX)
 _MSI: Final = int(PciIrq.VFIO_PCI_MSI_IRQ_INDEX)
 _MSIX: Final = int(PciIrq.VFIO_PCI_MSIX_IRQ_INDEX)
+
+
+@runtime_checkable
+class ServedFunction(Protocol):
+    """A ``DeviceConnection`` whose device may ask for what the IOMMU in front of it offers."""
+
+    @property
+    def iommu_services(self) -> bool:
+        """Whether it may: its control registers for that are followed here, and decide."""
 
 
 class _MappedPart:
@@ -104,6 +114,8 @@ class VFIOPCIDevice(PCIDevice):
         self.INTERRUPT_PIN = facts.byte(INTERRUPT_PIN) if facts.byte(INTERRUPT_PIN) <= 4 else 0
         self.BARS = facts.bars
         self.MSI_VECTORS, self.MSIX = facts.msi_vectors, facts.msix
+        if isinstance(connection, ServedFunction) and connection.iommu_services:
+            self.ATS, self.PRI, self.PASID = facts.ats, facts.pri, facts.pasid
         self.name = name
         self.connection = connection
         self.dead: PeerLost | None = None
@@ -120,11 +132,20 @@ class VFIOPCIDevice(PCIDevice):
             self.config.add(Field("cap_ptr", CAPABILITY_POINTER, 1, reset=facts.byte(CAPABILITY_POINTER)))
             self.config.set("status", self.config.get("status") | STATUS_CAP_LIST)
         self._emulated = frozenset(self._emulated_dwords())
+        self._noted = {name: self.config.field(name).offset for name in self._service_registers()}
+        """Registers of the device whose contents matter here, too."""
         if self.msi is not None:
             self.config.on_write("msi.control", self._irqs_written)
         if self.msix is not None:
             self.config.on_write("msix.control", self._irqs_written)
             self.msix.on_unmask = self._vector_unmasked
+
+    @property
+    def _config_size(self) -> int:
+        return self._facts.config_size
+
+    def _service_offset(self, cap_id: int) -> int | None:
+        return self._facts.extended[cap_id][0]
 
     def _make_msi(self) -> MsiCapability | None:
         if not self.MSI_VECTORS:
@@ -171,6 +192,14 @@ class VFIOPCIDevice(PCIDevice):
         if self.msix is not None:
             yield from range(self.msix.offset, self.msix.offset + MSIX_SIZE, 4)
 
+    def _service_registers(self) -> Iterator[str]:
+        if self.ats is not None:
+            yield "ats.control"
+        if self.pri is not None:
+            yield from ("pri.control", "pri.allocated")
+        if self.pasid is not None:
+            yield "pasid.control"
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def realize(self) -> None:
@@ -214,7 +243,7 @@ class VFIOPCIDevice(PCIDevice):
         self._show_memory()
         with self._surviving():
             self._set_irqs()
-            self._forward(COMMAND, 2)
+            self._forward_all()
         if self.dead is not None:
             raise self.dead
         self.host.trace("vfio_device_reconnected", name=self.name)
@@ -255,7 +284,7 @@ class VFIOPCIDevice(PCIDevice):
         if offset >= FIRST_CAPABILITY:
             with self._bearing("configuration"):
                 self.connection.region_write(_CONFIG, offset, (value & (1 << size * 8) - 1).to_bytes(size, "little"))
-            if self._is_the_devices(offset, size):
+            if self._is_the_devices(offset, size) and offset & ~3 not in {at & ~3 for at in self._noted.values()}:
                 return
         mastering = self.bus_master
         super().config_write(offset, size, value)
@@ -273,6 +302,12 @@ class VFIOPCIDevice(PCIDevice):
         """Return when the device has taken what was written to it: an answer of any kind comes after that."""
         with contextlib.suppress(OSError):
             self.connection.region_read(_CONFIG, COMMAND, 2)
+
+    def _forward_all(self) -> None:
+        """What the guest has set and the device does not know: of bus mastering last."""
+        for name, at in self._noted.items():
+            self._forward(at, self.config.field(name).width)
+        self._forward(COMMAND, 2)
 
     def _forward(self, offset: int, size: int) -> None:
         value = self.config.read(offset, size)
@@ -384,7 +419,7 @@ class VFIOPCIDevice(PCIDevice):
         if self.dead is None:
             with self._bearing("migrated state"):
                 self._set_irqs()
-                self._forward(COMMAND, 2)
+                self._forward_all()
 
     # -- reset ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,10 @@ from vfio_model.pci.config_space import (
     CLASS_DEVICE,
     CONFIG_SIZE,
     DEVICE_ID,
+    EXTENDED_CONFIG_SIZE,
+    EXTENDED_NEXT_SHIFT,
     FIRST_CAPABILITY,
+    FIRST_EXTENDED,
     STATUS,
     STATUS_CAP_LIST,
     SUBSYSTEM_ID,
@@ -21,6 +24,20 @@ from vfio_model.pci.config_space import (
 )
 from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_LAYOUT, CONTROL_MULTIPLE_CAPABLE_SHIFT
 from vfio_model.pci.msix import BIR_MASK, CAP_ID_MSIX, CONTROL_SIZE_MASK, MsixSpec
+from vfio_model.pci.translation_caps import (
+    ATS_PAGE_ALIGNED,
+    CAP_ID_ATS,
+    CAP_ID_PASID,
+    CAP_ID_PRI,
+    MAX_PASID_WIDTH,
+    PASID_EXEC,
+    PASID_PRIV,
+    PASID_WIDTH_SHIFT,
+    PRI_PASID_REQUIRED,
+    AtsSpec,
+    PasidSpec,
+    PriSpec,
+)
 from vfio_model.uapi.vfio import PciRegion
 from vfio_model.vfio.region import DeviceConnection
 
@@ -33,6 +50,8 @@ _IDENTITY: Final = (
 )
 _MAX_CAPABILITIES: Final = 48
 """More than fit into configuration space: where a list with a loop ends."""
+_MAX_EXTENDED: Final = 128
+"""More than a device has."""
 
 
 @runtime_checkable
@@ -53,9 +72,14 @@ class DeviceFacts:
         """:raise OSError: when the device is not one that can be shown as a PCI function (a broken BAR, an MSI-X table
         that lies outside its BAR)."""
         self._raw = b"".join(connection.region_read(_CONFIG, offset, 64) for offset in range(0, CONFIG_SIZE, 64))
+        size = connection.get_region_info(_CONFIG).size
+        self.config_size = EXTENDED_CONFIG_SIZE if size >= EXTENDED_CONFIG_SIZE else CONFIG_SIZE
+        """Bytes of configuration space."""
         self.bars = tuple(self._bars(connection))
         self.capabilities = dict(self._capabilities())
         """The offset of the first of each kind, by its id."""
+        self.extended = dict(self._extended(connection)) if self.config_size > CONFIG_SIZE else {}
+        """Offset, and the capability register behind the header, of the first of each kind of extended ones."""
 
     def difference(self, other: DeviceFacts) -> str:
         """What of ``other`` a guest would take for another device; empty when nothing."""
@@ -65,11 +89,16 @@ class DeviceFacts:
         for what, mine, its in (
             ("BARs", self.bars, other.bars),
             ("capabilities", self.capabilities, other.capabilities),
+            ("extended capabilities", self._services, other._services),
             ("messages", self._messages, other._messages),
         ):
             if mine != its:
                 return f"{what} {its}, not {mine}"
         return ""
+
+    @property
+    def _services(self) -> tuple[object, ...]:
+        return self.config_size, {kind: at for kind, (at, _) in self.extended.items()}, self.ats, self.pasid
 
     @property
     def _messages(self) -> tuple[object, ...]:
@@ -111,6 +140,46 @@ class DeviceFacts:
                 seen.add(kind)
                 yield kind, at
             at = self._raw[at + 1] & 0xFC
+
+    def _extended(self, connection: DeviceConnection) -> Iterator[tuple[int, tuple[int, int]]]:
+        seen: set[int] = set()
+        at = FIRST_EXTENDED
+        for _ in range(_MAX_EXTENDED):
+            if at < FIRST_EXTENDED or at > EXTENDED_CONFIG_SIZE - 8:
+                return
+            header = int.from_bytes(connection.region_read(_CONFIG, at, 8), "little")
+            kind = header & 0xFFFF
+            if not header & 0xFFFF_FFFF:
+                return
+            if kind not in seen:
+                seen.add(kind)
+                yield kind, (at, header >> 32)
+            at = header >> EXTENDED_NEXT_SHIFT & 0xFFC
+
+    @property
+    def ats(self) -> AtsSpec | None:
+        """How the function caches translations; None: it does not."""
+        word = self._extended_word(CAP_ID_ATS)
+        return None if word is None else AtsSpec(word & 31 or 32, bool(word & ATS_PAGE_ALIGNED))
+
+    @property
+    def pri(self) -> PriSpec | None:
+        """How it asks for pages; None: it does not. How many at a time is the device's to say."""
+        word = self._extended_word(CAP_ID_PRI)
+        return None if word is None else PriSpec(pasid_required=bool(word >> 16 & PRI_PASID_REQUIRED))
+
+    @property
+    def pasid(self) -> PasidSpec | None:
+        """Which PASIDs it has; None: none."""
+        word = self._extended_word(CAP_ID_PASID)
+        if word is None:
+            return None
+        width = min(max(word >> PASID_WIDTH_SHIFT & 0x1F, 1), MAX_PASID_WIDTH)
+        return PasidSpec(width, bool(word & PASID_EXEC), bool(word & PASID_PRIV))
+
+    def _extended_word(self, kind: int) -> int | None:
+        found = self.extended.get(kind)
+        return None if found is None else found[1]
 
     def place(self, kind: int) -> tuple[int, int]:
         """Where the capability ``kind`` lies, and where the next one in the list."""
