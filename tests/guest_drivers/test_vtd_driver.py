@@ -16,6 +16,7 @@ from vfio_model.guest_drivers.vtd import Domain, FaultRecord, VtdDriver
 from vfio_model.guest_drivers.vtd_tables import READ, WRITE, PageAllocator, Stage
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.structures import Reason
+from vfio_model.pci.iommu_ops import AtsRequest
 
 PAGE = 4096
 IOVA = 0x4000_0000
@@ -237,3 +238,26 @@ def test_a_write_only_page_can_be_written_alone() -> None:
     assert rig.vtd.faults() == []
     rig.edu.load(IOVA, 8)
     assert [fault.is_read for fault in rig.vtd.faults()] == [True]
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_pasid_has_an_address_space_of_its_own(stage: Stage) -> None:
+    options = VtdOptions(scalable_mode=True, fsts=stage is Stage.FIRST, pasid_bits=8, device_iotlb=True)
+    rig = Rig(options, scalable=True, device_tlb=True)
+    own, shared = rig.vtd.domain(stage), rig.vtd.domain(stage)
+    rig.vtd.map(own, IOVA, DATA, PAGE)
+    rig.vtd.map(shared, IOVA, DATA + PAGE, PAGE)
+    rig.vtd.attach(own, TESTDEV)
+    rig.vtd.attach_pasid(shared, TESTDEV, 77)
+
+    def translated(pasid: int) -> int | None:
+        assert rig.machine.iommu is not None
+        ops, bus = rig.machine.iommu.ops, rig.machine.root_bus
+        (entry,) = ops.ats_request_translation(bus, TESTDEV, AtsRequest(IOVA, PAGE, pasid=pasid)).entries
+        return entry.translated_addr if entry.perm else None
+
+    assert (rig.testdev.run(IOVA, DATA), translated(77), translated(78)) == (RESULT_OK, DATA + PAGE, None)
+    rig.vtd.unmap(shared, IOVA, PAGE)
+    assert translated(77) is None
+    rig.vtd.detach(shared, TESTDEV, 77)
+    assert rig.testdev.run(IOVA, DATA) == RESULT_OK

@@ -33,6 +33,7 @@ class Rig:
     queued: bool = True
     scalable: bool = False
     more: dict[int, type[PCIDevice]] = field(default_factory=dict)
+    device_tlb: bool = False
 
     def __post_init__(self) -> None:
         self.machine = Q35Machine([ram_block(RAM_SIZE)], Q35Options(iommu=self.options), trace=ListTrace())
@@ -43,7 +44,9 @@ class Rig:
         self.config = enable_ecam(self.machine)
         self.functions = bring_up_bus(self.config, mmio_window())
         self.pages = PageAllocator(self.machine, TABLES, TABLES_END)
-        self.vtd = VtdDriver(self.machine, self.pages, queued=self.queued, scalable=self.scalable)
+        self.vtd = VtdDriver(
+            self.machine, self.pages, queued=self.queued, scalable=self.scalable, device_tlb=self.device_tlb
+        )
         self.edu = EduDriver(self.machine, self.bar(0x1234, 0x11E8))
         self.testdev = IommuTestdevDriver(self.machine, self.bar(0x1B36, 0x0005))
         self.vtd.start()
