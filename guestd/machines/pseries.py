@@ -100,9 +100,9 @@ class PseriesBoard(Board):
     # -- address spaces ----------------------------------------------------------------------------------------------
 
     def device_space(self, device: DeviceConfig) -> DeviceSpace:
-        """That of the bridge, whose BUID names it."""
+        """That of the bridge."""
         phb = self.phb_of(device)
-        return DeviceSpace(phb.buid, phb.address_space)
+        return DeviceSpace(phb.address_space.serial, phb.address_space)
 
     def address_spaces(self) -> list[AddressSpace]:
         """Those of bridges, then of VIO units."""

@@ -41,7 +41,6 @@ class Q35Board(Board):
             bus_options=BusOptions(idle=parts.idle),
             trace=parts.trace,
         )
-        self._space_ids: dict[AddressSpace, int] = {}
 
     # -- buses -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +95,7 @@ class Q35Board(Board):
     def device_space(self, device: DeviceConfig) -> DeviceSpace:
         """That of the function that its requests seem to come from."""
         space = self.bus_of(device).iommu_address_space(PCIAddress.parse(device.addr).devfn)
-        return DeviceSpace(self._space_ids.setdefault(space, len(self._space_ids) + 1), space)
+        return DeviceSpace(space.serial, space)
 
     def address_spaces(self) -> list[AddressSpace]:
         """Memory, ports, and what functions see."""
