@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from deploy import check_spapr
+from deploy import check_spapr, check_vtd
 from deploy.check_report import CheckOptions, CheckReport
 from deploy.trace_file import Unreadable, trace_lines
 from vfio_model.guest_drivers import vtd_trace
@@ -31,8 +31,6 @@ def check_trace(path: str | os.PathLike[str], options: CheckOptions | None = Non
         report.passed_over += len(log.vtd)
         check_spapr.replay(log.spapr, options or CheckOptions(), report)
     elif log.vtd:
-        from deploy import check_vtd
-
         check_vtd.replay(log.vtd, report)
     elif not report.errors:
         what = "no trace of sPAPR DMA windows (events spapr_iommu_*) or of VT-d (vtd_*) in it"

@@ -1,4 +1,4 @@
-"""A recorded PC with ``intel-iommu``: its registers, invalidations and translations again, on a unit in this process."""
+"""A recorded PC with ``intel-iommu``: registers, invalidations and translations again, on a unit in this process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vfio_model.iommu.vtd.options import VtdOptions
-from vfio_model.iommu.vtd.unit import IntelIommu
-
 from deploy.check_report import CheckReport
 from deploy.sparse_ram import sparse_ram
 from vfio_model.guest_drivers.vtd_trace import LogLine, VtdReplayer
 from vfio_model.iommu.vtd import quirks
+from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.iommu.vtd.unit import IntelIommu
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
@@ -103,7 +102,7 @@ class _Unit:
 
     def interrupt(self, address: int, data: int) -> None:
         """An interrupt request."""
-        self._unit.remapping.request(0, address, data)
+        self._unit.interrupts.request(0, address, data)
 
     def lines(self) -> list[str]:
         """Since the last call."""

@@ -67,9 +67,11 @@ def command(
 ) -> None:
     """Replay the QEMU trace TRACE (plain or gzip) through the model and report every difference.
 
-    Record one with: qemu-system-ppc64 … -trace 'spapr_iommu_*' -trace 'spapr_pci_*' -D FILE. Translations, return
-    codes and windows are compared; a translation is checked only against what earlier lines wrote. Other events are
-    counted and passed over. Exit status: 0 no difference, 1 differences, 2 the file or part of it cannot be read.
+    Record one with: qemu-system-ppc64 … -trace 'spapr_iommu_*' -trace 'spapr_pci_*' -D FILE, or qemu-system-x86_64 …
+    -device intel-iommu -trace 'vtd_*' -D FILE. Of sPAPR translations, return codes and windows are compared; a
+    translation is checked only against what earlier lines wrote. Of VT-d every line must come out of the model's unit
+    again. Other events are counted and passed over. The options are of pseries machines. Exit status: 0 no difference,
+    1 differences, 2 the file or part of it cannot be read.
     """
     given = GivenOptions(ddw, pgsz, dma_win_addr, dma_win_size, dma64_win_addr)
     report = check_trace(trace, CheckOptions(ram, phbs, given))
