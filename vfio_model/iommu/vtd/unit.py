@@ -38,7 +38,8 @@ class IntelIommu:
         parts = VtdParts(options, system, message, trace)
         self.faults, self.interrupts, self.page_requests = parts.faults, parts.remapping, parts.page_requests
         self.translation = Translation(options, system, parts.faults, parts.remapping, trace)
-        self.translation.attach_page_requests(self.page_requests)
+        if options.svm:
+            self.translation.attach_page_requests(self.page_requests)
         self.registers = VtdRegisters(parts, self.translation)
         self.queue = self.registers.queue
         self.mmio = IORegion("intel_iommu", regs.SIZE, self.registers)
