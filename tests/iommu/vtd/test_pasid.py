@@ -71,7 +71,7 @@ def test_each_structure_blocks_with_its_reason(at: int, value: int, reason: int,
     rig.store(at, value)
     rig.enable()
     assert rig.blocked(0x1000) == [reason]
-    if TABLES + 0x1000 <= at:
+    if at >= TABLES + 0x1000:
         rig.store(CONTEXT, rig.load(CONTEXT) | 2)
         rig.enable()
         assert rig.blocked(0x1000) == ([] if qualified else [reason])

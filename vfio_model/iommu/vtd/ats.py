@@ -171,7 +171,7 @@ class VtdOps(PCIIOMMUOps):
 
     def pri_register_notifier(self, bus: RequesterBus, devfn: int, pasid: int, fn: PageResponseFn) -> None:
         """See :class:`PCIIOMMUOps`."""
-        if self.page_requests is None:
+        if not self._options.svm:
             raise OSError(errno.ENODEV, "this IOMMU has no page request interface")
         self._spaces.space(bus, devfn, pasid).page_response = fn
 
@@ -185,7 +185,7 @@ class VtdOps(PCIIOMMUOps):
         :raise OSError: EPERM: no page requests here, no PASID, or the context entry forbids them (a fault); EINVAL: to
             execute without reading; ENOSPC, EIO: the queue does not take it.
         """
-        if self.page_requests is None:
+        if self.page_requests is None or not self._options.svm:
             raise OSError(errno.EPERM, "this IOMMU takes no page requests")
         if request.pasid == RID:
             raise OSError(errno.EPERM, "a page request has a PASID")

@@ -18,7 +18,7 @@ from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.ports import RID, FaultSink, Granularity
 from vfio_model.iommu.vtd.shadow import Shadow
 from vfio_model.iommu.vtd.spaces import InterruptSink, VtdSpace
-from vfio_model.iommu.vtd.structures import Reason, TableType
+from vfio_model.iommu.vtd.structures import Binding, Reason, TableType
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBEvent, TranslatedPieces
 from vfio_model.memory.region import transaction
@@ -90,6 +90,7 @@ class Translation:
         self.lookup.structures.root, self.lookup.structures.scalable = 0, False
         self._forget_all()
         self._switch_all()
+        self._sync_all()
 
     def set_root(self, root: int, scalable: bool) -> None:
         """See :class:`Translator`."""
@@ -103,6 +104,7 @@ class Translation:
         self.lookup.enabled = on
         self._forget_all()
         self._switch_all()
+        self._sync_all()
 
     def _forget_all(self) -> None:
         self._trace("vtd_context_cache_reset")
@@ -169,7 +171,7 @@ class Translation:
 
         self.lookup.drop_pages(did, doomed)
         for space in self._followed():
-            binding = self.lookup.peek(space)
+            binding = self._binding(space)
             if binding is not None and binding.did == did and binding.pasid == pasid:
                 self._shadow(space).invalidated(binding, first, last)
                 self._told[space] = None
@@ -217,6 +219,10 @@ class Translation:
             found = self._shadows[space] = Shadow(space, self.lookup.walker, self.system)
         return found
 
+    def _binding(self, space: VtdSpace) -> Binding | None:
+        """What translates now, for followers."""
+        return self.lookup.peek(space) if self.lookup.enabled else None
+
     def _sync_all(self) -> None:
         for space in self._followed():
             self._sync(space)
@@ -225,7 +231,7 @@ class Translation:
         """Tell the followers of ``space`` what a range means now, if it belongs to domain ``did`` (None: any)."""
         if not space.region.notify_flags & _IOTLB_EVENTS:
             return
-        binding = self.lookup.peek(space)
+        binding = self._binding(space)
         if did is None or (binding is not None and binding.did == did):
             self._shadow(space).invalidated(binding, first, last)
             self._told[space] = None
@@ -244,7 +250,7 @@ class Translation:
 
     def replay(self, space: VtdSpace, notifier: IOMMUNotifier) -> None:
         """See :meth:`vfio_model.memory.iommu_region.IOMMUMemoryRegion.replay`."""
-        self._shadow(space).replay(self.lookup.peek(space) if self.lookup.enabled else None, notifier)
+        self._shadow(space).replay(self._binding(space), notifier)
 
     # -- what spaces ask -----------------------------------------------------------------------------------------
 
