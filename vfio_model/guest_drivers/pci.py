@@ -23,6 +23,8 @@ from vfio_model.pci.config_space import (
     COMMAND_MASTER,
     COMMAND_MEMORY,
     DEVICE_ID,
+    HEADER_TYPE,
+    MULTIFUNCTION,
     STATUS,
     STATUS_CAP_LIST,
     VENDOR_ID,
@@ -31,6 +33,7 @@ from vfio_model.pci.msi import CAP_ID_MSI, CONTROL_ENABLE
 from vfio_model.ranges import U32_MAX, align_up
 
 SLOTS = 32
+HEADER_BRIDGE, BRIDGE_BARS = 1, 2
 
 
 class DriverError(VfioModelError):
@@ -88,6 +91,15 @@ class PciFunction:
     device_id: int
     class_device: int
     bars: dict[int, Bar] = field(default_factory=dict)
+    header: int = 0
+    """Header type, without the multifunction bit."""
+    bus: int = 0
+    """The number of its bus, when it was found."""
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it is a PCI-to-PCI bridge."""
+        return self.header == HEADER_BRIDGE
 
 
 @dataclass
@@ -131,10 +143,12 @@ def probe(config: ConfigAccess, devfn: int) -> PciFunction | None:
     if vendor in (0xFFFF, 0):
         return None
     found = PciFunction(devfn, vendor, config.read(devfn, DEVICE_ID, 2), config.read(devfn, CLASS_DEVICE, 2))
+    found.header = config.read(devfn, HEADER_TYPE, 1) & ~MULTIFUNCTION
     command = config.read(devfn, COMMAND, 2)
     config.write(devfn, COMMAND, 2, command & ~(COMMAND_IO | COMMAND_MEMORY))
+    bars = BRIDGE_BARS if found.is_bridge else BARS
     index = 0
-    while index < BARS:
+    while index < bars:
         bar = _size_bar(config, devfn, index)
         if bar is not None:
             found.bars[index] = bar
@@ -172,7 +186,7 @@ def enumerate_bus(config: ConfigAccess) -> list[PciFunction]:
         if first is None:
             continue
         found.append(first)
-        if config.read(slot << 3, 0x0E, 1) & 0x80:
+        if config.read(slot << 3, HEADER_TYPE, 1) & MULTIFUNCTION:
             others = (probe(config, slot << 3 | function) for function in range(1, 8))
             found += [other for other in others if other is not None]
     return found
