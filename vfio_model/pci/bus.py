@@ -178,12 +178,15 @@ class PCIBus:
         """By devfn."""
         self.iommu_ops: PCIIOMMUOps | None = None
         """The IOMMU that sits on this bus; see :meth:`setup_iommu`."""
+        self.iommu_per_bus = False
+        """Whether it leaves the root buses of expanders alone."""
         self._regions: dict[tuple[int, int], MemoryRegion] = {}
 
-    def setup_iommu(self, ops: PCIIOMMUOps) -> None:
-        """Put an IOMMU on the bus, for it and all buses below; before any device is plugged."""
+    def setup_iommu(self, ops: PCIIOMMUOps, *, per_bus: bool = False) -> None:
+        """Put an IOMMU on the bus, for it and all buses below (``per_bus``: but for the root buses of expanders);
+        before any device is plugged."""
         assert not self.devices, "a bus gets its IOMMU before its devices"
-        self.iommu_ops = ops
+        self.iommu_ops, self.iommu_per_bus = ops, per_bus
 
     @property
     def number(self) -> int:

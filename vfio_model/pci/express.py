@@ -42,6 +42,9 @@ SLTCAP_NUMBER_SHIFT = 19
 SLTCTL_WRITABLE = 0x07F9
 SLTCTL_INDICATORS_OFF = 0x03C0
 SLTCTL_POWER_OFF = 0x0400
+SLTCTL_EVENTS = 0x001F
+"""Which events interrupt: bit for bit those of the status register."""
+SLTCTL_INTERRUPT = 0x0020
 SLTCTL_INTERLOCK = 0x0800
 """Toggles the interlock; reads zero."""
 SLTSTA_EVENTS = 0x011F
@@ -96,6 +99,12 @@ class ExpressSpec:
         return self.speed | self.width << LINK_WIDTH_SHIFT
 
     @property
+    def idle_link(self) -> int:
+        """The same as the status shows it while nothing is behind; 2.5 GT/s and one lane for a port that states
+        nothing."""
+        return self.link or 1 | 1 << LINK_WIDTH_SHIFT
+
+    @property
     def is_root_port(self) -> bool:
         """Whether it has root registers."""
         return self.type in (PortType.ROOT_PORT, PortType.ROOT_COMPLEX_EVENT_COLLECTOR)
@@ -116,7 +125,7 @@ def _fields(spec: ExpressSpec) -> tuple[Field, ...]:
         Field("device_status", 0x0A, 2, w1c=DEVSTA_ERRORS),
         Field("link_capabilities", 0x0C, 4, spec.link | LNKCAP_ASPM_L0S | reports | spec.port << LNKCAP_PORT_SHIFT),
         Field("link_control", 0x10, 2),
-        Field("link_status", 0x12, 2, spec.link, volatile=LNK_SPEED_WIDTH),
+        Field("link_status", 0x12, 2, spec.idle_link, volatile=LNK_SPEED_WIDTH),
         Field("slot_capabilities", 0x14, 4, slot_capabilities),
         Field(
             "slot_control",
@@ -175,10 +184,16 @@ class ExpressCapability:
     def populated(self, link: int | None, *, occupied: bool) -> None:
         """What is behind the port has changed: ``link`` is its speed and width, None for the port's own; whether there
         is anything. The slot's power follows."""
-        self._config.set("express.link_status", self.spec.link if link is None else link)
+        self._config.set("express.link_status", self.spec.idle_link if link is None else link)
         if self.spec.slot is not None:
             control = self._config.get("express.slot_control") & ~SLTCTL_POWER_OFF
             self._config.set("express.slot_control", control | (0 if occupied else SLTCTL_POWER_OFF))
+
+    @property
+    def slot_interrupt(self) -> bool:
+        """Whether an event of the slot waits that is to interrupt."""
+        control, status = self._config.get("express.slot_control"), self._config.get("express.slot_status")
+        return bool(control & SLTCTL_INTERRUPT and control & status & SLTCTL_EVENTS)
 
     def _device_controlled(self) -> None:
         control = self._config.get("express.device_control")

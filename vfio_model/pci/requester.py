@@ -28,6 +28,14 @@ class Segment(RequesterBus, Protocol):
     def bypass_iommu(self) -> bool:
         """Whether requests from its root bus go past the IOMMU."""
 
+    @property
+    def is_root(self) -> bool:
+        """Whether it is a host bridge's or an expander's."""
+
+    @property
+    def iommu_per_bus(self) -> bool:
+        """Whether the IOMMU on it serves this root bus alone, and no expander's."""
+
     def above(self) -> Above | None:
         """The bridge above and its place; None at the top."""
 
@@ -56,7 +64,7 @@ def requester_of(bus: Segment, devfn: int) -> Requester | None:
     alias: Segment = bus
     while at.iommu_ops is None:
         above = at.above()
-        if above is None:
+        if above is None or (at.is_root and above.bus.iommu_per_bus):
             return None
         if not at.express:
             alias, devfn = (at, 0) if above.takes_ownership else (above.bus, above.devfn)
