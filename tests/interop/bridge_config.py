@@ -3,8 +3,8 @@
     python -m tests.interop.bridge_config > tests/pci/bridge_config.txt
 
 For each model: every dword after power-on, after zeros were written everywhere, and after ones were (bus numbers and
-function level reset apart). A dword of the header that is always zero, and one behind it that keeps whatever is written,
-is left out.
+function level reset apart). A dword of the header that is always zero, and one behind it that keeps whatever is
+written, is left out.
 """
 
 from __future__ import annotations
