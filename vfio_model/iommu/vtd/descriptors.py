@@ -171,12 +171,15 @@ class Descriptors:
     def _complete(self) -> None:
         """The invalidation completion event; a guest that has not taken the last one gets no second."""
         if self._registers.get(regs.ICS) & regs.ICS_IWC:
-            said = "One pending, skip current"
-        else:
-            self._registers.change(regs.ICS, set_=regs.ICS_IWC)
-            masked = self._completion.masked
-            said = "IM in IECTL_REG is set, new event not generated" if masked else "Generating complete event"
+            self._trace_completion("One pending, skip current")
+            return
+        self._registers.change(regs.ICS, set_=regs.ICS_IWC)
+        masked = self._completion.masked
+        self._trace_completion(
+            "IM in IECTL_REG is set, new event not generated" if masked else "Generating complete event"
+        )
+        self._completion.generate()
+
+    def _trace_completion(self, msg: str) -> None:
         if self._trace.enabled:
-            self._trace("vtd_inv_desc_wait_irq", msg=said)
-        if not said.startswith("One"):
-            self._completion.generate()
+            self._trace("vtd_inv_desc_wait_irq", msg=msg)

@@ -95,7 +95,7 @@ REGISTERS: Final = (
         writable=0xE000_0003_FFFF_FFFF,
         write_only=0x3_FFFF_0000,
     ),
-    Register("FSTS", FSTS, 4, "Fault Status Register", clear_on_write=0x51, narrow=True),
+    Register("FSTS", FSTS, 4, "Fault Status Register", clear_on_write=0x51),
     Register("FECTL", FECTL, 4, "Fault Event Control Register", writable=_IM, reset=_IM, narrow=True),
     Register("FEDATA", FEDATA, 4, "Fault Event Data Register", writable=0xFFFF),
     Register("FEADDR", FEADDR, 4, "Fault Event Address Register", writable=0xFFFF_FFFC),
