@@ -11,6 +11,7 @@ the hole's size: the page size of the level at which the walk ended.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Protocol
 
 from vfio_model.iommu.vtd.lookup import Lookup
@@ -26,6 +27,7 @@ from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.types import IOMMUAccessFlags
 from vfio_model.pci.iommu_ops import (
     AtsCompletion,
+    AtsGate,
     AtsRequest,
     IotlbInfo,
     PageRequest,
@@ -166,6 +168,23 @@ class VtdOps(PCIIOMMUOps):
             found = AddressSpace(f"{space.name}-translated", TranslatedRegion(space, self._lookup))
             self._translated[space] = found
         return found
+
+    def lets_translated(self, space: VtdSpace) -> bool:
+        """Whether the context entry, as the tables have it, lets translated requests through; all do when nothing is
+        translated.
+        """
+        lookup = self._lookup
+        if not lookup.enabled:
+            return True
+        context = lookup.structures.context(space.bus.number, space.devfn)[2]
+        return context is not None and context.device_tlb
+
+    def watch_translated_requests(self, bus: RequesterBus, devfn: int, fn: AtsGate) -> Callable[[], None]:
+        """See :class:`PCIIOMMUOps`. Told when an invalidation lets the unit look at the context entry anew."""
+        space = self._spaces.space(bus, devfn, RID)
+        fn(self.lets_translated(space))
+        space.gates.append(fn)
+        return lambda: space.gates.remove(fn)
 
     # -- page requests -------------------------------------------------------------------------------------------
 

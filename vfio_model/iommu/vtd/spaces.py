@@ -23,7 +23,7 @@ from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, TranslatedPieces
 from vfio_model.memory.region import AliasRegion, IORegion, MemoryRegion, transaction
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag, MemTxResult
-from vfio_model.pci.iommu_ops import PageResponseFn, RequesterBus
+from vfio_model.pci.iommu_ops import AtsGate, PageResponseFn, RequesterBus
 from vfio_model.trace import Trace
 
 _WHOLE = 1 << 64
@@ -141,6 +141,8 @@ class VtdSpace:
         """The cached context entry."""
         self.page_response: PageResponseFn | None = None
         """Who waits for responses to page requests."""
+        self.gates: list[AtsGate] = []
+        """Who wants to know whether translated requests are let through."""
         self._trace = trace
         self.region = VtdRegion(self, resolver, trace)
         root = MemoryRegion(self.name, _WHOLE)

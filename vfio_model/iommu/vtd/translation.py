@@ -76,6 +76,17 @@ class Translation:
             binding = self.lookup.peek(space)
             translated = binding is None or binding.type is not TableType.PASS_THROUGH
         space.show(translated)
+        self._tell_gates(space)
+
+    def _tell_gates(self, space: VtdSpace) -> None:
+        """What a function's cache may do goes for all its spaces."""
+        if space.gates:
+            open_ = self.ops.lets_translated(space)
+            for gate in tuple(space.gates):
+                gate(open_)
+            for other in self._spaces.values():
+                if other.bus is space.bus and other.devfn == space.devfn:
+                    self._told[other] = None
 
     def _switch_all(self) -> None:
         with transaction():
