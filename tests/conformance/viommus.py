@@ -5,14 +5,20 @@ To add one: subclass :class:`GuestIommu` and name it in :data:`GUEST_IOMMUS`.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.guest_drivers.vtd_rig import EDU
+from tests.guest_drivers.vtd_rig import RAM_SIZE as VTD_RAM_SIZE
+from tests.guest_drivers.vtd_rig import Rig as VtdRig
 from tests.machine.boards import RAM_SIZE, pseries
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.guest_drivers.cpu import DirectCpu
 from vfio_model.guest_drivers.pseries_ddw import TceWindow
+from vfio_model.guest_drivers.vtd_tables import Stage
+from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.machine.migration import load_device_state, save_device_state
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.address_space import AddressSpace
@@ -37,8 +43,6 @@ class GuestIommu(ABC):
     space: AddressSpace
     """The device's."""
     system: AddressSpace
-    write_only: bool = True
-    """Whether an entry can allow writes alone."""
 
     @abstractmethod
     def map(self, iova: int, gpa: int, perm: int) -> None:
@@ -60,9 +64,9 @@ class GuestIommu(ABC):
         """Faults recorded since the last call; None where the IOMMU does not record any."""
         return None
 
-    def bypass(self, on: bool) -> bool:
-        """Let the device past the IOMMU, or not any more; False where that cannot be."""
-        return False
+    def bypass(self, on: bool) -> None:
+        """Let the device past the IOMMU, or not any more."""
+        raise NotImplementedError
 
     @property
     def region(self) -> IOMMUMemoryRegion:
@@ -103,7 +107,87 @@ class Spapr(GuestIommu):
         return other
 
 
-GUEST_IOMMUS: dict[str, Callable[[], GuestIommu]] = {"spapr": Spapr}
+@dataclass
+class VtdMode:
+    """One way to use a VT-d unit."""
+
+    options: VtdOptions
+    queued: bool = True
+    stage: Stage = Stage.SECOND
+
+
+_CM = VtdOptions(caching_mode=True)
+VTD_MODES = {
+    "vtd-registers": VtdMode(_CM, queued=False),
+    "vtd-queue": VtdMode(_CM),
+    "vtd-39-bit": VtdMode(VtdOptions(caching_mode=True, aw_bits=39)),
+    "vtd-qemu": VtdMode(VtdOptions(caching_mode=True, quirks=frozenset({"qemu"}))),
+    "vtd-scalable": VtdMode(VtdOptions(caching_mode=True, scalable_mode=True)),
+    "vtd-first-stage": VtdMode(VtdOptions(caching_mode=True, scalable_mode=True, fsts=True), stage=Stage.FIRST),
+}
+
+
+class Vtd(GuestIommu):
+    """A q35 machine with VT-d in caching mode; edu in a domain of its own, by what Linux's driver does."""
+
+    def __init__(self, mode: VtdMode) -> None:
+        self._mode = mode
+        self.rig = VtdRig(mode.options, queued=mode.queued, scalable=mode.options.scalable_mode)
+        self.machine, self._driver = self.rig.machine, self.rig.vtd
+        self.space, self.system = self.machine.root_bus.iommu_address_space(EDU), self.machine.system
+        self._domain = self._driver.domain(mode.stage)
+        self._driver.attach(self._domain, EDU)
+
+    def map(self, iova: int, gpa: int, perm: int) -> None:
+        """An entry, and an invalidation: of what was there, or, in caching mode, of what was not."""
+        table = self._domain.table
+        self.machine.mmio_write(table.slot(iova), 8, table.leaf(gpa, perm))
+        self._driver.flush(self._domain, iova, PAGE)
+
+    def unmap(self, iova: int) -> None:
+        """The same."""
+        self._driver.unmap(self._domain, iova, PAGE)
+
+    def faults(self) -> int:
+        """What is in the records; they are cleared."""
+        return len(self._driver.faults())
+
+    def bypass(self, on: bool) -> None:
+        """Pass-through."""
+        if on:
+            self._driver.detach(self._domain, EDU)
+            self._driver.attach_pass_through(EDU)
+        else:
+            self._driver.detach_pass_through(EDU)
+            self._driver.attach(self._domain, EDU)
+
+    def reset(self) -> None:
+        """Of the machine."""
+        self.machine.reset()
+
+    def again(self) -> Vtd:
+        """By the sections of a migration; memory, and what the driver knows, is a copy."""
+        other = Vtd(self._mode)
+        for gpa in range(0, VTD_RAM_SIZE, CHUNK):
+            other.machine.write_memory(gpa, self.machine.read_memory(gpa, CHUNK))
+        load_device_state(other.machine, save_device_state(self.machine))
+        known = {id(self.machine): other.machine}
+        other._driver, other._domain = copy.deepcopy((self._driver, self._domain), known)
+        return other
+
+
+FIRST_STAGE = frozenset({"vtd-first-stage"})
+"""Whose guest says nothing of a new mapping: nobody can shadow it. All that is mapped can be read."""
+
+
+def _vtd(mode: VtdMode) -> Callable[[], GuestIommu]:
+    return lambda: Vtd(mode)
+
+
+GUEST_IOMMUS: dict[str, Callable[[], GuestIommu]] = {
+    "spapr": Spapr,
+    **{name: _vtd(mode) for name, mode in VTD_MODES.items()},
+}
 
 
 @dataclass
