@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,9 +15,10 @@ from vfio_model.memory.types import MemTxResult
 from vfio_model.trace import NULL_TRACE, Trace
 
 
-class Machine:
+class Machine(ABC):
     """A machine whose memory is the tree under ``root``, and whose RAM is ``ram``."""
 
+    TYPE: str
     big_endian: bool
 
     def __init__(
@@ -27,6 +29,10 @@ class Machine:
         self.irqs = IrqLines()
         self.ram = tuple(ram)
         self.system = AddressSpace("memory", root)
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Reset everything."""
 
     @property
     def byte_order(self) -> Literal["big", "little"]:

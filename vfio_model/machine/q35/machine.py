@@ -113,9 +113,8 @@ class Q35Machine(Machine):
         ports = self.ports.region
         ports.add_subregion(regs.CONFIG_ADDRESS, IORegion("pci-conf-idx", 4, address))
         ports.add_subregion(regs.CONFIG_DATA, IORegion("pci-conf-data", 4, ConfigData(address, cycles)))
-        control = ResetControl(lambda: self.on_reset_request())
-        ports.add_subregion(regs.RESET_CONTROL, IORegion("lpc-reset-control", 1, control), priority=1)
-        self.config_address = address
+        self.config_address, self.reset_control = address, ResetControl(lambda: self.on_reset_request())
+        ports.add_subregion(regs.RESET_CONTROL, IORegion("lpc-reset-control", 1, self.reset_control), priority=1)
         self._ecam = IORegion("pcie-mmcfg-mmio", regs.PCIEXBAR_BUSES[0] << regs.ECAM_BUS_SHIFT, Ecam(cycles))
         self._rcrb = IORegion("lpc-rcrb-mmio", regs.CHIPSET_CONFIG_SIZE, self.chipset)
         for region, base, priority in (

@@ -61,16 +61,16 @@ class ResetControl:
     min_access_size, max_access_size = 1, 4
 
     def __init__(self, request: Callable[[], None]) -> None:
-        self._request, self._value = request, 0
+        self._request, self.value = request, 0
 
     def read(self, addr: int, size: int) -> int | None:
         """See ``RegionOps``."""
-        return self._value
+        return self.value
 
     def write(self, addr: int, size: int, value: int) -> MemTxResult:
         """RST_CPU asks for a reset; it does not stay."""
         if value & regs.RESET_CPU:
             self._request()
         else:
-            self._value = value & regs.RESET_CONTROL_KEPT
+            self.value = value & regs.RESET_CONTROL_KEPT
         return MemTxResult.OK
