@@ -4,6 +4,7 @@ them.
 ::
 
     stop, migrate:  RUNNING ─► RUNNING_P2P (all devices) ─► STOP          cont:  STOP ─► RUNNING_P2P (all) ─► RUNNING
+    migrate:       PRE_COPY ─► PRE_COPY_P2P (all)        ─► STOP_COPY
 
 Emulated devices need none of this: they rest when virtual time does.
 
@@ -13,12 +14,12 @@ Source: ``include/uapi/linux/vfio.h`` ("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE"); 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from vfio_model.errors import PeerLost, VMStateError
 from vfio_model.trace import Trace
 from vfio_model.uapi.migration import DeviceState
-from vfio_model.vfio.migration import migrating, set_state, set_states
+from vfio_model.vfio.migration import MigratingDevice, migrating, set_state, set_states
 from vfio_model.vfio.pci import VFIOPCIDevice
 
 _STOPPING = (DeviceState.RUNNING_P2P, DeviceState.STOP)
@@ -40,14 +41,19 @@ class DeviceStates:
             self._stopped = True
             self._try(_STOPPING)
 
-    def stop(self) -> None:
-        """As :meth:`rest`, for all devices.
+    @property
+    def resting(self) -> bool:
+        """Whether they were told to."""
+        return self._stopped
+
+    def stop(self, saving: Collection[MigratingDevice] = ()) -> None:
+        """As :meth:`rest`, for all devices; those of ``saving`` go on from PRE_COPY.
 
         :raise OSError: one refuses. :raise PeerLost: one is gone. :raise VMStateError: one has no such states.
         """
         states = _STOPPING[1:] if self._stopped else _STOPPING
         self._stopped = True
-        set_states([migrating(device) for device in self._devices()], *states)
+        set_states([migrating(device) for device in self._devices()], *states, saving=saving)
 
     def hold(self) -> None:
         """They are stopped by loading their states: :meth:`run` has something to do."""

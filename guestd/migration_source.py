@@ -1,10 +1,10 @@
 """A machine that leaves: what it sends, and when it stops (:mod:`guestd.migration_state` has the picture).
 
 Everything goes from the loop, as fast as the other end reads and ``max-bandwidth`` lets it: while the guest runs all of
-RAM, then what was written meanwhile, until what is left could go within ``downtime-limit``, or :data:`MAX_PASSES` have
-not got there. Then the machine stops, devices of other processes too; what was written since, and every section, is
-sent; the other end says whether it could load that. Then the machine is the other's, or it goes on here as if nothing
-had happened.
+RAM, then what was written meanwhile, with each pass what devices say of themselves (:mod:`guestd.precopy`), until what
+is left could go within ``downtime-limit``, or :data:`MAX_PASSES` have not got there. Then the machine stops, devices of
+other processes too; what was written since, and every section, is sent; the other end says whether it could load that.
+Then the machine is the other's, or it goes on here as if nothing had happened.
 
 Monitors are served all the time, so that ``migrate_cancel`` is heard whatever the destination does. Whoever would
 change the machine while it stands waits, or is refused (``RunState.FINISH_MIGRATE``). A destination that reads nothing
@@ -22,6 +22,7 @@ from typing import Final
 from guestd.dirty_ram import DirtyRam
 from guestd.migration_state import FAILED, GO, LOADED, MAX_ANSWER, Progress, Settings, Status, outgoing, run_state
 from guestd.operations import Operations, RunState
+from guestd.precopy import DevicePreCopy
 from protocols.transport.loop import deadline_scale
 from protocols.transport.unix import ByteConnection
 from vfio_model.errors import ConfigError, DeadlineExceeded, PeerLost, VfioModelError, VMStateError
@@ -68,6 +69,7 @@ class Outgoing:
         self._writer = FrameWriter()
         self._sender = RamSender(self._writer, ram_views(self._guest.machine))
         self._dirty = DirtyRam(self._guest, trace)
+        self._precopy = DevicePreCopy(self._guest, self._writer, trace)
         self._connection: ByteConnection | None = None
         self._answer = b""
         self._lost: PeerLost | None = None
@@ -78,6 +80,8 @@ class Outgoing:
         """How many bytes the destination has taken, and when it took the last, or there was nothing to take."""
         self._everything_sent = False
         self._limit_ns = int(ANSWER_SECONDS * deadline_scale() * 1e9)
+        self._early: dict[int, int] = {}
+        """Bytes that were read of a device before it stood, by instance."""
         self._first_left = self._left = 0
         """Bytes that the first pass still has to send, and those that were left when it ended."""
         self._was = operations.state
@@ -110,6 +114,7 @@ class Outgoing:
         self._connection = self._connect()
         self._loop.register(self._connection, self._readable, served=True)
         self._dirty.start()
+        self._precopy.start()
         self._frames = self._first_frames()
         self._times.set_up = self._slice_began = self._moved = time.monotonic_ns()
         self.progress.to(Status.ACTIVE)
@@ -151,9 +156,11 @@ class Outgoing:
                 part = min(CHUNK, first + size - offset)
                 yield from sender.run(0, offset, part)
                 self._first_left -= part
+        yield from self._precopy.frames()
         yield self._end_pass(final=False)
         while not self._little_is_left():
             yield from self._dirty_frames()
+            yield from self._precopy.frames()
             yield self._end_pass(final=False)
 
     def _dirty_frames(self) -> Iterator[bytes]:
@@ -168,7 +175,8 @@ class Outgoing:
     def _little_is_left(self) -> bool:
         self._dirty.sync()
         limit = self._settings.parameters["max-bandwidth"] * self._settings.parameters["downtime-limit"] // 1000
-        return self._dirty.dirty_bytes <= limit or self._passes >= MAX_PASSES
+        left = self._dirty.dirty_bytes + self._precopy.waiting()
+        return left <= limit or self._passes >= MAX_PASSES
 
     def _pump(self) -> None:
         """Send while the socket takes it; everybody else's turn comes after each frame."""
@@ -235,7 +243,8 @@ class Outgoing:
         self._times.stopped = self._moved = time.monotonic_ns()
         operations.stop(RunState.FINISH_MIGRATE)
         operations.state = RunState.FINISH_MIGRATE
-        self._guest.states.stop()
+        self._guest.states.stop(self._precopy.check())
+        self._early = self._precopy.stand()
         self._dirty.sync()
         self._frames = self._last_frames()
         self.progress.to(Status.DEVICE)
@@ -243,7 +252,7 @@ class Outgoing:
     def _last_frames(self) -> Iterator[bytes]:
         yield from self._dirty_frames()
         yield self._end_pass(final=True)
-        extra = [run_state(lambda _: None, self._was), *outgoing(self._guest)]
+        extra = [run_state(lambda _: None, self._was), *outgoing(self._guest, self._early)]
         yield from device_frames(self._guest.machine, self._writer, extra)
 
     def _let_go(self, connection: ByteConnection) -> None:
@@ -275,6 +284,7 @@ class Outgoing:
         self._left = self._remaining
         self._close()
         self._dirty.stop()
+        self._precopy.abandon()
         self._times.ended = time.monotonic_ns()
         operations = self._operations
         if operations.state is not RunState.FINISH_MIGRATE:
@@ -311,6 +321,8 @@ class Outgoing:
             found["error-desc"] = str(self.error)
         if times.set_up:
             found["ram"] = self._ram(now)
+        if self._precopy.sent:
+            found["vfio"] = {"transferred": self._precopy.sent}
         return found
 
     @property

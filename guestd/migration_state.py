@@ -3,7 +3,8 @@
 ::
 
     source                                         destination (INMIGRATE)
-    header, blocks, RAM passes  ─────────────────► stores RAM
+    header, blocks, RAM passes, what devices
+    with PRE_COPY say while they run  ───────────► stores RAM, keeps the rest
     stops; last pass, sections, end  ────────────► loads
                                   ◄─── "loaded" ── or "failed: why", and ends
     "go": it is the other's now  ────────────────► runs
@@ -16,14 +17,15 @@ Source of names: QEMU's ``qapi/migration.json``; ``globalstate`` is its ``migrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Final, Protocol
 
 from guestd.guest import Guest
 from guestd.operations import Operations, RunState
+from vfio_model.errors import VMStateError
 from vfio_model.machine.migration import Entry
-from vfio_model.vfio.migration import DEVICE_STATE, load, migrating, save
+from vfio_model.vfio.migration import DATA_CHUNK, DEVICE_STATE, MAX_EARLY, load, migrating, save
 from vfio_model.vfio.pci import VFIOPCIDevice
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
@@ -85,7 +87,8 @@ class Progress:
         return self.status in UNDER_WAY
 
 
-def _functions(guest: Guest) -> Iterator[tuple[int, VFIOPCIDevice]]:
+def functions(guest: Guest) -> Iterator[tuple[int, VFIOPCIDevice]]:
+    """The devices of other processes, each with the instance that its sections have."""
     for phb in guest.machine.phbs.values():
         for devfn, function in sorted(phb.bus.devices.items()):
             if isinstance(function, VFIOPCIDevice):
@@ -106,17 +109,18 @@ def run_state(take: Callable[[str], None], state: str = RunState.RUNNING) -> Ent
     return Entry(GLOBAL_STATE, 0, lambda: {"size": len(name), "runstate": name}, loaded, optional=True)
 
 
-def outgoing(guest: Guest) -> list[Entry]:
-    """The states of devices in other processes, which are stopped when they are asked.
+def outgoing(guest: Guest, early: Mapping[int, int] | None = None) -> list[Entry]:
+    """The states of devices in other processes, which are stopped when they are asked. ``early``: how many bytes were
+    read before, by instance.
 
     :raise VMStateError: one cannot be migrated.
     """
-    return [_outgoing(instance, device) for instance, device in _functions(guest)]
+    return [_outgoing(instance, device, (early or {}).get(instance)) for instance, device in functions(guest)]
 
 
-def _outgoing(instance: int, device: VFIOPCIDevice) -> Entry:
+def _outgoing(instance: int, device: VFIOPCIDevice, early: int | None) -> Entry:
     connection = migrating(device)
-    return Entry(DEVICE_STATE, instance, lambda: save(connection), lambda _: None)
+    return Entry(DEVICE_STATE, instance, lambda: save(connection, early), lambda _: None)
 
 
 def incoming(guest: Guest) -> list[Entry]:
@@ -124,14 +128,21 @@ def incoming(guest: Guest) -> list[Entry]:
 
     :raise VMStateError: one cannot be migrated.
     """
-    return [_incoming(guest, instance, device) for instance, device in _functions(guest)]
+    return [_incoming(guest, instance, device) for instance, device in functions(guest)]
 
 
 def _incoming(guest: Guest, instance: int, device: VFIOPCIDevice) -> Entry:
     migrating(device)
+    before = bytearray()
+
+    def early(data: bytes) -> None:
+        if len(before) + len(data) > MAX_EARLY + DATA_CHUNK:
+            raise VMStateError(f"more than {MAX_EARLY} bytes before the machine stands", where=device.name)
+        before.extend(data)
 
     def loaded(state: State) -> None:
         guest.clock.advance_to(guest.clock.virtual.now_ns)
-        load(migrating(device), state)
+        load(migrating(device), state, before)
+        before.clear()
 
-    return Entry(DEVICE_STATE, instance, lambda: {"length": 0, "data": b""}, loaded)
+    return Entry(DEVICE_STATE, instance, lambda: {"length": 0, "data": b"", "early": 0}, loaded, early=early)

@@ -22,6 +22,7 @@ from vfio_model.iommu.spapr import regs
 from vfio_model.iommu.spapr.regs import DmaOptions, HCall
 from vfio_model.iommu.spapr.vmstate import SPAPR_IOMMU, SPAPR_IOMMU_EX, export_table
 from vfio_model.machine.migration import (
+    Entry,
     MachineLoader,
     device_frames,
     entries,
@@ -36,7 +37,7 @@ from vfio_model.pci.device import PCIDevice
 from vfio_model.ranges import Hva
 from vfio_model.uapi.vfio import Ioctl, PciIrq
 from vfio_model.vfio.pci import VFIOPCIDevice
-from vfio_model.vmstate.fields import encode
+from vfio_model.vmstate.fields import Field, VMStateDescription, encode
 from vfio_model.vmstate.ram import RamSender
 from vfio_model.vmstate.stream import FrameKind, FrameReader, FrameWriter, Section
 
@@ -443,6 +444,36 @@ def test_ram_of_another_size_is_refused() -> None:
     other = pseries()
     with pytest.raises(VMStateError, match="the RAM is not this machine's: ram 0x4000000"):
         MachineLoader(other).feed(stream)
+
+
+THING = VMStateDescription("thing", 3, (Field("number"),))
+
+
+def early_stream(machine: PseriesMachine, *sections: Section) -> bytes:
+    """RAM, among it what is said early, and everything else."""
+    writer = FrameWriter()
+    sender = RamSender(writer, ram_views(machine))
+    thing = Entry(THING, 4, lambda: {"number": 7}, lambda _: None)
+    frames = [writer.header(machine.TYPE), sender.blocks(), *map(writer.early, sections), sender.end_pass(final=True)]
+    return b"".join([*frames, *device_frames(machine, writer, [thing])])
+
+
+def test_what_is_said_early_goes_to_its_object_in_order() -> None:
+    machine, said, loaded = small(), list[bytes](), list[object]()
+    thing = Entry(THING, 4, lambda: {"number": 0}, loaded.append, early=said.append)
+    loader = MachineLoader(small(), extra=[thing])
+    loader.feed(early_stream(machine, Section("thing", 4, 3, b"one"), Section("thing", 4, 3, b"two")))
+    assert said == [b"one", b"two"] and loader.complete and not loaded
+    loader.load()
+    assert loaded == [{"number": 7}]
+
+
+@pytest.mark.parametrize(("name", "instance"), [("thing", 5), ("other", 4), ("virtual-clock", 0)])
+def test_what_nobody_takes_early_is_refused(name: str, instance: int) -> None:
+    thing = Entry(THING, 4, lambda: {"number": 0}, lambda _: None, early=lambda _: None)
+    loader = MachineLoader(small(), extra=[thing])
+    with pytest.raises(VMStateError, match="before the machine stands"):
+        loader.feed(early_stream(small(), Section(name, instance, 1, b"x")))
 
 
 def test_sections_before_the_final_pass_are_refused() -> None:

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "act": "",  # what happens instead of its answer, see Server.misbehave
     "delay": {},  # seconds, by command
     "refuse": {},  # errno, by command
+    "migration": 0,  # flags of VFIO_DEVICE_FEATURE_MIGRATION; 0: there is none
     "first_client_only": False,  # misbehave to the first client, be good to the next
 }
 ID, SCRATCH, IOVA, LENGTH, COMMAND, RESULT, DONE, IRQ, RESETS, PATTERN, DATA, CUT = (
@@ -49,6 +50,20 @@ HEADER = struct.Struct("=HHIII")
     REGION_WRITE, DMA_READ, DMA_WRITE, RESET,
 ) = range(1, 14)  # fmt: skip
 WRITE_MULTI, FEATURE, MIG_READ, MIG_WRITE = 15, 16, 17, 18
+
+
+STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = range(1, 8)
+STEPS = {
+    (RUNNING, STOP): (), (STOP_COPY, STOP): (), (RESUMING, STOP): (), (PRE_COPY, RUNNING): (), (STOP, RUNNING): (),
+    (RUNNING, PRE_COPY): (), (STOP, STOP_COPY): (), (PRE_COPY, STOP_COPY): (), (STOP, RESUMING): (),
+    (RUNNING, STOP_COPY): (STOP,), (RUNNING, RESUMING): (STOP,), (STOP_COPY, RUNNING): (STOP,),
+    (STOP_COPY, RESUMING): (STOP,), (RESUMING, RUNNING): (STOP,), (RESUMING, STOP_COPY): (STOP,),
+    (PRE_COPY, STOP): (RUNNING,), (STOP, PRE_COPY): (RUNNING,),
+}  # fmt: skip
+STOP_COPY_FLAG, P2P_FLAG, PRE_COPY_FLAG = 1, 2, 4
+RUN = struct.Struct("=HB")
+KEPT = slice(SCRATCH, DATA)
+"""The registers that migrate, as runs of bytes that changed since the last."""
 
 
 class Gone(Exception):
@@ -74,6 +89,7 @@ class Server:
         self.regs = bytearray(4096)
         self.regs[ID : ID + 4] = struct.pack("<I", IDENTITY)
         self.msix = bytearray(4096)
+        self.state, self.sent, self.stream = RUNNING, b"", b""
         self.memory_fd = self.make_memory()
         self.memory: Any = mmap.mmap(self.memory_fd, FILE_OFFSET + BAR2)
         self.config = self.make_config()
@@ -320,8 +336,12 @@ class Server:
         if command == RESET:
             self.reset()
             return b"", ()
+        if command == FEATURE and self.options["migration"]:
+            return self.feature(body), ()
         if command == FEATURE:
             raise Refused(errno.ENOTTY)
+        if command in (MIG_READ, MIG_WRITE) and self.options["migration"]:
+            return self.migration_data(command, body), ()
         raise Refused(errno.ENOTSUP)
 
     def expect(self, body: bytes, form: str, argsz: int | None) -> tuple[int, ...]:
@@ -406,6 +426,7 @@ class Server:
         self.regs[4:RESETS] = bytes(RESETS - 4)
         struct.pack_into("<I", self.regs, RESETS, resets)
         struct.pack_into("<H", self.config, 4, 0)
+        self.state, self.sent, self.stream = RUNNING, b"", b""
         self.note("reset")
 
     # -- interrupts ----------------------------------------------------------------------------------------------
@@ -444,6 +465,83 @@ class Server:
         elif (0, 0) in self.irqs and not self.masked:
             self.masked = True
             os.eventfd_write(self.irqs[0, 0], 1)
+
+    # -- migration -----------------------------------------------------------------------------------------------
+
+    def feature(self, body: bytes) -> bytes:
+        argsz, flags = struct.unpack_from("=II", body)
+        number, data = flags & 0xFFFF, body[8:]
+        get, put, probe = (bool(flags & 1 << bit) for bit in (16, 17, 18))
+        if flags >> 19 or (get and put and not probe) or not (get or put or probe) or argsz < 8:
+            self.violation(f"feature flags {flags:#x}, argsz {argsz}")
+            raise Refused(errno.EINVAL)
+        if number not in (1, 2) or (number == 1 and put):
+            raise Refused(errno.ENOTTY)
+        if probe:
+            return body
+        if number == 1:
+            return struct.pack("=IIQ", 16, flags, self.options["migration"])
+        if put:
+            if len(data) != 8:
+                self.violation(f"{len(data)} bytes of device state")
+            self.go(struct.unpack_from("=I", data)[0])
+            return body
+        return struct.pack("=IIIi", 16, flags, self.state, -1)
+
+    def go(self, wanted: int) -> None:
+        self.note("state", before=self.state, after=wanted)
+        saves = self.options["migration"] & PRE_COPY_FLAG
+        if wanted in (RUNNING_P2P, PRE_COPY_P2P) or (wanted == PRE_COPY and not saves):
+            self.violation(f"state {wanted}, which there is not")
+            raise Refused(errno.EINVAL)
+        if wanted == self.state:
+            return
+        if (self.state, wanted) not in STEPS:
+            self.violation(f"from state {self.state} to {wanted}")
+            raise Refused(errno.EINVAL)
+        for state in (*STEPS[self.state, wanted], wanted):
+            if self.state == RESUMING:
+                self.take()
+            if not (self.state == PRE_COPY and state == STOP_COPY):
+                self.sent = b""
+            self.state, self.stream = state, b""
+
+    def take(self) -> None:
+        at = 0
+        while at < len(self.stream):
+            offset, length = RUN.unpack_from(self.stream, at)
+            at += RUN.size + length
+            if at > len(self.stream):
+                self.violation("a state that is cut")
+                raise Refused(errno.EINVAL)
+            self.regs[offset : offset + length] = self.stream[at - length : at]
+
+    def migration_data(self, command: int, body: bytes) -> bytes:
+        argsz, size = struct.unpack_from("=II", body)
+        if command == MIG_WRITE:
+            if self.state != RESUMING or len(body) != 8 + size:
+                self.violation(f"MIG_DATA_WRITE of {size} with {len(body)} bytes in state {self.state}")
+                raise Refused(errno.EINVAL)
+            self.stream += body[8:]
+            return b""
+        if argsz < 8 + size or len(body) != 8 or size > self.options["capabilities"].get("max_data_xfer_size", 1 << 20):
+            self.violation(f"MIG_DATA_READ of {size}, argsz {argsz}")
+        if self.state not in (PRE_COPY, STOP_COPY):
+            self.note("early read", state=self.state)
+            raise Refused(errno.EINVAL)
+        if not self.stream:
+            self.say()
+        part, self.stream = self.stream[:size], self.stream[size:]
+        self.note("read", state=self.state, size=len(part))
+        return struct.pack("=II", 8 + len(part), len(part)) + part
+
+    def say(self) -> None:
+        """What was not said yet."""
+        now = bytes(self.regs[:DATA])
+        for offset in range(KEPT.start, KEPT.stop, 4):
+            if now[offset : offset + 4] != self.sent[offset : offset + 4]:
+                self.stream += RUN.pack(offset, 4) + now[offset : offset + 4]
+        self.sent = now
 
     # -- DMA -----------------------------------------------------------------------------------------------------
 

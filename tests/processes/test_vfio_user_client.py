@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from guestd.migration_state import outgoing
+from guestd.migration_state import incoming, outgoing
+from guestd.precopy import DevicePreCopy
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from tests.peers import spec_server as peer
 from tests.peers.rig import DEVFN, LIST, NAME, RAM, Dma, PeerGuest, SpecPeer, fds
 from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.iommu.spapr.regs import TcePerm
 from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY
+from vfio_model.vmstate.fields import State
+from vfio_model.vmstate.stream import Frame, FrameKind, FrameWriter, Section
 
 pytestmark = pytest.mark.machine
 
@@ -295,6 +298,120 @@ def test_a_device_without_migration_blocks_it_by_name(bench: Bench) -> None:
     guest = bench.start()
     with pytest.raises(VMStateError, match=f"{NAME}.*migration"):
         outgoing(guest.guest)
+
+
+def moved(source: PeerGuest, target: PeerGuest, during: Callable[[], None] = lambda: None) -> DevicePreCopy:
+    """The state of the source's device to the target's, ``during()`` between two rounds of what it says early."""
+    writer = FrameWriter()
+    precopy = DevicePreCopy(source.guest, writer, source.trace)
+    precopy.start()
+    frames = [Frame(FrameKind.EARLY, frame[5:-4], 0) for frame in precopy.frames()]
+    during()
+    frames += [Frame(FrameKind.EARLY, frame[5:-4], 0) for frame in precopy.frames()]
+    source.guest.states.stop(precopy.check())
+    states: list[State] = [entry.export() for entry in outgoing(source.guest, precopy.stand())]
+    target.guest.states.stop()
+    (entry,) = incoming(target.guest)
+    for frame in frames:
+        assert entry.early is not None
+        entry.early(Section.unpack(frame).data)
+    entry.load(states[0])
+    target.guest.states.hold()
+    target.guest.states.run()
+    return precopy
+
+
+def both(bench: Bench, flags: int) -> tuple[PeerGuest, PeerGuest]:
+    """Two guests with a device each."""
+    guests = []
+    for name in ("a", "b"):
+        directory = bench.directory / name
+        directory.mkdir()
+        bench.directory, old = directory, bench.directory
+        guests.append(bench.start(migration=flags))
+        bench.directory = old
+    return guests[0], guests[1]
+
+
+def states(peer_process: SpecPeer) -> list[int]:
+    return [line["after"] for line in peer_process.log("state")]
+
+
+def read_in(peer_process: SpecPeer) -> list[tuple[int, int]]:
+    """(state, bytes) of each read that got something."""
+    return [(line["state"], line["size"]) for line in peer_process.log("read") if line["size"]]
+
+
+def test_what_a_device_says_in_pre_copy_is_not_asked_again(bench: Bench) -> None:
+    source, target = both(bench, 5)
+    source.write(peer.SCRATCH, 0xBEEF)
+    source.write(peer.PATTERN, 7)
+    moved(source, target, lambda: source.write(peer.SCRATCH, 0xF00D))
+    assert target.read(peer.SCRATCH) == 0xF00D and target.read(peer.PATTERN) == 7
+    first, *later = read_in(bench.peers[0])
+    assert first[0] == peer.PRE_COPY and first[1] > 1000
+    assert later == [(peer.PRE_COPY, 7)], "one register of 4 bytes has changed"
+    assert states(bench.peers[0]) == [peer.PRE_COPY, peer.STOP_COPY, peer.STOP]
+    assert states(bench.peers[1])[-3:] == [peer.RESUMING, peer.STOP, peer.RUNNING]
+
+
+def test_what_changes_after_the_last_round_is_read_when_the_device_stands(bench: Bench) -> None:
+    source, target = both(bench, 5)
+    writer = FrameWriter()
+    precopy = DevicePreCopy(source.guest, writer, source.trace)
+    precopy.start()
+    early = [Section.unpack(Frame(FrameKind.EARLY, frame[5:-4], 0)).data for frame in precopy.frames()]
+    source.write(peer.SCRATCH, 0xCAFE)
+    source.guest.states.stop(precopy.check())
+    (state,) = (entry.export() for entry in outgoing(source.guest, precopy.stand()))
+    assert state["early"] == sum(map(len, early)) == precopy.sent and state["length"] == 7
+    (entry,) = incoming(target.guest)
+    target.guest.states.stop()
+    with pytest.raises(VMStateError, match="goes on from"):
+        entry.load(state)
+    assert entry.early is not None
+    for part in early:
+        entry.early(part)
+    entry.load(state)
+    assert target.read(peer.SCRATCH) == 0xCAFE
+
+
+def test_a_device_without_pre_copy_says_everything_when_it_stands(bench: Bench) -> None:
+    source, target = both(bench, 1)
+    source.write(peer.SCRATCH, 0xBEEF)
+    assert moved(source, target).sent == 0
+    assert target.read(peer.SCRATCH) == 0xBEEF
+    assert states(bench.peers[0]) == [peer.STOP, peer.STOP_COPY, peer.STOP]
+
+
+@pytest.mark.parametrize("how", ["reset", "rest"])
+def test_pre_copy_that_is_broken_off_counts_for_nothing(bench: Bench, how: str) -> None:
+    source, target = both(bench, 5)
+    source.write(peer.SCRATCH, 0xBEEF)
+    source.write(peer.PATTERN, 9)
+
+    def broken() -> None:
+        if how == "reset":
+            source.device.connection.reset()
+        else:
+            source.guest.states.rest()
+            source.guest.states.run()
+        source.write(peer.SCRATCH, 5)
+
+    moved(source, target, broken)
+    assert target.read(peer.SCRATCH) == 5 and target.read(peer.PATTERN) == 9
+    assert states(bench.peers[0])[-3:] == [peer.STOP, peer.STOP_COPY, peer.STOP]
+    assert len(source.trace.named("migration_precopy_broken")) == 1
+
+
+def test_a_migration_that_is_given_up_leaves_pre_copy(bench: Bench) -> None:
+    source, _ = both(bench, 5)
+    precopy = DevicePreCopy(source.guest, FrameWriter(), source.trace)
+    precopy.start()
+    list(precopy.frames())
+    precopy.abandon()
+    precopy.abandon()
+    assert states(bench.peers[0]) == [peer.PRE_COPY, peer.RUNNING]
 
 
 # -- rude and dying ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class Device:
             self.content.clear()
         return data
 
+    mig_data_limit = 3
+
     def mig_data_read(self, size: int) -> bytes:
         found = bytes(self.content[self._at : self._at + min(size, 3)])
         self._at += len(found)

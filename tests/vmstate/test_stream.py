@@ -72,7 +72,7 @@ HEADER = b"vfio-model migration\0\0\0\1pseries"
         (chained((7, bytes(4))), "begins with one header"),
         (chained((1, HEADER), (1, HEADER)), "begins with one header"),
         (chained((1, b"QEVM")), "not a migration stream"),
-        (chained((1, HEADER[:23] + b"\2pseries")), "format 2; 1 can be read"),
+        (chained((1, HEADER[:23] + b"\3pseries")), "format 3; 1 to 2 can be read"),
         (chained((1, HEADER[:-7] + b"q35")), "a q35 machine's; this is a pseries"),
         (chained((1, HEADER), (9, b"")), "kind 0x9 is not known"),
         (chained((1, HEADER), (7, b"\0\0\0\1")), "0 sections came"),

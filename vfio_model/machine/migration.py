@@ -24,7 +24,8 @@ How a process migrates with this (one of them writes, the other reads, both from
    thrown away and the source goes on.
 
 The registers of an assigned or remote device live in its process: of the machine's entries only its configuration space
-is. Its own state is an *extra* entry, loaded when everything else is, before the machine runs.
+is. Its own state is an *extra* entry, loaded when everything else is, before the machine runs; what it says of itself
+before (:meth:`~vfio_model.vmstate.stream.FrameWriter.early`, among the passes over RAM) is kept until then.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class MachineLoader:
                 self._section(frame)
             elif frame.kind is FrameKind.END:
                 self._check_end(frame)
+            elif frame.kind is FrameKind.EARLY:
+                self._early(frame)
             elif frame.kind is not FrameKind.HEADER:
                 if self.ram is None:
                     raise VMStateError("RAM in a stream of device state", where=frame.where)
@@ -142,6 +145,14 @@ class MachineLoader:
             raise VMStateError("comes twice", where=where)
         state = decode(entry.description, section.version, section.data, entry.export(), where=where)
         self._states[entry.key] = entry.check(state, where)
+
+    def _early(self, frame: Frame) -> None:
+        section = Section.unpack(frame)
+        entry = self._entries.get((section.name, section.instance))
+        if entry is None or entry.early is None:
+            where = f"{section.where}, {frame.where}"
+            raise VMStateError("nothing is said of it before the machine stands", where=where)
+        entry.early(section.data)
 
     def _check_end(self, frame: Frame) -> None:
         for key, entry in self._entries.items():

@@ -2,7 +2,7 @@
 
 ::
 
-    HEADER  [ RAM_BLOCKS  (RAM_DATA | RAM_ZERO)… RAM_PASS … ]  SECTION…  END
+    HEADER  [ RAM_BLOCKS  (RAM_DATA | RAM_ZERO | EARLY)… RAM_PASS … ]  SECTION…  END
 
 A frame is its kind (u8), the payload's length (u32), the payload and a CRC-32 (u32), all big-endian. The checksum
 goes on from the frame before it, so that a frame which was altered, lost, doubled or moved is noticed there. The header
@@ -24,7 +24,9 @@ from typing import Final
 from vfio_model.errors import VMStateError
 
 MAGIC: Final = b"vfio-model migration"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+OLDEST_VERSION: Final = 1
+"""Without EARLY."""
 MAX_PAYLOAD: Final = (1 << 32) - 1
 MAX_SECTION_HEAD: Final = 512
 """More than a section's name, instance and version take of its frame's payload."""
@@ -42,6 +44,8 @@ class FrameKind(IntEnum):
     RAM_PASS = 5
     SECTION = 6
     END = 7
+    EARLY = 8
+    """As a section: a part of what is said of an object while the machine runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,10 @@ class FrameWriter:
         """One section."""
         self._sections += 1
         return self.frame(FrameKind.SECTION, section.pack())
+
+    def early(self, section: Section) -> bytes:
+        """A part of what belongs before ``section``'s like; not counted."""
+        return self.frame(FrameKind.EARLY, section.pack())
 
     def end(self) -> bytes:
         """The last frame."""
@@ -199,8 +207,9 @@ class FrameReader:
         if payload[:at] != MAGIC or len(payload) < at + 4:
             raise VMStateError("not a migration stream of this project", where=frame.where)
         version = int.from_bytes(payload[at : at + 4], "big")
-        if version != FORMAT_VERSION:
-            raise VMStateError(f"format {version}; {FORMAT_VERSION} can be read", where=frame.where)
+        if not OLDEST_VERSION <= version <= FORMAT_VERSION:
+            known = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
+            raise VMStateError(f"format {version}; {known} can be read", where=frame.where)
         machine = payload[at + 4 :].decode("ascii", "backslashreplace")
         if machine != self._machine:
             raise VMStateError(f"a {machine} machine's; this is a {self._machine}", where=frame.where)
