@@ -18,6 +18,8 @@ from vfio_model.pci.device import BAR_MEMORY_STATE, MSIX_STATE, PARENT, DeviceHo
 from vfio_model.pci.doorbell import Doorbell
 from vfio_model.pci.express import ExpressSpec, PortType
 from vfio_model.pci.iommu_ops import (
+    Atc,
+    AtcOutcome,
     AtsCompletion,
     AtsRequest,
     IommuPort,
@@ -33,6 +35,8 @@ __all__ = [
     "BAR_MEMORY_STATE",
     "MSIX_STATE",
     "PARENT",
+    "Atc",
+    "AtcOutcome",
     "AtsCompletion",
     "AtsRequest",
     "AtsSpec",

@@ -19,9 +19,8 @@ from typing import Protocol
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
 from vfio_model.memory.address_space import AddressSpace
-from vfio_model.memory.region import IORegion, MemoryRegion, transaction
-from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.address import FUNCTIONS, SLOTS, PCIAddress
+from vfio_model.pci.bar_map import BarMap, Window
 from vfio_model.pci.config_space import CONFIG_SIZE
 from vfio_model.pci.device import PCIDevice
 from vfio_model.pci.iommu_ops import IommuPort, PCIIOMMUOps
@@ -29,15 +28,9 @@ from vfio_model.pci.iommu_port import BusIommuPort
 from vfio_model.pci.requester import Above, Requester, requester_of
 from vfio_model.trace import NULL_TRACE, Trace
 
+__all__ = ["DEVFNS", "BusOptions", "IdlePluggedHost", "PCIBus", "PluggedHost", "Upstream", "Window"]
+
 DEVFNS = SLOTS * FUNCTIONS
-
-
-@dataclass
-class Window:
-    """Where a kind of bus space appears: ``region`` shows bus addresses from ``base`` on (region offset 0)."""
-
-    region: MemoryRegion
-    base: int = 0
 
 
 @dataclass
@@ -127,20 +120,6 @@ class IdlePluggedHost(PluggedHost):
         hook(callback)
 
 
-class _BarOps:
-    """A BAR as the ops of an I/O region."""
-
-    def __init__(self, device: PCIDevice, index: int) -> None:
-        self.min_access_size, self.max_access_size = device.bar_spec(index).access
-        self._device, self._index = device, index
-
-    def read(self, addr: int, size: int) -> int | None:
-        return self._device.bar_read(self._index, addr, size)
-
-    def write(self, addr: int, size: int, value: int) -> MemTxResult:
-        return self._device.bar_write(self._index, addr, size, value)
-
-
 class PCIBus:
     """One bus. ``memory`` and ``io`` show its spaces, ``system`` is where DMA goes without an IOMMU.
 
@@ -180,7 +159,8 @@ class PCIBus:
         """The IOMMU that sits on this bus; see :meth:`setup_iommu`."""
         self.iommu_per_bus = False
         """Whether it leaves the root buses of expanders alone."""
-        self._regions: dict[tuple[int, int], MemoryRegion] = {}
+        big_endian, allow_zero = self.options.big_endian, self.options.allow_zero_bars
+        self._bars = BarMap(memory, io, big_endian=big_endian, allow_zero=allow_zero)
 
     def setup_iommu(self, ops: PCIIOMMUOps, *, per_bus: bool = False) -> None:
         """Put an IOMMU on the bus, for it and all buses below (``per_bus``: but for the root buses of expanders);
@@ -251,10 +231,7 @@ class PCIBus:
         self.devices[devfn] = device
         if device.express is not None:
             device.express.plugged_into(root_complex=self.express and self.is_root)
-        for bar in device.BARS:
-            region = device.bar_region(bar.index) or self._bar_region(device, devfn, bar.index)
-            self._regions[devfn, bar.index] = region
-        device.on_mapping_change = lambda: self._update_bars(devfn)
+        self._bars.add(device, str(self.address(devfn)))
         device.system.bind(self.system)
         device.attach_dma(self.iommu_address_space(devfn))
         device.set_upstream(self.forwards_dma)
@@ -281,12 +258,7 @@ class PCIBus:
         device = self.devices[devfn]
         device.reset_enter()
         device.lower_irq()
-        device.on_mapping_change = None
-        with transaction():
-            for bar in device.BARS:
-                region = self._regions.pop((devfn, bar.index))
-                if region.parent is not None:
-                    region.parent.del_subregion(region)
+        self._bars.remove(device)
         del self.devices[devfn]
         if self.upstream is not None:
             self.upstream.populated()
@@ -347,35 +319,6 @@ class PCIBus:
             raise ConfigError(
                 f"{self.address(devfn)} on bus {self.name} is taken by {taken}", hint="give the device another addr="
             )
-
-    # -- BARs ----------------------------------------------------------------------------------------------------
-
-    def _bar_region(self, device: PCIDevice, devfn: int, index: int) -> MemoryRegion:
-        bar = device.bar_spec(index)
-        big_endian = device.ENDIANNESS == "native" and self.options.big_endian
-        name = f"{self.address(devfn)} BAR{index}"
-        region = IORegion(name, bar.size, _BarOps(device, index), big_endian=big_endian)
-        for part in device.bar_parts(index):
-            region.add_subregion(part.offset, IORegion(f"{name}+{part.offset:#x}", part.size, part))
-        return region
-
-    def _update_bars(self, devfn: int) -> None:
-        device = self.devices[devfn]
-        with transaction():
-            for bar in device.BARS:
-                self._place(device, devfn, bar.index)
-
-    def _place(self, device: PCIDevice, devfn: int, index: int) -> None:
-        window = self.io if device.bar_spec(index).is_io else self.memory
-        where = device.bar_range(index, allow_zero=self.options.allow_zero_bars)
-        region = self._regions[devfn, index]
-        if window is None or where is None or not 0 <= where.start - window.base < window.region.size:
-            if region.parent is not None:
-                region.parent.del_subregion(region)
-        elif region.parent is not None:
-            region.set_offset(where.start - window.base)
-        else:
-            window.region.add_subregion(where.start - window.base, region, priority=1)
 
     # -- configuration cycles --------------------------------------------------------------------------------------
 
