@@ -25,6 +25,22 @@ EDU, TESTDEV = 0x10, 0x18
 WIDE_EDU = {"dma_mask": (1 << 64) - 1}
 
 
+class MovableCpu:
+    """A CPU of ``machine``, which migrates: its drivers do not notice."""
+
+    big_endian = False
+
+    def __init__(self, machine: Q35Machine) -> None:
+        self.move(machine)
+
+    def move(self, machine: Q35Machine) -> None:
+        """Run on ``machine`` from now on."""
+        self.read_memory, self.write_memory = machine.read_memory, machine.write_memory
+        self.mmio_read, self.mmio_write = machine.mmio_read, machine.mmio_write
+        self.port_read, self.port_write = machine.port_read, machine.port_write
+        self.clock_step = machine.clock_step
+
+
 @dataclass
 class Rig:
     """Brought up as firmware would; the VT-d driver has started, and nobody is attached."""
@@ -41,14 +57,15 @@ class Rig:
         self.machine.root_bus.plug(IOMMUTestDevice, TESTDEV)
         for devfn, kind in self.more.items():
             self.machine.root_bus.plug(kind, devfn)
-        self.config = enable_ecam(self.machine)
+        self.cpu = MovableCpu(self.machine)
+        self.config = enable_ecam(self.cpu)
         self.functions = bring_up_bus(self.config, mmio_window())
-        self.pages = PageAllocator(self.machine, TABLES, TABLES_END)
+        self.pages = PageAllocator(self.cpu, TABLES, TABLES_END)
         self.vtd = VtdDriver(
-            self.machine, self.pages, queued=self.queued, scalable=self.scalable, device_tlb=self.device_tlb
+            self.cpu, self.pages, queued=self.queued, scalable=self.scalable, device_tlb=self.device_tlb
         )
-        self.edu = EduDriver(self.machine, self.bar(0x1234, 0x11E8))
-        self.testdev = IommuTestdevDriver(self.machine, self.bar(0x1B36, 0x0005))
+        self.edu = EduDriver(self.cpu, self.bar(0x1234, 0x11E8))
+        self.testdev = IommuTestdevDriver(self.cpu, self.bar(0x1B36, 0x0005))
         self.vtd.start()
 
     def function(self, vendor: int, device: int) -> PciFunction:
