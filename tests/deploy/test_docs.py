@@ -22,7 +22,7 @@ from vfio_model.testing import Bench
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-OWNERS = (PCIDevice, DMASpace, device_api, device_api.Timer)
+OWNERS = (PCIDevice, DMASpace, device_api, device_api.Timer, device_api.Atc)
 """Whose methods the page on devices names."""
 REFERENCE = (DOCS / "scenarios.md").read_text()
 STEPS = {
