@@ -12,6 +12,7 @@ from guestd.cmdline_devices import DeviceWords, Globals, MachineAsked, MachineWo
 from guestd.device_options import place as place_of
 from guestd.device_options import written
 from guestd.machine_config import ANONYMOUS, BridgeConfig, IntelIommuConfig, Q35Config
+from guestd.machines.q35_info import IOMMU_PROPERTIES
 from guestd.machines.q35_places import add_bridge, root_places
 from guestd.option_syntax import number, size, switch
 from guestd.places import EXPANDER, Occupant
@@ -33,12 +34,7 @@ _NO_MEANING: Final = re.compile(
     r"append|boot|bus-lock-ratelimit|dt-compatible|dtb|dumpdtb|firmware|initrd|kernel|kernel-irqchip|max-fw-size"
     r"|max-ram-below-4g|memory-encryption|phandle-start|smbios-entry-point-type|smp|smp-cache\..*|smp\..*|boot\..*|x-.*"
 )
-_IOMMU_PROPERTIES: Final[Mapping[str, str]] = {
-    **{"aw-bits": "uint8", "caching-mode": "bool", "device-iotlb": "bool", "dma-translation": "bool"},
-    **{"eim": "OnOffAuto", "fs1gp": "bool", "fsts": "bool", "intremap": "OnOffAuto", "pasid-bits": "uint8"},
-    **{"scalable-mode": "bool", "snoop-control": "bool", "stale-tm": "bool", "svm": "bool", "version": "uint32"},
-    **{"nested": "bool", "invalidation": "str", "quirks": "str"},
-}
+_IOMMU_PROPERTIES: Final = {**IOMMU_PROPERTIES, "nested": "bool", "invalidation": "str", "quirks": "str"}
 _PCI: Final[Mapping[str, str]] = {
     **{"acpi-index": "uint32", "addr": "addr", "bus": "bus", "failover_pair_id": "str", "multifunction": "bool"},
     **{"rombar": "number", "romfile": "str", "romsize": "uint32", "sriov-pf": "str"},

@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
-from guestd.device_options import driver_of
+from collections.abc import Mapping
+from typing import Any
+
 from guestd.guest import Guest
 from guestd.host_status import Mm, own_mm
-from guestd.machines.board import shown_id
-from guestd.qmp_pci import UNMAPPED, query_pci, regions
+from guestd.places import Occupant
+from guestd.qmp_pci import CLASSES, UNMAPPED, query_pci, regions
 from protocols.transport.loop import Loop
-from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.device import PCIDevice
 
 
 def pci(guest: Guest) -> list[str]:
     """``info pci``."""
     found: list[str] = []
-    for bus, about in zip(guest.board.root_buses(), query_pci(guest), strict=True):
-        names = about["devices"]
-        assert isinstance(names, list), "a list of functions"
-        for (devfn, device), function in zip(sorted(bus.devices.items()), names, strict=True):
-            found += _pci_function(bus, devfn, device, function)
+    for about in query_pci(guest):
+        found += _pci_bus(about)
     return found
 
 
-def _pci_function(bus: PCIBus, devfn: int, device: PCIDevice, about: dict[str, object]) -> list[str]:
+def _pci_bus(about: Mapping[str, Any]) -> list[str]:
+    found: list[str] = []
+    for function in about.get("devices", ()):
+        found += _pci_function(function)
+        found += _pci_bus(function.get("pci_bridge", {}))
+    return found
+
+
+def _pci_function(about: Mapping[str, Any]) -> list[str]:
+    number, ids, bridge = about["class_info"]["class"], about["id"], about.get("pci_bridge")
+    kind = CLASSES.get(number, f"Class {number:04}")
     lines = [
-        f"  Bus {bus.number:2}, device {devfn >> 3:3}, function {devfn & 7}:",
-        f"    Class {device.CLASS_ID:04}: PCI device {device.VENDOR_ID:04x}:{device.DEVICE_ID:04x}",
+        f"  Bus {about['bus']:2}, device {about['slot']:3}, function {about['function']}:",
+        f"    {kind}: PCI device {ids['vendor']:04x}:{ids['device']:04x}",
     ]
-    if device.SUBSYSTEM_VENDOR_ID or device.SUBSYSTEM_ID:
-        lines.append(f"      PCI subsystem {device.SUBSYSTEM_VENDOR_ID:04x}:{device.SUBSYSTEM_ID:04x}")
-    if device.INTERRUPT_PIN:
-        lines.append(f"      IRQ {about['irq']}, pin {'ABCD'[device.INTERRUPT_PIN - 1]}")
-    lines += [f"      BAR{region['bar']}: {_bar(region)}" for region in regions(device)]
+    if ids.get("subsystem-vendor") or ids.get("subsystem"):
+        lines.append(f"      PCI subsystem {ids['subsystem-vendor']:04x}:{ids['subsystem']:04x}")
+    if about["irq_pin"]:
+        lines.append(f"      IRQ {about['irq']}, pin {'ABCD'[about['irq_pin'] - 1]}")
+    if bridge is not None:
+        lines += _pci_bridge(bridge["bus"])
+    lines += [f"      BAR{region['bar']}: {_bar(region)}" for region in about["regions"]]
     return [*lines, f'      id "{about["qdev_id"]}"']
+
+
+def _pci_bridge(bus: Mapping[str, Any]) -> list[str]:
+    io, memory, prefetch = bus["io_range"], bus["memory_range"], bus["prefetchable_range"]
+    return [
+        f"      BUS {bus['number']}.",
+        f"      secondary bus {bus['secondary']}.",
+        f"      subordinate bus {bus['subordinate']}.",
+        f"      IO range [0x{io['base']:04x}, 0x{io['limit']:04x}]",
+        f"      memory range [0x{memory['base']:08x}, 0x{memory['limit']:08x}]",
+        f"      prefetchable memory range [0x{prefetch['base']:08x}, 0x{prefetch['limit']:08x}]",
+    ]
 
 
 def _bar(region: dict[str, object]) -> str:
@@ -60,23 +82,27 @@ def qtree(guest: Guest) -> list[str]:
 
 
 def _qtree_bus(guest: Guest, name: str) -> list[str]:
-    names = {id(device): called for called, (_, device) in guest.devices.items()}
-    found = [f"bus: {name}", "  type PCI"]
-    for devfn, device in sorted(guest.board.buses[name].devices.items(), reverse=True):
-        found += [f"  {line}" for line in _qtree_device(guest, devfn, device, names.get(id(device), ""))]
+    board = guest.board
+    places = board.places(guest.devices).slots[name]
+    below = {id(bus.upstream): called for called, bus in board.buses.items() if bus.upstream is not None}
+    found = [f"bus: {name}", f"  type {board.bus_type(name)}"]
+    for devfn, device in sorted(board.buses[name].devices.items(), reverse=True):
+        found += [f"  {line}" for line in _qtree_device(devfn, device, places.devices[devfn])]
+        if id(device) in below:
+            found += [f"    {line}" for line in _qtree_bus(guest, below[id(device)])]
     return found
 
 
-def _qtree_device(guest: Guest, devfn: int, device: PCIDevice, name: str) -> list[str]:
-    driver = driver_of(guest.devices[name][0]) if name else type(device).__name__
-    lines = [f'dev: {driver}, id "{shown_id(name)}"', f"  addr = {devfn >> 3:02x}.{devfn & 7}"]
+def _qtree_device(devfn: int, device: PCIDevice, place: Occupant) -> list[str]:
+    lines = [f'dev: {place.driver}, id "{place.id}"', f"  addr = {devfn >> 3:02x}.{devfn & 7}"]
     for prop, value in device.props.items():
         text = f"{value} ({value:#x})" if type(value) is int else f'"{value}"' if isinstance(value, str) else value
         lines.append(f"  {prop} = {str(text).lower() if isinstance(value, bool) else text}")
     ids = f"{device.VENDOR_ID:04x}:{device.DEVICE_ID:04x}"
     subsystem = f"{device.SUBSYSTEM_VENDOR_ID:04x}:{device.SUBSYSTEM_ID:04x}"
     address = f"00:{devfn >> 3:02x}.{devfn & 7}"
-    lines.append(f"  class Class {device.CLASS_ID:04x}, addr {address}, pci id {ids} (sub {subsystem})")
+    kind = CLASSES.get(device.CLASS_ID, f"Class {device.CLASS_ID:04x}")
+    lines.append(f"  class {kind}, addr {address}, pci id {ids} (sub {subsystem})")
     for region in regions(device):
         first, size = region["address"], region["size"]
         assert isinstance(first, int) and isinstance(size, int), "numbers"

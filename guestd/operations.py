@@ -62,6 +62,7 @@ class Operations:
         """Whether the machine is on its way elsewhere: its devices stay as they are then."""
         self.fatal: VfioModelError | None = None
         """Why the process ends with an error, once its loop has ended."""
+        guest.board.on_guest_reset(lambda: loop.call_soon(self._reset_by_guest))
 
     def emit(self, name: str, data: dict[str, object] | None = None) -> None:
         """Tell every subscriber, in the order in which they came."""
@@ -112,6 +113,12 @@ class Operations:
         self._check_here()
         self.guest.reset()
         self.emit("RESET", {"guest": False, "reason": reason})
+
+    def _reset_by_guest(self) -> None:
+        """After what the guest did at this moment."""
+        if self.error is None and self.state not in ELSEWHERE:
+            self.guest.reset()
+            self.emit("RESET", {"guest": True, "reason": "guest-reset"})
 
     def powerdown(self) -> None:
         """Ask the guest to shut down. This machine has no operating system that would: who listens hears of it."""

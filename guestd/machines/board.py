@@ -126,6 +126,15 @@ class Board(ABC):
     def buses(self) -> Mapping[str, PCIBus]:
         """Every bus by its name, the first one first."""
 
+    def bus_type(self, name: str) -> str:
+        """The type of the bus called so in QOM."""
+        return self.qom().buses[name].type
+
+    @property
+    def bridges(self) -> Mapping[str, PCIDevice]:
+        """Bridges between PCI buses, by id."""
+        return {}
+
     def bus_of(self, device: DeviceConfig) -> PCIBus:
         """The bus that ``device`` is or would be plugged into; the first one for an empty name.
 
@@ -155,6 +164,10 @@ class Board(ABC):
     @abstractmethod
     def check_unplug(self, device: DeviceConfig) -> None:
         """:raise ConfigError: ``device`` has to stay, with QEMU's message."""
+
+    @abstractmethod
+    def on_guest_reset(self, reset: Callable[[], None]) -> None:
+        """Let a guest that resets the machine ``reset()`` it."""
 
     @abstractmethod
     def root_buses(self) -> list[PCIBus]:

@@ -87,6 +87,9 @@ class PseriesBoard(Board):
     def check_unplug(self, device: DeviceConfig) -> None:
         """Every device may go."""
 
+    def on_guest_reset(self, reset: Callable[[], None]) -> None:
+        """Its guests have no way to."""
+
     def root_buses(self) -> list[PCIBus]:
         """The last one first."""
         return list(self.buses.values())[::-1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from guestd.config import DeviceConfig
 from guestd.device_space import DeviceSpace
-from guestd.machine_config import ROOT_BUS, Q35Config
+from guestd.machine_config import ROOT_BUS, BridgeConfig, Q35Config
 from guestd.machines import q35_info
 from guestd.machines.board import Board, Bridge, InfoLines, Parts, Plugged, slots_of
 from guestd.machines.q35_places import add_bridge, root_places
@@ -18,8 +18,11 @@ from vfio_model.errors import ConfigError
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.pci.address import PCIAddress
+from vfio_model.pci.bridge import PCIBridge
+from vfio_model.pci.bridges import BRIDGES
 from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
+from vfio_model.pci.expander import PxbPcie
 
 
 class Q35Board(Board):
@@ -32,22 +35,42 @@ class Q35Board(Board):
 
     def __init__(self, config: Q35Config, parts: Parts) -> None:
         self.config = config
-        if config.iommu is not None or config.bridges:
-            raise ConfigError("neither its IOMMU nor bridges are here yet", where="machine")
         self.machine: Q35Machine = Q35Machine(
             [parts.ram],
-            Q35Options(bypass_iommu=config.default_bus_bypass_iommu),
+            Q35Options(config.iommu.options() if config.iommu is not None else None, config.default_bus_bypass_iommu),
             clock=parts.clock,
             bus_options=BusOptions(idle=parts.idle),
             trace=parts.trace,
         )
+        self._buses: dict[str, PCIBus] = {ROOT_BUS: self.machine.root_bus}
+        self._bridges: dict[str, PCIDevice] = {}
+        for bridge in config.bridges:
+            self._add_bridge(bridge)
+
+    def _add_bridge(self, bridge: BridgeConfig) -> None:
+        model = BRIDGES[bridge.driver]
+        props = {name: value for name, value in bridge.props.items() if name in model.PROPS}
+        bus, devfn = self._buses[bridge.bus], PCIAddress.parse(bridge.addr).devfn
+        try:
+            device = bus.plug(model, devfn, id=bridge.bus_below, **props)
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"device {bridge.id}") from error
+        assert isinstance(device, PCIBridge | PxbPcie), "a model of a bridge"
+        device.config.multifunction = bridge.multifunction
+        self._bridges[bridge.id] = device
+        self._buses[bridge.bus_below] = device.secondary
 
     # -- buses -------------------------------------------------------------------------------------------------------
 
     @property
     def buses(self) -> Mapping[str, PCIBus]:
         """See :class:`~guestd.machines.board.Board`, here and below."""
-        return self.machine.buses
+        return self._buses
+
+    @property
+    def bridges(self) -> Mapping[str, PCIDevice]:
+        """Those of the configuration."""
+        return self._bridges
 
     def bus_at(self, address: PCIAddress) -> PCIBus:
         """The bus that the guest calls so now; there is one domain."""
@@ -80,9 +103,14 @@ class Q35Board(Board):
         if not self._own_places().slots[name].hotplug:
             raise ConfigError(f"Bus '{name}' does not support hotplugging")
 
+    def on_guest_reset(self, reset: Callable[[], None]) -> None:
+        """By the reset control register."""
+        self.machine.on_reset_request = reset
+
     def root_buses(self) -> list[PCIBus]:
         """The newest expander's first."""
-        return [self.machine.root_bus]
+        below = [bus for bus in self._buses.values() if bus.upstream is not None and bus.upstream.begins_hierarchy]
+        return [*below[::-1], self.machine.root_bus]
 
     def functions(self) -> Iterator[tuple[int, PCIDevice]]:
         """By bus, in the order of the configuration, and devfn."""
@@ -122,7 +150,7 @@ class Q35Board(Board):
 
     def qom(self) -> QomTree:
         """The root complex and the I/O APIC."""
-        return q35_info.qom_tree(self.config)
+        return q35_info.qom_tree(self.config, self._bridges)
 
     # -- ports -------------------------------------------------------------------------------------------------------
 

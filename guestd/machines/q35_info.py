@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Final
 
-from guestd.machine_config import ROOT_BUS, Q35Config
+import msgspec
+
+from guestd.machine_config import ANONYMOUS, ROOT_BUS, BridgeConfig, IntelIommuConfig, Q35Config
 from guestd.machines.followers import follower
 from guestd.machines.q35_places import CHIPSET
-from guestd.machines.qom import QomObject, QomTree
+from guestd.machines.qom import TYPE_NAMES, QomObject, QomTree
 from guestd.machines.walk import PERMS, Walk
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.types import IOMMUAccessFlags
+from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.bus import PCIBus
+from vfio_model.pci.device import PCIDevice
 
 MACHINE_TYPE: Final = "pc-q35-11.1-machine"
 IOAPIC_PINS: Final = 24
@@ -30,8 +35,28 @@ TYPES: Final[Mapping[str, tuple[str, bool]]] = {
     "x86-iommu": ("sys-bus-device", True),
     "intel-iommu": ("x86-iommu", False),
     "PCIE": ("PCI", False),
+    "pxb-pcie-bus": ("PCIE", False),
+    "pci-bridge-base": ("pci-device", True),
+    "pcie-port": ("pci-bridge-base", True),
+    "pcie-slot": ("pcie-port", True),
+    "pcie-root-port-base": ("pcie-slot", True),
+    "pcie-root-port": ("pcie-root-port-base", False),
+    "pcie-pci-bridge": ("pci-bridge-base", False),
+    "pci-bridge": ("pci-bridge-base", False),
+    "i82801b11-bridge": ("pci-bridge-base", False),
+    "pxb-pcie": ("pci-device", False),
     **{name: ("pci-device", False) for name in CHIPSET.values()},
 }
+
+
+BUS_TYPES: Final = {"pcie-root-port": "PCIE", "pxb-pcie": "pxb-pcie-bus"}
+"""Of the buses that bridges make; of others: PCI."""
+IOMMU_PROPERTIES: Final[Mapping[str, str]] = {
+    **{"aw-bits": "uint8", "caching-mode": "bool", "device-iotlb": "bool", "dma-translation": "bool"},
+    **{"eim": "OnOffAuto", "fs1gp": "bool", "fsts": "bool", "intremap": "OnOffAuto", "pasid-bits": "uint8"},
+    **{"scalable-mode": "bool", "snoop-control": "bool", "stale-tm": "bool", "svm": "bool", "version": "uint32"},
+}
+"""Of ``intel-iommu``, with types."""
 
 
 def host_properties(config: Q35Config) -> list[str]:
@@ -39,15 +64,52 @@ def host_properties(config: Q35Config) -> list[str]:
     return [f"bypass-iommu = {str(config.default_bus_bypass_iommu).lower()}"]
 
 
-def qom_tree(config: Q35Config) -> QomTree:
-    """The paths that QEMU has."""
+def qom_tree(config: Q35Config, bridges: Mapping[str, PCIDevice]) -> QomTree:
+    """The paths that QEMU has; ``bridges`` by id."""
     tree = QomTree(MACHINE_TYPE)
     host = QomObject("q35-pcihost", properties={"bypass-iommu": ("bool", lambda: config.default_bus_bypass_iommu)})
     tree.buses[ROOT_BUS] = host.children[ROOT_BUS] = QomObject("PCIE")
     host.children |= {"mch": QomObject("mch"), "ioapic": QomObject("ioapic")}
     tree.objects[""] = {"q35": host}
     tree.objects["unattached"] = {name: QomObject(CHIPSET[devfn]) for devfn, name in _UNATTACHED.items()}
+    if config.iommu is not None:
+        _attach(tree, config.iommu.id or f"{ANONYMOUS}0]", _iommu(config.iommu))
+    for bridge in config.bridges:
+        _attach(tree, bridge.id, _bridge(tree, bridge, bridges[bridge.id]))
     return tree
+
+
+def _attach(tree: QomTree, name: str, found: QomObject) -> None:
+    container = "peripheral-anon" if name.startswith(ANONYMOUS) else "peripheral"
+    tree.objects.setdefault(container, {})[name] = found
+
+
+def _iommu(config: IntelIommuConfig) -> QomObject:
+    options = config.options()
+    auto = {"eim": options.eim, "intremap": options.intremap}
+    found = QomObject("intel-iommu", properties={"realized": ("bool", lambda: True)})
+    for name, value in msgspec.to_builtins(config).items():
+        if name in auto:
+            found.properties[name] = "OnOffAuto", partial(_same, "on" if auto[name] else "off")
+        elif name in IOMMU_PROPERTIES:
+            found.properties[name] = IOMMU_PROPERTIES[name], partial(_same, value)
+    return found
+
+
+def _bridge(tree: QomTree, config: BridgeConfig, device: PCIDevice) -> QomObject:
+    above, devfn = tree.buses[config.bus], PCIAddress.parse(config.addr).devfn
+    found = QomObject(config.driver, properties={"parent_bus": ("link<bus>", lambda: above.path)})
+    found.properties |= {"realized": ("bool", lambda: True), "addr": ("str", lambda: devfn)}
+    own = {**{name: prop.default for name, prop in device.PROPS.items() if name != "id"}, **config.props}
+    for name, value in own.items():
+        found.properties[name] = TYPE_NAMES[type(value)], partial(_same, value)
+    kind = BUS_TYPES.get(config.driver, "PCI")
+    tree.buses[config.bus_below] = found.children[config.bus_below] = QomObject(kind)
+    return found
+
+
+def _same(value: object) -> object:
+    return value
 
 
 def function_spaces(buses: Mapping[str, PCIBus]) -> Iterator[AddressSpace]:
