@@ -6,6 +6,7 @@ import pytest
 
 from tests.machine.q35_boards import MCH, config_write, q35, ram_block
 from vfio_model.machine.q35.machine import Q35Machine
+from vfio_model.memory.types import MemTxResult
 
 GIB = 1 << 30
 
@@ -35,7 +36,7 @@ def test_blocks_follow_each_other() -> None:
 
 def test_pam_registers_put_ram_in_place_of_rom() -> None:
     machine = q35()
-    machine.mmio_write(0xC3FFC, 4, 1)
+    assert machine.write_memory(0xC3FFC, bytes((1, 0, 0, 0))) == MemTxResult.DECODE_ERROR
     assert machine.mmio_read(0xC3FFC, 4) == 0
     config_write(machine, MCH, 0x91, 0x03, 1)
     machine.mmio_write(0xC3FFC, 4, 0x12345678)

@@ -1,7 +1,7 @@
 """The q35 machine's memory: RAM below and above 4 GiB, PCI memory under everything, the ROM areas below 1 MiB.
 
-There is no firmware in the ROM areas: they read zero and keep nothing. PAM registers put RAM in their place. SMRAM has
-no effect on memory: a machine without a CPU has no system management mode.
+There is no firmware in the ROM areas: they read zero and take no writes. PAM registers put RAM in their place. SMRAM
+has no effect on memory: a machine without a CPU has no system management mode.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _EmptyRom:
         return 0
 
     def write(self, addr: int, size: int, value: int) -> MemTxResult:
-        """Lost."""
-        return MemTxResult.OK
+        """Not decoded."""
+        return MemTxResult.DECODE_ERROR
 
 
 class MemoryMap:
