@@ -12,7 +12,7 @@ from vfio_model.clock import Timer
 from vfio_model.devices.register_file import Register, RegisterFile, fields_of
 from vfio_model.errors import ConfigError, VMStateError
 from vfio_model.memory.mapping import DMAMapping
-from vfio_model.memory.types import DMADirection, MemTxResult
+from vfio_model.memory.types import PCI_NO_PASID, DMADirection, MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.device import BAR_MEMORY_STATE, MSIX_STATE, PARENT, DeviceHost, PCIDevice, Prop
 from vfio_model.pci.doorbell import Doorbell
@@ -35,6 +35,7 @@ __all__ = [
     "BAR_MEMORY_STATE",
     "MSIX_STATE",
     "PARENT",
+    "PCI_NO_PASID",
     "Atc",
     "AtcOutcome",
     "AtsCompletion",

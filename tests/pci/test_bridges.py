@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from tests.pci.hierarchy import SLOT, Board, Endpoint, ExpressEndpoint, command, number, open_memory
@@ -399,3 +401,34 @@ def test_a_bridge_goes_on_as_it_was(board: Board, port: PCIBridge, endpoint: PCI
         fresh.import_state(state)
         assert bytes(fresh.config) == bytes(old.config)
     assert twin.read(1, 0, 0) == IDENTITY and twin.mmio(BAR) == 0 and new.dma.write(0x1000, b"x") == OK
+
+
+# -- whatever a guest does
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_guest_can_break_a_tree_of_bridges(seed: int) -> None:
+    """Random cycles: nothing is raised, what is shown below a bridge is what its registers say, a reset hides it."""
+    random, board = Random(seed), Board()
+    port = board.bridge("pcie-root-port")
+    inner = board.bridge("pcie-pci-bridge", port.secondary, 0)
+    innermost = board.bridge("pci-bridge", inner.secondary, 8, chassis_nr=1)
+    deep, beside = innermost.secondary.plug(Endpoint, 0), board.root.plug(ExpressEndpoint, 0x28)
+    bridges = port, inner, innermost
+    for _ in range(1500):
+        size = random.choice((1, 2, 4))
+        offset = random.choice((4, random.randrange(0x10, 0x40), random.randrange(0x1000)))
+        value = random.choice((0, 0xFFFF_FFFF, random.getrandbits(32), BAR | BAR >> 16, 0x0002_0100, 6, 7))
+        if random.random() < 0.5:
+            random.choice((*bridges, deep, beside)).config_write(offset, size, value)
+        else:
+            board.write(random.randrange(4), random.choice((0, 8, SLOT, 0x28)), offset, value, size)
+        masters = deep.bus_master and all(bridge.masters for bridge in bridges)
+        assert (deep.dma.impl is board.space) is masters
+        seen = deep.bar_range(0)
+        if seen is not None and board.space.read(seen.start, bytearray(4)) is OK:
+            covers = all(any(where.contains(seen) for *_, where in bridge.windows()) for bridge in bridges)
+            shadowed = any(device.bar_range(0) is not None for device in (*bridges, beside))
+            assert covers or shadowed or seen.start < len(board.ram)
+    board.root.reset()
+    assert board.root.memory.region.subregions == [] and [bus.number for bus in board.root.walk()] == [0] * 4

@@ -17,6 +17,7 @@ from typing import Final
 
 from vfio_model.memory.atc_cache import TranslationCache
 from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
+from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, MemTxResult
 from vfio_model.pci.iommu_ops import AtcOutcome, AtsCompletion, AtsRequest
 
@@ -75,8 +76,9 @@ class DeviceAtc:
             since = cache.sample()
             try:
                 completion, stamp = self._ask(request)
-                spans = [(entry.iova & ~entry.addr_mask, entry.iova | entry.addr_mask) for entry in completion.entries]
-                keep = partial(self._keep, cache, request, completion, stamp)
+                good = [] if self.closed else _good(request, completion)
+                spans = [(entry.iova & ~entry.addr_mask, entry.iova | entry.addr_mask) for entry in good]
+                keep = partial(self._keep, cache, good, stamp)
                 if cache.complete(since, spans, keep) is not None and cache is self._cache:
                     return completion
             finally:
@@ -85,12 +87,9 @@ class DeviceAtc:
             raise OSError(errno.EAGAIN, f"invalidations overtook a translation {MAX_ASKS} times")
         raise OSError(errno.ENODEV, "the cache is closed")
 
-    def _keep(self, cache: TranslationCache, request: AtsRequest, completion: AtsCompletion, stamp: int) -> bool:
-        """What gives everything that was asked for."""
-        wanted = _wanted(request)
-        for entry in completion.entries:
-            if entry.perm & wanted == wanted and entry.addr_mask >= _SMALLEST and not self.closed:
-                cache.entries.insert_whole(entry, self._ram, stamp)
+    def _keep(self, cache: TranslationCache, good: list[IOMMUTLBEntry], stamp: int) -> bool:
+        for entry in good:
+            cache.entries.insert_whole(entry, self._ram, stamp)
         return True
 
     def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
@@ -122,12 +121,13 @@ class DeviceAtc:
             self._on_close(self)
 
 
-def _wanted(request: AtsRequest) -> IOMMUAccessFlags:
-    """The permissions that ``request`` asks for."""
+def _good(request: AtsRequest, completion: AtsCompletion) -> list[IOMMUTLBEntry]:
+    """What gives everything that was asked for: the rest counts as errors, and is not cached."""
     wanted = IOMMUAccessFlags.RO if request.no_write else IOMMUAccessFlags.RW
     if request.exec:
         wanted |= IOMMUAccessFlags.EXEC
-    return wanted | required(request.priv)
+    wanted |= required(request.priv)
+    return [one for one in completion.entries if one.perm & wanted == wanted and one.addr_mask >= _SMALLEST]
 
 
 def required(priv: bool) -> IOMMUAccessFlags:
