@@ -24,7 +24,7 @@ def compiled(module: str, *more: str) -> Extension:
 
 setup(
     ext_modules=[
-        compiled("vfio_model.batch._compiled", "_compiled_maps.c", "_compiled.h"),
+        compiled("vfio_model.batch._compiled", "_compiled_maps.c", "_compiled_walks.c", "_compiled.h"),
         compiled("vfio_model.host._path"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

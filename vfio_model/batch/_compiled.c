@@ -8,7 +8,8 @@
  * about a piece is made on the value that was loaded. gather() and scatter() run inside a DMA section: they neither
  * release the interpreter lock nor keep anything.
  *
- * Only the limited API is used, so that one library serves every CPython from 3.11 on. Mappings: _compiled_maps.c.
+ * Only the limited API is used, so that one library serves every CPython from 3.11 on. Mappings: _compiled_maps.c;
+ * tables of several levels: _compiled_walks.c.
  */
 #include "_compiled.h"
 
@@ -247,12 +248,12 @@ static PyMethodDef functions[] = {
     FUNCTION(translate), FUNCTION(translate_each), FUNCTION(gather), FUNCTION(scatter), {NULL, NULL, 0, NULL},
 };
 
-static int add_maps(PyObject *module)
+static int add_others(PyObject *module)
 {
-    return PyModule_AddFunctions(module, map_functions);
+    return PyModule_AddFunctions(module, map_functions) || PyModule_AddFunctions(module, walk_functions) ? -1 : 0;
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_maps}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_others}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "vfio_model.batch._compiled", "See _compiled.pyi.", 0, functions, slots, NULL, NULL, NULL,

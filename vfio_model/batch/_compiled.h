@@ -12,8 +12,8 @@
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
-/* The functions of _compiled_maps.c, ended by one without a name. */
-extern PyMethodDef map_functions[];
+/* The functions of _compiled_maps.c and _compiled_walks.c, ended by one without a name. */
+extern PyMethodDef map_functions[], walk_functions[];
 
 static inline int refuse(const char *name, const char *what)
 {

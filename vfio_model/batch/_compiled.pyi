@@ -1,5 +1,5 @@
-"""What ``_compiled.c`` and ``_compiled_maps.c`` offer. Tables, TCEs, pages, iovas and ``out`` of translations are
-contiguous buffers of native u64 words.
+"""What ``_compiled.c``, ``_compiled_maps.c`` and ``_compiled_walks.c`` offer. Tables, TCEs, pages, iovas and ``out`` of
+translations are contiguous buffers of native u64 words.
 
 Every function raises BufferError for a buffer that is not contiguous or, where it is written, not writable;
 TypeError for what is no buffer or no int; OverflowError for an int beyond u64; ValueError for words that are not u64,
@@ -105,4 +105,9 @@ def store_run(
 def claim(owners: Any, first: int, count: int, owner: int, /) -> int | None:
     """Put ``owner`` in place of ``count`` of the ``owners`` (a buffer of aligned u32) from number ``first`` on, if all
     of these are equal: then what they were (0 for none), else None and nothing has changed.
+    """
+
+def walk(ram: Any, base: int, iovas: Any, out: Any, perms: Any, spec: Any, /) -> None:
+    """As :func:`vfio_model.batch.walks.walk_reference`, into ``out`` (words) and ``perms`` (bytes). ``ram`` holds
+    aligned words; ``spec`` are the words of a :class:`vfio_model.batch.walks.WalkSpec`.
     """

@@ -19,7 +19,7 @@ from vfio_model.trace import ListTrace
 RO, WO, RW, NONE = IOMMUAccessFlags.RO, IOMMUAccessFlags.WO, IOMMUAccessFlags.RW, IOMMUAccessFlags.NONE
 TABLES = 0x1000_0000
 """Where tables are, as in the worked examples."""
-TABLE_BYTES = 0x40_0000
+TABLE_BYTES = 0x12_0000
 LOW_BYTES = 0x10_0000
 
 
@@ -78,7 +78,7 @@ class Rig:
         self.system = AddressSpace("system", root)
         self.translation = Translation(self.options, self.system, self.faults, self.interrupts, self.trace)
         self.bus, self.devfn = Bus(), 0x18
-        self._free = TABLES + 0x20_0000
+        self._free = TABLES + 0x2_0000
 
     # -- memory --------------------------------------------------------------------------------------------------
 
