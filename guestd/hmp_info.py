@@ -77,30 +77,30 @@ def qtree(guest: Guest) -> list[str]:
     for bridge in guest.board.qtree():
         found.append(f'  dev: {bridge.driver}, id "{bridge.id}"')
         found += [f"    {line}" for line in bridge.lines]
-        found += [f"    {line}" for line in _qtree_bus(guest, bridge.bus)]
+        found += [f"    {line}" for line in _qtree_bus(guest, bridge.bus)] if bridge.bus else []
     return found
 
 
 def _qtree_bus(guest: Guest, name: str) -> list[str]:
     board = guest.board
     places = board.places(guest.devices).slots[name]
-    below = {id(bus.upstream): called for called, bus in board.buses.items() if bus.upstream is not None}
+    below = {id(bus.upstream): called for called, bus in board.buses.items() if not bus.is_root}
     found = [f"bus: {name}", f"  type {board.bus_type(name)}"]
     for devfn, device in sorted(board.buses[name].devices.items(), reverse=True):
-        found += [f"  {line}" for line in _qtree_device(devfn, device, places.devices[devfn])]
+        address = str(board.buses[name].address(devfn)).partition(":")[2]
+        found += [f"  {line}" for line in _qtree_device(address, device, places.devices[devfn])]
         if id(device) in below:
             found += [f"    {line}" for line in _qtree_bus(guest, below[id(device)])]
     return found
 
 
-def _qtree_device(devfn: int, device: PCIDevice, place: Occupant) -> list[str]:
-    lines = [f'dev: {place.driver}, id "{place.id}"', f"  addr = {devfn >> 3:02x}.{devfn & 7}"]
+def _qtree_device(address: str, device: PCIDevice, place: Occupant) -> list[str]:
+    lines = [f'dev: {place.driver}, id "{place.id}"', f"  addr = {address.partition(':')[2]}"]
     for prop, value in device.props.items():
         text = f"{value} ({value:#x})" if type(value) is int else f'"{value}"' if isinstance(value, str) else value
         lines.append(f"  {prop} = {str(text).lower() if isinstance(value, bool) else text}")
     ids = f"{device.VENDOR_ID:04x}:{device.DEVICE_ID:04x}"
     subsystem = f"{device.SUBSYSTEM_VENDOR_ID:04x}:{device.SUBSYSTEM_ID:04x}"
-    address = f"00:{devfn >> 3:02x}.{devfn & 7}"
     kind = CLASSES.get(device.CLASS_ID, f"Class {device.CLASS_ID:04x}")
     lines.append(f"  class {kind}, addr {address}, pci id {ids} (sub {subsystem})")
     for region in regions(device):

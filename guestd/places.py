@@ -31,6 +31,8 @@ class Slots:
     """Whether devices come and go while the machine runs."""
     bridges_only: bool = False
     """An expander's bus."""
+    below_port: bool = False
+    """A PCI Express port's, whose link shows one device: its function 0 is that of slot 0."""
 
     def free_devfn(self) -> int:
         """The first function 0 that is free.
@@ -66,12 +68,12 @@ def check_pseries(bus: Slots, devfn: int, device: Occupant, plugged: bool) -> No
 
 def check_pc(bus: Slots, devfn: int, device: Occupant, plugged: bool) -> None:
     """On a bus of a PC."""
-    if bus.bridges_only and device.driver not in BRIDGES:
-        raise ConfigError("PCI: Only PCI/PCIe bridges can be plugged into pxb-pcie")
     if plugged and not bus.hotplug:
         raise ConfigError(f"Bus '{bus.name}' does not support hotplugging")
+    if bus.bridges_only and device.driver not in BRIDGES:
+        raise ConfigError("PCI: Only PCI/PCIe bridges can be plugged into pxb-pcie")
     slot, function = devfn >> 3, devfn & 7
-    other, zero = bus.devices.get(devfn), bus.devices.get(devfn & ~7)
+    other, zero = bus.devices.get(devfn), bus.devices.get(0 if bus.below_port else devfn & ~7)
     if other is not None and not plugged:
         raise ConfigError(
             f"PCI: slot {slot} function {function} not available for {device.driver}, in use by "
@@ -79,7 +81,8 @@ def check_pc(bus: Slots, devfn: int, device: Occupant, plugged: bool) -> None:
         )
     if plugged and zero is not None:
         raise ConfigError(
-            f"PCI: slot {slot} function 0 already occupied by {zero.driver}, new func {device.driver} cannot be "
+            f"PCI: slot {0 if bus.below_port else slot} function 0 already occupied by {zero.driver}, new func "
+            f"{device.driver} cannot be "
             "exposed to guest."
         )
     check_functions(bus, devfn, device)

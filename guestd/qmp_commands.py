@@ -117,6 +117,7 @@ class MonitorCommands:
 
     def _device_add(self, given: Arguments, *, text: bool) -> object:
         guest = self._guest
+        guest.board.check_plug(given, guest.devices)
         name = f"{ANONYMOUS}{next(self._anonymous)}]"
         config = device_config(
             given, guest.board.places(guest.devices), guest.devices, anonymous=name, text=text, plugged=True
@@ -125,6 +126,7 @@ class MonitorCommands:
         return {}
 
     def _device_del(self, given: Arguments) -> object:
+        self._guest.board.check_own(str(given["id"]))
         try:
             name = self.operations.find_device(str(given["id"]))
         except ConfigError:

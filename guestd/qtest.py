@@ -14,7 +14,9 @@ from typing import IO, Final
 
 from guestd.config import QtestConfig
 from guestd.machines.board import MachineModel, Paravirtual
-from guestd.operations import ELSEWHERE, Operations, RunState, device_path
+from guestd.operations import ELSEWHERE, Operations, RunState
+from guestd.qmp_qom import find
+from protocols.monitor import messages as monitor
 from protocols.qtest.arguments import CommandFailed
 from protocols.qtest.state import QtestState
 from protocols.transport.loop import Loop
@@ -109,16 +111,16 @@ class QtestMachine:
         assert calls is not None, "the commands are there with the calls"
         return calls
 
-    def intercept(self, path: str, *, outputs: bool) -> bool:
-        """The machine's interrupt lines are inputs; devices have neither.
+    def resolve(self, path: str) -> str:
+        """:raise CommandFailed: there is nothing at ``path``."""
+        try:
+            return find(self._operations.guest, path).path
+        except monitor.CommandFailed as error:
+            raise CommandFailed("FAIL Unknown device") from error
 
-        :raise CommandFailed: there is nothing at ``path``.
-        """
-        if path in self._board.IRQ_INPUTS:
-            return not outputs
-        if path not in (device_path(name) for name in self._operations.guest.devices):
-            raise CommandFailed("FAIL Unknown device")
-        return False
+    def intercept(self, path: str, *, outputs: bool) -> bool:
+        """The machine's interrupt lines are inputs; other devices have neither."""
+        return path == self._board.IRQ_INPUTS and not outputs
 
     def _check(self) -> None:
         """:raise CommandFailed: the guest cannot go on, or the machine has left, or is still to come."""

@@ -105,8 +105,8 @@ class Board(ABC):
 
     ARCH: ClassVar[str]
     """``query-target``."""
-    IRQ_INPUTS: ClassVar[frozenset[str]]
-    """QOM paths, whole or in part, of the object whose inputs are the machine's interrupt lines."""
+    IRQ_INPUTS: ClassVar[str]
+    """QOM path of the object whose inputs are the machine's interrupt lines."""
 
     IRQ_LINES: ClassVar[int | None] = None
     """How many inputs it has; None: as many as there are interrupts."""
@@ -162,8 +162,16 @@ class Board(ABC):
         """The places on the buses now; ``devices`` are those that have names."""
 
     @abstractmethod
+    def check_plug(self, given: Mapping[str, object], devices: Plugged) -> None:
+        """:raise ConfigError: ``given`` are the options of a device that comes with the machine or not at all."""
+
+    @abstractmethod
     def check_unplug(self, device: DeviceConfig) -> None:
         """:raise ConfigError: ``device`` has to stay, with QEMU's message."""
+
+    @abstractmethod
+    def check_own(self, name: str) -> None:
+        """:raise ConfigError: ``name`` is the id or path of a device that the machine cannot be without."""
 
     @abstractmethod
     def on_guest_reset(self, reset: Callable[[], None]) -> None:

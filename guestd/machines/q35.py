@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from guestd.config import DeviceConfig
 from guestd.device_space import DeviceSpace
 from guestd.machine_config import ROOT_BUS, BridgeConfig, Q35Config
 from guestd.machines import q35_info
-from guestd.machines.board import Board, Bridge, InfoLines, Parts, Plugged, slots_of
+from guestd.machines.board import Board, Bridge, InfoLines, Parts, Plugged, shown_id, slots_of
 from guestd.machines.q35_places import add_bridge, root_places
 from guestd.machines.qom import QomTree
 from guestd.machines.walk import Walk
-from guestd.places import Buses
+from guestd.places import EXPANDER, Buses, Occupant
 from vfio_model.errors import ConfigError
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.address_space import AddressSpace
@@ -24,12 +24,14 @@ from vfio_model.pci.bus import BusOptions, PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.pci.expander import PxbPcie
 
+IOMMU: Final = "intel-iommu"
+
 
 class Q35Board(Board):
     """Of ``config``."""
 
     ARCH: ClassVar = "x86_64"
-    IRQ_INPUTS: ClassVar = frozenset(("ioapic", "q35/ioapic", "/machine/q35/ioapic"))
+    IRQ_INPUTS: ClassVar = "/machine/q35/ioapic"
     IRQ_LINES: ClassVar = q35_info.IOAPIC_PINS
     qom_types: ClassVar = q35_info.TYPES
 
@@ -97,6 +99,26 @@ class Q35Board(Board):
             add_bridge(buses, bridge)
         return buses
 
+    def check_plug(self, given: Mapping[str, object], devices: Plugged) -> None:
+        """The IOMMU and bridges."""
+        driver = str(given.get("driver"))
+        if driver in (*BRIDGES, IOMMU):
+            if driver != IOMMU:
+                places = self.places(devices)
+                places.check(places.find(given.get("bus")), 0xF7, Occupant(driver), True)
+            raise ConfigError(f"Device '{driver}' does not support hotplugging")
+
+    def check_own(self, name: str) -> None:
+        """The IOMMU and bridges."""
+        iommu = self.config.iommu
+        if iommu is not None and name in (iommu.id, f"/machine/peripheral/{iommu.id}"):
+            raise ConfigError(f"Device '{IOMMU}' does not support hotplugging")
+        for bridge in self.config.bridges:
+            if name in (bridge.id, f"/machine/peripheral/{bridge.id}"):
+                if not self._own_places().slots[bridge.bus].hotplug:
+                    raise ConfigError(f"Bus '{bridge.bus}' does not support hotplugging")
+                raise ConfigError(f"Device '{bridge.driver}' does not support hotplugging")
+
     def check_unplug(self, device: DeviceConfig) -> None:
         """Devices of the root bus, and of an expander's, stay."""
         name = device.bus or ROOT_BUS
@@ -145,8 +167,14 @@ class Q35Board(Board):
         return {"iommu": (lambda: q35_info.iommu_lines(self.config, self.buses), "show the vIOMMU and who follows it")}
 
     def qtree(self) -> list[Bridge]:
-        """The root complex."""
-        return [Bridge("q35-pcihost", "", q35_info.host_properties(self.config), ROOT_BUS)]
+        """Expanders, the IOMMU and the root complex."""
+        expanders = [bridge for bridge in self.config.bridges[::-1] if bridge.driver == EXPANDER]
+        found = [Bridge("pxb-host", "", q35_info.expander_properties(each), each.bus_below) for each in expanders]
+        if self.config.iommu is not None:
+            found.append(
+                Bridge(IOMMU, shown_id(self.config.iommu.id), q35_info.iommu_properties(self.config.iommu), "")
+            )
+        return [*found, Bridge("q35-pcihost", "", q35_info.host_properties(self.config), ROOT_BUS)]
 
     def qom(self) -> QomTree:
         """The root complex and the I/O APIC."""

@@ -11,7 +11,7 @@ import msgspec
 from guestd.machine_config import ANONYMOUS, ROOT_BUS, BridgeConfig, IntelIommuConfig, Q35Config
 from guestd.machines.followers import follower
 from guestd.machines.q35_places import CHIPSET
-from guestd.machines.qom import TYPE_NAMES, QomObject, QomTree
+from guestd.machines.qom import TYPE_NAMES, QomObject, QomTree, Value
 from guestd.machines.walk import PERMS, Walk
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
@@ -34,6 +34,7 @@ TYPES: Final[Mapping[str, tuple[str, bool]]] = {
     "ioapic": ("ioapic-common", False),
     "x86-iommu": ("sys-bus-device", True),
     "intel-iommu": ("x86-iommu", False),
+    "System": ("bus", False),
     "PCIE": ("PCI", False),
     "pxb-pcie-bus": ("PCIE", False),
     "pci-bridge-base": ("pci-device", True),
@@ -59,6 +60,28 @@ IOMMU_PROPERTIES: Final[Mapping[str, str]] = {
 """Of ``intel-iommu``, with types."""
 
 
+_SYSBUS: Final[Mapping[str, tuple[str, Value]]] = {"parent_bus": ("link<bus>", lambda: "/machine/unattached/sysbus")}
+
+
+def expander_properties(config: BridgeConfig) -> list[str]:
+    """Those of an expander's host bridge, as lines."""
+    return [f"bypass-iommu = {str(bool(config.props.get('bypass_iommu'))).lower()}"]
+
+
+def iommu_properties(config: IntelIommuConfig) -> list[str]:
+    """Those of the unit, as lines."""
+    found = []
+    for name, (kind, value) in _iommu(config).properties.items():
+        content = value()
+        if kind == "OnOffAuto":
+            found.append(f'{name} = "{content}"')
+        elif isinstance(content, bool) and name in IOMMU_PROPERTIES:
+            found.append(f"{name} = {str(content).lower()}")
+        elif isinstance(content, int) and not isinstance(content, bool):
+            found.append(f"{name} = {content} ({content:#x})")
+    return found
+
+
 def host_properties(config: Q35Config) -> list[str]:
     """Those of the root complex, as lines."""
     return [f"bypass-iommu = {str(config.default_bus_bypass_iommu).lower()}"]
@@ -67,11 +90,13 @@ def host_properties(config: Q35Config) -> list[str]:
 def qom_tree(config: Q35Config, bridges: Mapping[str, PCIDevice]) -> QomTree:
     """The paths that QEMU has; ``bridges`` by id."""
     tree = QomTree(MACHINE_TYPE)
-    host = QomObject("q35-pcihost", properties={"bypass-iommu": ("bool", lambda: config.default_bus_bypass_iommu)})
+    host = QomObject("q35-pcihost", properties=dict(_SYSBUS))
+    host.properties["bypass-iommu"] = "bool", lambda: config.default_bus_bypass_iommu
     tree.buses[ROOT_BUS] = host.children[ROOT_BUS] = QomObject("PCIE")
     host.children |= {"mch": QomObject("mch"), "ioapic": QomObject("ioapic")}
     tree.objects[""] = {"q35": host}
     tree.objects["unattached"] = {name: QomObject(CHIPSET[devfn]) for devfn, name in _UNATTACHED.items()}
+    tree.objects["unattached"]["sysbus"] = QomObject("System")
     if config.iommu is not None:
         _attach(tree, config.iommu.id or f"{ANONYMOUS}0]", _iommu(config.iommu))
     for bridge in config.bridges:
@@ -87,7 +112,7 @@ def _attach(tree: QomTree, name: str, found: QomObject) -> None:
 def _iommu(config: IntelIommuConfig) -> QomObject:
     options = config.options()
     auto = {"eim": options.eim, "intremap": options.intremap}
-    found = QomObject("intel-iommu", properties={"realized": ("bool", lambda: True)})
+    found = QomObject("intel-iommu", properties={"realized": ("bool", lambda: True), **_SYSBUS})
     for name, value in msgspec.to_builtins(config).items():
         if name in auto:
             found.properties[name] = "OnOffAuto", partial(_same, "on" if auto[name] else "off")

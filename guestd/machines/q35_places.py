@@ -26,6 +26,7 @@ def add_bridge(buses: Buses, bridge: BridgeConfig) -> None:
     buses.slots[bridge.bus].devices[devfn] = occupant
     below = Slots(bridge.bus_below)
     below.hotplug = bridge.driver not in _NO_HOTPLUG and bool(bridge.props.get("hotplug", True))
+    below.below_port = bridge.driver == "pcie-root-port"
     below.bridges_only = bridge.driver == EXPANDER
     buses.slots[below.name] = below
     if below.bridges_only:

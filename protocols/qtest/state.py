@@ -95,9 +95,12 @@ class Machine(Protocol):
     def hcall(self, nr: int, args: Sequence[int]) -> tuple[int, Sequence[int]]:
         """A hypercall: the signed return code, the outputs from R4 on."""
 
+    def resolve(self, path: str) -> str:
+        """The whole path of the device that ``path``, or the end of one, names."""
+
     def intercept(self, path: str, *, outputs: bool) -> bool:
-        """Whether the device at ``path`` has interrupt lines of that direction, which :meth:`QtestState.irq` then
-        hears.
+        """Whether the device at the whole ``path`` has interrupt lines of that direction, which :meth:`QtestState.irq`
+        then hears.
         """
 
 
@@ -269,7 +272,7 @@ class QtestState:
         return f"{'OK' if now == target else 'FAIL'} {now}"
 
     def _intercept(self, words: Words, *, outputs: bool) -> str:
-        (path,) = _words(words, 1)
+        path = self._machine.resolve(_words(words, 1)[0])
         possible = self._machine.intercept(path, outputs=outputs)
         if self._intercepted:
             return "OK" if path == self._intercepted else "FAIL IRQ intercept already enabled"

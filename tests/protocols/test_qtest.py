@@ -16,6 +16,7 @@ class FakeMachine:
     """4 KiB of memory that repeats, one timer, and a list of calls."""
 
     big_endian = True
+    paravirtual = True
 
     def __init__(self) -> None:
         self.memory = bytearray(4096)
@@ -57,6 +58,9 @@ class FakeMachine:
     def hcall(self, nr: int, args: Sequence[int]) -> tuple[int, Sequence[int]]:
         self.calls.append((nr, *args))
         return -4, [1, 2]
+
+    def resolve(self, path: str) -> str:
+        return path
 
     def intercept(self, path: str, *, outputs: bool) -> bool:
         if path == "/nowhere":
