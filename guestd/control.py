@@ -22,6 +22,7 @@ from guestd.explain import explain
 from guestd.guest import Guest
 from guestd.machines.board import Paravirtual
 from guestd.operations import ELSEWHERE, Operations, RunState
+from guestd.posted_writes import burst
 from guestd.qmp_commands import MonitorCommands
 from protocols.control import messages as control
 from protocols.monitor.messages import CommandFailed
@@ -125,13 +126,16 @@ class GuestControl:
             return self._run(command)
         answers: list[control.Answer] = []
         elapsed: list[int] = []
-        for each in command.commands:
-            began = time.perf_counter_ns()
-            answer = self._run(each)
-            elapsed.append(time.perf_counter_ns() - began)
-            answers.append(answer)
-            if isinstance(answer, control.Failed):
-                break
+        with burst() as stores:
+            for each in command.commands:
+                began = time.perf_counter_ns()
+                if type(each) is not control.MmioWrite:
+                    stores.send()
+                answer = self._run(each)
+                elapsed.append(time.perf_counter_ns() - began)
+                answers.append(answer)
+                if isinstance(answer, control.Failed):
+                    break
         return control.BatchDone(answers, elapsed)
 
     def _run(self, command: control.Command) -> control.Answer:

@@ -15,6 +15,7 @@ from typing import IO, Final
 from guestd.config import QtestConfig
 from guestd.machines.board import MachineModel, Paravirtual
 from guestd.operations import ELSEWHERE, Operations, RunState
+from guestd.posted_writes import burst
 from guestd.qmp_qom import find
 from protocols.monitor import messages as monitor
 from protocols.qtest.arguments import CommandFailed
@@ -67,7 +68,8 @@ class QtestMachine:
         """What nobody takes is lost."""
         self._check()
         try:
-            self._machine.write_memory(gpa, data)
+            with burst():
+                self._machine.write_memory(gpa, data)
         except InternalGuestError as error:
             raise self._failed(error) from error
 

@@ -1,7 +1,8 @@
 """A device behind vfio-user framing, as its user: assigned (its stream came from hostd) or remote (connected by path).
 
 It is the guest-facing device's :class:`~vfio_model.vfio.region.DeviceConnection`: every command as a method. How they
-are asked, and what is served meanwhile, is :mod:`guestd.remote_peer`'s. Region writes are posted.
+are asked, and what is served meanwhile, is :mod:`guestd.remote_peer`'s. Region writes are posted; those of a burst
+(:mod:`guestd.posted_writes`) travel together.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from guestd.posted_writes import current_burst
 from guestd.remote_peer import RemotePeer, answering, is_answering
 from guestd.remote_regions import Areas, RegionMaps
 from protocols.transport.kernel import EventFd
@@ -25,6 +27,7 @@ from protocols.vfio_user.messages import (
     Command,
     Extensions,
     MigrationCapability,
+    Payload,
     TwinSocket,
 )
 from vfio_model.errors import PeerLost
@@ -35,8 +38,13 @@ from vfio_model.vfio.vfio_user import DmaChange, DmaLimits
 MAX_REGION_ACCESS: Final = 32 << 10
 """Bytes of one region access: larger messages break peers in spite of what was negotiated."""
 
+MAX_MULTI_BYTES: Final = 8
+"""Bytes of a region write that can travel with others."""
+
 MAX_REGION_INFO: Final = 64 << 10
 """Bytes of an answer about a region that are asked for."""
+MAX_HELD: Final = 64
+"""Region writes that are held to travel together."""
 DMA_PIPELINE: Final = 128
 """DMA_MAPs and DMA_UNMAPs on their way at a time."""
 DMA_CHANGE_SECONDS: Final = 0.001
@@ -53,6 +61,7 @@ def capabilities(*, ats: bool, twin: bool = False) -> Capabilities:
     return Capabilities(
         max_msg_fds=16,
         pgsizes=PGSIZES,
+        write_multiple=True,
         migration=MigrationCapability(),
         twin_socket=TwinSocket(True) if twin else None,
         extensions=Extensions(ats=ats, clock=True, notifier=ats, iommu=ats),
@@ -88,6 +97,8 @@ class VfioUserDevice(RemotePeer):
     def _prepare(self) -> None:
         self._irqs: dict[int, list[_Irq]] = {}
         self._maps = RegionMaps(self.name, self._trace)
+        self._held: list[wire.RegionAccess] = []
+        """Stores of a burst that have not left."""
         self._flags: int | None = None
         """What the device can do, once it was asked."""
 
@@ -163,17 +174,42 @@ class VfioUserDevice(RemotePeer):
         )
 
     def _region_read(self, index: int, offset: int, size: int) -> bytes:
+        if self._held:
+            self.send_held()
         data = self._read(index, offset, size)
         if len(data) != size:
             raise OSError(errno.EIO, f"{self.name}: {len(data)} bytes of {size} read")
         return data
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
-        """REGION_WRITE, posted."""
+        """REGION_WRITE, posted; or one of REGION_WRITE_MULTI."""
+        if len(data) <= MAX_MULTI_BYTES and self._endpoint.state.write_multiple:
+            burst = current_burst()
+            if burst is not None and self.lost is None:
+                if not self._held:
+                    burst.join(self)
+                self._held.append(wire.RegionAccess(offset, index, len(data), data))
+                if len(self._held) >= min(MAX_HELD, self._access_limit // wire.MULTI_WRITE_SIZE):
+                    self.send_held()
+                return
         limit = self._access_limit
         for at in range(0, len(data), limit):
             part = data[at : at + limit]
             self._post(Command.REGION_WRITE, wire.RegionAccess(offset + at, index, len(part), part))
+
+    def send_held(self) -> None:
+        """See ``Holder``; that the device is gone, whoever follows it is told."""
+        held, self._held = self._held, []
+        with contextlib.suppress(PeerLost):
+            if len(held) == 1:
+                self._post(Command.REGION_WRITE, held[0])
+            elif held:
+                self._post(Command.REGION_WRITE_MULTI, wire.RegionWriteMulti.of(held))
+
+    def _transmit(self, command: Command, payload: Payload, fds: Sequence[int], *, no_reply: bool) -> int:
+        if self._held:
+            self.send_held()
+        return super()._transmit(command, payload, fds, no_reply=no_reply)
 
     def set_irqs(self, index: int, handlers: Sequence[IrqHandler]) -> None:
         """DEVICE_SET_IRQS with one eventfd for each handler; none disables the index. A refusal changes nothing."""

@@ -143,7 +143,7 @@ class AssignedDevice:
         endpoint = VfioUserEndpoint(
             connection,
             Role.SERVER,
-            Capabilities(max_msg_fds=MAX_MSG_FDS, extensions=Extensions(clock=True)),
+            Capabilities(max_msg_fds=MAX_MSG_FDS, write_multiple=True, extensions=Extensions(clock=True)),
         )
         regions = DeviceRegions(device, self._around)
         self._session = DeviceSession(

@@ -333,6 +333,8 @@ class Server:
         if command == REGION_WRITE:
             self.region_write(body)
             return body[:16], ()
+        if command == WRITE_MULTI:
+            return self.write_multi(body), ()
         if command == RESET:
             self.reset()
             return b"", ()
@@ -408,6 +410,7 @@ class Server:
             self.violation(f"REGION_WRITE of {count} with {len(body) - 16} bytes")
             raise Refused(errno.EINVAL)
         self.region(region, offset, count)[offset : offset + count] = body[16:]
+        self.note("write", region=region, offset=offset, size=count)
         if region == 7:
             self.note("config", offset=offset, value=int.from_bytes(body[16:], "little"))
         if region == 0 and offset == COMMAND:
@@ -417,6 +420,18 @@ class Server:
         if region == 0 and offset == CUT:
             self.memory = bytearray(self.memory)
             os.ftruncate(self.memory_fd, FILE_OFFSET)
+
+    def write_multi(self, body: bytes) -> bytes:
+        (count,) = struct.unpack_from("=Q", body)
+        if not self.options["capabilities"].get("write_multiple") or len(body) != 8 + 24 * count or not count:
+            self.violation(f"REGION_WRITE_MULTI of {count} writes in {len(body)} bytes")
+        self.note("multi", count=count)
+        for at in range(8, len(body), 24):
+            size = struct.unpack_from("=QII", body, at)[2]
+            if not 0 < size <= 8:
+                self.violation(f"a write of {size} bytes among many")
+            self.region_write(body[at : at + 16 + size])
+        return struct.pack("=Q", count)
 
     def reset(self) -> None:
         if not self.options["reset"]:

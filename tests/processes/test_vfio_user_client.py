@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
+from guestd.control import GuestControl
 from guestd.migration_state import incoming, outgoing
+from guestd.posted_writes import burst
 from guestd.precopy import DevicePreCopy
+from protocols.control import messages as control
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
+from protocols.transport.runtime import RoleLock
+from protocols.transport.zmq import DealerClient
 from tests.peers import spec_server as peer
 from tests.peers.rig import DEVFN, LIST, NAME, RAM, Dma, PeerGuest, SpecPeer, fds
 from vfio_model.errors import ConfigError, VMStateError
@@ -289,6 +294,87 @@ def test_a_slow_server_is_borne(bench: Bench) -> None:
     assert guest.dma(peer.WRITE, 0, 8, 9) == 0
     guest.window.unmap(0, 2 * PAGE)
     assert guest.state == "running"
+
+
+# -- bursts ------------------------------------------------------------------------------------------------------------
+
+MULTI = {"write_multiple": True}
+
+
+def bar_writes(bench: Bench) -> list[tuple[int, int]]:
+    """(offset, bytes) of every write to BAR 0, in their order."""
+    return [(line["offset"], line["size"]) for line in bench.peer.log("write") if line["region"] == 0]
+
+
+def test_stores_of_a_burst_travel_together_and_in_order(bench: Bench) -> None:
+    guest = bench.start(capabilities=MULTI)
+    with burst():
+        for at in range(100):
+            guest.write(peer.DATA + 8 * at, at + 1, 8)
+        guest.write(peer.SCRATCH, 7, 4)
+    assert guest.read(peer.SCRATCH) == 7
+    assert [guest.read(peer.DATA + 8 * at, 8) for at in range(100)] == list(range(1, 101))
+    assert [line["count"] for line in bench.peer.log("multi")] == [64, 37]
+    assert bar_writes(bench) == [*((peer.DATA + 8 * at, 8) for at in range(100)), (peer.SCRATCH, 4)]
+
+
+def test_whatever_else_goes_to_the_device_comes_after_the_stores_before_it(bench: Bench) -> None:
+    guest = bench.start(capabilities=MULTI)
+    connection = guest.device.connection
+    with burst():
+        guest.write(peer.SCRATCH, 1)
+        guest.write(peer.SCRATCH, 2)
+        assert guest.read(peer.SCRATCH) == 2
+        guest.write(peer.SCRATCH, 3)
+        connection.region_write(0, peer.DATA, bytes(range(32)))
+        guest.write(peer.PATTERN, 4)
+        guest.write(peer.PATTERN, 5)
+        connection.reset()
+        guest.write(peer.PATTERN, 6, 1)
+    assert guest.read(peer.SCRATCH) == 0 and guest.read(peer.PATTERN) == 6
+    scratch, pattern = (peer.SCRATCH, 4), (peer.PATTERN, 4)
+    assert bar_writes(bench) == [scratch] * 3 + [(peer.DATA, 32), pattern, pattern, (peer.PATTERN, 1)]
+    kinds = [line["what"] for line in bench.peer.log() if line["what"] in ("multi", "reset")]
+    assert kinds == ["reset", "multi", "multi", "reset"]
+
+
+def test_stores_go_one_by_one_outside_a_burst_and_where_it_was_not_agreed(bench: Bench) -> None:
+    guest = bench.start()
+    with burst():
+        guest.write(peer.SCRATCH, 1)
+        guest.write(peer.SCRATCH, 2)
+    guest.write(peer.SCRATCH, 3)
+    assert guest.read(peer.SCRATCH) == 3 and len(bar_writes(bench)) == 3 and not bench.peer.log("multi")
+
+
+def test_a_device_that_dies_in_a_burst_is_lost_and_the_guest_goes_on(bench: Bench) -> None:
+    guest = bench.start(capabilities=MULTI, reconnect_ms=0)
+    with burst():
+        guest.write(peer.SCRATCH, 1)
+        bench.peer.stop()
+        guest.write(peer.SCRATCH, 2)
+    guest.until("it is lost", lambda: guest.state == "lost")
+    assert guest.read(peer.SCRATCH) == GONE
+
+
+def test_a_drivers_stores_in_one_message_to_guestd_are_a_burst(bench: Bench) -> None:
+    guest = bench.start(capabilities=MULTI)
+    lock = RoleLock(bench.directory, "guestd")
+    socket = GuestControl(guest.guest, bench.directory, lock, guest.loop, guest.trace)
+    client = DealerClient(bench.directory / "guestd.ctl")
+    store = [control.MmioWrite(guest.bars[0] + peer.DATA + 4 * at, 4, at << 24) for at in range(5)]
+    load = control.MmioRead(guest.bars[0] + peer.DATA + 16, 4)
+    commands = [*store[:3], control.ClockStep(0), *store[3:], load]
+    client.send(control.REQUESTS.encode(control.Request(1, 0, control.Batch(commands))))
+    answers: list[bytes] = []
+    guest.until("it answers", lambda: (data := client.receive()) and answers.append(data) is None)
+    answer = control.RESPONSES.decode(answers[0])
+    assert isinstance(answer, control.Response) and isinstance(answer.answer, control.BatchDone)
+    assert answer.answer.answers[-1] == control.Value(4 << 24)
+    client.close()
+    socket.close()
+    lock.close()
+    assert [line["count"] for line in bench.peer.log("multi")] == [3, 2], "a step of time is between"
 
 
 # -- migration ---------------------------------------------------------------------------------------------------------
