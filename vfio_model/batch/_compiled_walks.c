@@ -1,8 +1,10 @@
 /* The compiled variant of walks through tables of several levels; vfio_model/batch/walks.py says in plain Python what
  * they mean.
  *
- * A batch goes down level by level, so that the entries of a level are fetched ahead of their use: one walk after the
- * other waits for memory at each of its levels. Where a walk is, is kept in the place of its result.
+ * A batch goes down level by level, so that the entries of a level do not wait for each other: one walk after the other
+ * waits for memory at each of its levels. Where a walk is, is kept in the place of its result. As long as all of a part
+ * do the same (every entry is there, has the same permission, and is a table, or is a page), nothing is decided for each;
+ * else the part goes down again, each on its own.
  *
  * What must not be broken: an entry is loaded once, as a whole word, since the guest may change it meanwhile. Every index
  * is checked against the RAM that was given, as an unsigned number; the interpreter lock is kept, since that RAM could
@@ -42,6 +44,63 @@ static inline int inside(const Spec *spec, uint64_t iova)
 static inline uint64_t place(uint64_t table, uint64_t iova, unsigned level)
 {
     return table + (iova >> (9 * level) & 0xff8);
+}
+
+/* The part's addresses into `out`; their permission, or -1 when they are not alike. */
+static int walk_alike(const Walk *walk, const char *iovas, char *out, size_t count)
+{
+    const Spec *spec = &walk->spec;
+    const uint64_t last = walk->bytes - 8, address = spec->address;
+    const unsigned above = 64 - (unsigned)spec->width;
+    uint64_t at[TOGETHER], perm = 3, outside = 0;
+
+    if (spec->is_signed)
+        for (size_t i = 0; i < count; i++)
+            outside |= (uint64_t)((int64_t)(word(iovas, i) << above) >> above) ^ word(iovas, i);
+    else
+        for (size_t i = 0; i < count; i++)
+            outside |= word(iovas, i) << above >> above ^ word(iovas, i);
+    if (outside)
+        return -1;
+    for (size_t i = 0; i < count; i++)
+        at[i] = spec->root;
+    for (unsigned level = (unsigned)spec->levels; level; level--) {
+        const uint64_t low = (UINT64_C(1) << (3 + 9 * level)) - 1;
+        uint64_t some = 0, every = UINT64_MAX, needed, reserved;
+        int leaf;
+
+        /* A place beyond the end has bit 63 here or in what is left behind it: RAM has less than 2^63 bytes. */
+        for (size_t i = 0; i < count; i++) {
+            uint64_t there = (place(at[i], word(iovas, i), level) - walk->base) & ~UINT64_C(7);
+            outside |= there | (last - there);
+            at[i] = there;
+        }
+        if (outside >> 63)
+            return -1;
+        for (size_t i = 0; i < count; i++) {
+            const uint64_t *entry = (const uint64_t *)(const void *)(walk->ram + at[i]);
+            uint64_t value = __atomic_load_n(entry, __ATOMIC_RELAXED);
+            some |= value;
+            every &= value;
+            at[i] = value & address;
+        }
+        leaf = level == 1 || every & LARGE;
+        reserved = leaf ? (level > 1 ? spec->large[level] : spec->plain[1]) : spec->plain[level] | LARGE;
+        needed = spec->required | (leaf ? spec->leaf_required : 0);
+        perm &= every;
+        if ((needed & ~every) | (some & reserved) | (spec->want & ~perm) | ((some ^ every) & 3) || !perm)
+            return -1;
+        if (!leaf)
+            continue;
+        outside = 0;
+        for (size_t i = 0; i < count; i++) {
+            uint64_t page = at[i] & ~low;
+            outside |= (uint64_t)(page <= spec->hole_last) & (uint64_t)((page | low) >= spec->hole_first);
+            put(out, i, page | (word(iovas, i) & low));
+        }
+        return outside ? -1 : (int)perm;
+    }
+    return -1;
 }
 
 /* One level for `count` walks: `tables` become the next tables, or the addresses that were reached. */
@@ -89,6 +148,12 @@ static void step(const Walk *walk, unsigned level, const char *iovas, char *tabl
 
 static void walk_some(const Walk *walk, const char *iovas, char *out, uint8_t *perms, size_t count)
 {
+    int alike = walk->bytes < 8 ? -1 : walk_alike(walk, iovas, out, count);
+
+    if (alike >= 0) {
+        memset(perms, alike, count);
+        return;
+    }
     for (size_t i = 0; i < count; i++) {
         perms[i] = inside(&walk->spec, word(iovas, i)) ? GOING | 3 : 0;
         put(out, i, walk->spec.root);
