@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
+
+import msgspec
 
 from protocols.transport.shm import MappedMemory, create_memory
 from protocols.vfio_user.iommu_messages import (
@@ -44,6 +48,8 @@ from vfio_model.ranges import U64_MAX
 
 MAX_PASIDS: Final = 64
 """Of one function, whose invalidations are followed at a time."""
+RECENT: Final = 256
+"""Invalidations that are remembered for requests that are on their way."""
 _PERMISSIONS: Final = 0x3F
 
 
@@ -56,8 +62,8 @@ class AtsInvalidations(Protocol):
     def flush_ats(self) -> OSError | None:
         """Return when nobody uses what is queued any more; ETIMEDOUT when somebody had to be killed for that."""
 
-    def revoke(self) -> OSError | None:
-        """As :meth:`flush_ats`, for a right that was taken away without an invalidation."""
+    def want_revoke(self) -> None:
+        """A right was taken away without an invalidation: the next flush waits for those who use it."""
 
 
 class FunctionIommu:
@@ -83,6 +89,8 @@ class FunctionIommu:
         self._listening: set[int] = set()
         self._stamp = 0
         """Invalidations so far."""
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT)
+        """PASID, first and last address of the newest of them."""
         self._lets_through = False
         self._open = False
         self._closed = False
@@ -117,6 +125,7 @@ class FunctionIommu:
         )
         stamp = self._stamp
         completion = self._function.ats_request_translation(request)
+        self._look_again()
         entries = [
             TranslationEntry(entry.iova, entry.translated_addr, entry.addr_mask, int(entry.perm) & _PERMISSIONS)
             for entry in completion.entries
@@ -126,7 +135,7 @@ class FunctionIommu:
     def _access(self, access: TranslatedAccess) -> TranslatedAccess:
         """By the translated space, which says what it finds wrong to whom it concerns. A translated request bears no
         PASID."""
-        if access.stamp != self._stamp:
+        if self._invalidated(access):
             raise OSError(errno.ESTALE, "an invalidation came since the translation")
         space = self._function.translated_space(PCI_NO_PASID)
         data = bytearray(access.count)
@@ -136,8 +145,15 @@ class FunctionIommu:
             result = space.read(access.address, data)
         if result:
             raise OSError(errno.EFAULT, f"a translated request to {access.address:#x}")
-        found = b"" if access.write else bytes(data)
-        return TranslatedAccess(access.address, access.stamp, access.count, access.write, found)
+        return msgspec.structs.replace(access, data=b"" if access.write else bytes(data))
+
+    def _invalidated(self, access: TranslatedAccess) -> bool:
+        """Whether what it was translated by is, or may be, no longer true."""
+        missed = self._stamp - access.stamp
+        if not 0 <= missed <= len(self._recent):
+            return True
+        recent = itertools.islice(reversed(self._recent), missed)
+        return any(one[0] == access.pasid and one[1] <= access.last and access.first <= one[2] for one in recent)
 
     def _page_request(self, query: PageQuery) -> Empty:
         flags = query.flags
@@ -176,8 +192,10 @@ class FunctionIommu:
         flags = pasid_flags(pasid, RecordFlags.ATS)
 
         def invalidated(_notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
+            last = min(entry.last, U64_MAX)
             self._stamp += 1
-            self._invalidations.append(self._as_id, entry.iova, min(entry.last, U64_MAX), flags)
+            self._recent.append((pasid, entry.iova, last))
+            self._invalidations.append(self._as_id, entry.iova, last, flags)
 
         notifier = IOMMUNotifier(invalidated, IOMMUNotifierFlag.DEVIOTLB_UNMAP, 0, U64_MAX, flush=self.flush)
         self._function.register_iotlb_notifier(pasid, notifier)
@@ -195,11 +213,7 @@ class FunctionIommu:
     # -- the gate ----------------------------------------------------------------------------------------------------
 
     def _lets(self, through: bool) -> None:
-        """The IOMMU says whether translated requests pass. A record goes with it, so that its flush revokes."""
-        if self._lets_through and not through:
-            self._stamp += 1
-            everything = pasid_flags(PCI_NO_PASID, RecordFlags.ATS | RecordFlags.ANY_PASID)
-            self._invalidations.append(self._as_id, 0, U64_MAX, everything)
+        """The IOMMU says whether translated requests pass. What it takes away is over when followers have flushed."""
         self._lets_through = through
         self._set_gate()
 
@@ -208,13 +222,21 @@ class FunctionIommu:
         before = self._open
         self._set_gate()
         if before and not self._open:
-            self._stamp += 1
-            self._invalidations.revoke()
+            self._invalidations.flush_ats()
+
+    def _look_again(self) -> None:
+        """A request got through: what was missing before is there now, which nothing has to announce."""
+        if not self._lets_through:
+            self._unwatch()
+            self._unwatch = self._function.watch_translated_requests(self._lets)
 
     def _set_gate(self) -> None:
+        before = self._open
         self._open = self._lets_through and self._function.may_translate and not self._closed
         if self.gate.fd >= 0:
             set_gate(self.gate.words, self._open)
+        if before and not self._open:
+            self._invalidations.want_revoke()
 
     # -- page responses ----------------------------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class Publisher:
         self._records: list[wire.Record] = []
         self._ats = False
         """Whether something that devices asked for by ATS is among what is queued."""
+        self._revoke_wanted = False
         self._timed_out: OSError | None = None
         """Who was too late for that, until somebody asks."""
         self._wanted = False
@@ -134,7 +135,8 @@ class Publisher:
 
     def flush(self) -> OSError | None:
         """Publish what is queued and return when nobody uses it any more; the error when that cannot be had."""
-        if not self._writer.publish():
+        revoke, self._revoke_wanted = self._revoke_wanted, False
+        if not self._writer.publish() and not revoke:
             return None
         self.invalidations += 1
         ats, self._ats = self._ats, False
@@ -153,9 +155,9 @@ class Publisher:
         late, self._timed_out = self._timed_out, None
         return error or late
 
-    def revoke(self) -> OSError | None:
-        """Return when no section is open any more that was: a right was taken away, by a word in shared memory."""
-        return self._revoke(told=False)
+    def want_revoke(self) -> None:
+        """A right was taken away by a word in shared memory: the next flush waits for the sections that are open."""
+        self._revoke_wanted = True
 
     def _revoke(self, *, told: bool) -> OSError | None:
         """``told``: somebody asks by :meth:`flush_ats` whether all were in time."""

@@ -97,6 +97,7 @@ class RemoteClient:
             unit.migration,
             self._attention,
         )
+        connection.attend()
 
     def _start(self) -> bool:
         self.owns = self._server.admit(self)
@@ -239,7 +240,7 @@ class RemoteClient:
         self._unit.bind(self._cache)
         self._ring = ring
         if self._iommu is not None:
-            self._iommu.arm(ring, self._subscription)
+            self._iommu.arm(ring, self._subscription.lane, self._subscription.as_id)
 
     def _disarmed(self) -> None:
         self._ring = None
@@ -273,7 +274,7 @@ class RemoteClient:
             gate.close()
             raise OSError(errno.EINVAL, str(error)) from error
         if self._ring is not None and self._subscription is not None:
-            self._iommu.arm(self._ring, self._subscription)
+            self._iommu.arm(self._ring, self._subscription.lane, self._subscription.as_id)
         self._unit.around.iommu = self._iommu
 
     def page_response(self, answer: PageAnswer) -> None:

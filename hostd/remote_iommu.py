@@ -15,7 +15,6 @@ import errno
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from hostd.subscription import Subscription
 from protocols.transport.shm import MappedMemory
 from protocols.vfio_user.iommu_messages import (
     MAX_TRANSLATIONS,
@@ -40,7 +39,7 @@ from vfio_model.memory.lane import Lane
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.ring import RecordFlags, RingReader
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag, MemTxResult
-from vfio_model.pci.atc import DeviceAtc, required
+from vfio_model.pci.atc import DeviceAtc, Translated, required
 from vfio_model.pci.iommu_ops import (
     Atc,
     AtsCompletion,
@@ -111,9 +110,9 @@ class RemoteIommu:
 
     # -- the subscription --------------------------------------------------------------------------------------------
 
-    def arm(self, ring: RingReader, subscription: Subscription) -> None:
-        """Invalidations arrive by ``ring``."""
-        self._subscription = ring, subscription.lane, subscription.as_id
+    def arm(self, ring: RingReader, lane: Lane, as_id: int) -> None:
+        """Invalidations of ``as_id`` arrive by ``ring``, for sections of ``lane``."""
+        self._subscription = ring, lane, as_id
         self._renew()
 
     def disarm(self) -> None:
@@ -205,12 +204,22 @@ class RemoteIommu:
             self._atcs.remove(atc)
             self._unfollow(atc.pasid)
 
-    def _through(self, address: int, view: memoryview, is_write: bool, stamp: int) -> MemTxResult | None:
+    def _through(self, found: Translated, view: memoryview, is_write: bool) -> MemTxResult | None:
         done = 0
         while done < len(view):
             part = view[done : done + self._limit]
             data = bytes(part) if is_write else b""
-            request = TranslatedAccess(address + done, stamp, len(part), int(is_write), data)
+            request = TranslatedAccess(
+                found.address + done,
+                found.first,
+                found.last,
+                found.stamp,
+                found.pasid,
+                len(part),
+                int(is_write),
+                0,
+                data,
+            )
             try:
                 answer = self._call(Command.X_TRANSLATED, request)
             except OSError as error:

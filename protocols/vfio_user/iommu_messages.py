@@ -147,17 +147,22 @@ class AtsAnswer(Payload, frozen=True):
         return ""
 
 
-@layout("QQII", 24, tail=True)
+@layout("QQQQIIII", 48, tail=True)
 class TranslatedAccess(Payload, frozen=True):
-    """X_TRANSLATED and its reply: a request with the translated address ``address``, whose translation bears ``stamp``.
+    """X_TRANSLATED and its reply: a request with the translated address ``address``, from the entry for ``first`` to
+    ``last`` (inclusive) of ``pasid`` in an answer with ``stamp``.
 
-    ``write`` 1: ``data`` are the ``count`` bytes; else they are in the reply. ESTALE: something was invalidated since.
+    ``write`` 1: ``data`` are the ``count`` bytes; else they are in the reply. ESTALE: that was invalidated since.
     """
 
     address: int = 0
+    first: int = 0
+    last: int = 0
     stamp: int = 0
+    pasid: int = 0
     count: int = 0
     write: int = 0
+    reserved: int = 0
     data: bytes = b""
 
     def excess(self, max_data: int) -> str:

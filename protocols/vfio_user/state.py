@@ -173,7 +173,7 @@ class VfioUserState:
     @property
     def max_frame(self) -> int:
         """Bytes of the longest frame that the peer may send."""
-        return HEADER_SIZE + 32 + max(self.capabilities.max_data_xfer_size, MAX_CAPS, 32 * MAX_TRANSLATIONS)
+        return HEADER_SIZE + 64 + max(self.capabilities.max_data_xfer_size, MAX_CAPS, 32 * MAX_TRANSLATIONS)
 
     def _step(self, step: Step, error: type[LocalProtocolError | RemoteProtocolError]) -> None:
         if self.state is _READY and step in _STEADY:

@@ -5,7 +5,7 @@ address travels when the bytes are not mapped here. Entries, permissions and inv
 (:mod:`vfio_model.memory.atc_cache`).
 
 A request of the second kind leaves the DMA section with the address: it carries the *stamp* of its translation, and
-whoever carries it out refuses it when something was invalidated since. Translated requests bear no PASID.
+whoever carries it out refuses it when that was invalidated since. Translated requests bear no PASID.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from vfio_model.memory.atc_cache import TranslationCache
 from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
@@ -23,8 +23,22 @@ from vfio_model.pci.iommu_ops import AtcOutcome, AtsCompletion, AtsRequest
 
 Ask = Callable[[AtsRequest], tuple[AtsCompletion, int]]
 """The completion of a request, and the stamp that its translations have."""
-Through = Callable[[int, memoryview, bool, int], MemTxResult | None]
-"""``through(address, view, is_write, stamp)``: move ``view`` by a translated request; None when the stamp is old."""
+
+
+class Translated(NamedTuple):
+    """A translation on its way out of its DMA section: ``address`` is in what ``first``..``last`` (inclusive) of
+    ``pasid`` translates to, as of ``stamp``."""
+
+    address: int
+    first: int
+    last: int
+    pasid: int
+    stamp: int
+
+
+Through = Callable[[Translated, memoryview, bool], MemTxResult | None]
+"""``through(translated, view, is_write)``: move ``view`` by a translated request; None when what translated it was
+invalidated since."""
 
 MAX_ASKS: Final = 64
 """How often one request is asked again because an invalidation came between."""
@@ -107,7 +121,8 @@ class DeviceAtc:
         if not cache.entries.allows(entry, is_write):
             return 0, AtcOutcome.MISS
         part = view[: entry.stop - addr]
-        result = self._through(entry.address + addr - entry.start, part, is_write, entry.stamp)
+        found = Translated(entry.address + addr - entry.start, entry.start, entry.stop - 1, self.pasid, entry.stamp)
+        result = self._through(found, part, is_write)
         if result is None:
             cache.entries.drop(entry.start, entry.stop - 1)
             return 0, AtcOutcome.MISS

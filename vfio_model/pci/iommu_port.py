@@ -11,7 +11,7 @@ from vfio_model.memory.lane import Lane
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.ring import RecordFlags, pasid_flags
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUNotifierFlag, MemTxResult
-from vfio_model.pci.atc import DeviceAtc, required
+from vfio_model.pci.atc import DeviceAtc, Translated, required
 from vfio_model.pci.iommu_ops import (
     Atc,
     AtsCompletion,
@@ -74,8 +74,8 @@ class BusIommuPort:
         def ask(request: AtsRequest) -> tuple[AtsCompletion, int]:
             return self.ats_request_translation(request), 0
 
-        def through(address: int, view: memoryview, is_write: bool, _stamp: int) -> MemTxResult:
-            return translated.write(address, view) if is_write else translated.read(address, view)
+        def through(found: Translated, view: memoryview, is_write: bool) -> MemTxResult:
+            return translated.write(found.address, view) if is_write else translated.read(found.address, view)
 
         self.register_iotlb_notifier(pasid, notifier)
         cache = TranslationCache(
