@@ -3,6 +3,7 @@ the same unit on both."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.guest_drivers.edu import EduDriver
 from vfio_model.guest_drivers.iommu_testdev import IommuTestdevDriver
-from vfio_model.guest_drivers.pc import enable_ecam, mmio_window
+from vfio_model.guest_drivers.pc import PortConfig, enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import bring_up_bus, find_function
 from vfio_model.guest_drivers.vtd import VtdDriver
 from vfio_model.guest_drivers.vtd_tables import PageAllocator
@@ -137,6 +138,69 @@ def test_random_accesses_to_the_platform_read_the_same(seed: int) -> None:
         for access in accesses(random.Random(seed), 3000):
             history.append(access)
             assert perform(machine, access) == perform(qemu, access), f"seed {seed}, {len(history)}: {history[-8:]}"
+
+
+# -- interrupts
+
+SLOTS = (2, 3, 6)
+PINS = (0, 2, 5, 10, 22, 23)
+"""Of the I/O APIC: those of the slots, and ISA lines that PIRQs are routed to."""
+
+
+def bar(slot: int) -> int:
+    return 0xE000_0000 + (slot << 20)
+
+
+def events(rng: random.Random, count: int) -> Iterator[list[Access]]:
+    """edu's pins up and down, entries and ends of interrupts in the I/O APIC, routes of PIRQs."""
+
+    def entry() -> list[Access]:
+        bits = (0, 1 << 16), (0, 1 << 15), (0, 1 << 14), (0, 0, 0x100, 0x2000)
+        value = sum(map(rng.choice, bits)) | rng.randrange(0x30, 0x34)
+        return [Access("write", 0xFEC0_0000, 4, 0x10 + 2 * rng.choice(PINS)), Access("write", 0xFEC0_0010, 4, value)]
+
+    def route() -> list[Access]:
+        address = 1 << 31 | 0xF868
+        port = 0xCFC + rng.randrange(4)
+        return [Access("out", 0xCF8, 4, address), Access("out", port, 1, rng.choice((0x80, 5, 10, 0x15, 0, 0x8A)))]
+
+    for _ in range(count):
+        kind, slot = rng.random(), rng.choice(SLOTS)
+        if kind < 0.6:
+            yield [Access("write", bar(slot) + (0x60 if kind < 0.33 else 0x64), 4, 1)]
+        elif kind < 0.85:
+            yield entry()
+        elif kind < 0.95:
+            yield [Access("write", 0xFEC0_0040, 4, rng.randrange(0x30, 0x34))]
+        else:
+            yield route()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pins_make_the_same_of_the_redirection_table(seed: int) -> None:
+    machine = Q35Machine([ram_block(RAM_SIZE)])
+    for slot in SLOTS:
+        machine.root_bus.plug(EduDevice, slot << 3)
+    with PcQemu([word for slot in SLOTS for word in ("-device", f"edu,addr={slot}.0")]) as pc:
+        both = machine, QemuCpu(pc)
+        for cpu, slot in itertools.product(both, SLOTS):
+            PortConfig(cpu).write(slot << 3, 0x10, 4, bar(slot))
+            PortConfig(cpu).write(slot << 3, 4, 2, 6)
+        history: list[Access] = []
+        for event in events(random.Random(seed), 1500):
+            history += event
+            for cpu, access in itertools.product(both, event):
+                perform(cpu, access)
+            mine, theirs = (redirection(cpu) for cpu in both)
+            assert mine == theirs, f"seed {seed}, {len(history)}: {history[-12:]}"
+
+
+def redirection(cpu: QemuCpu | Q35Machine) -> list[int]:
+    found = []
+    for pin in PINS:
+        cpu.mmio_write(0xFEC0_0000, 4, 0x10 + 2 * pin)
+        found.append(cpu.mmio_read(0xFEC0_0010, 4))
+    return found
 
 
 # -- the driver

@@ -68,6 +68,16 @@ def test_pirqs_go_to_isa_lines_too() -> None:
     assert machine.irqs.high == {5, 23}, "a route that is written moves nothing by itself"
 
 
+def test_an_isa_line_is_left_when_its_route_is_off() -> None:
+    machine = with_edu(2)
+    config_write(machine, LPC, 0x6A, 0x15, 1)
+    interrupt(machine, 2, True)
+    assert machine.irqs.high == {5, 22}
+    config_write(machine, LPC, 0x6A, 0x85, 1)
+    interrupt(machine, 2, False)
+    assert not machine.irqs.high
+
+
 def test_slots_share_a_pirq() -> None:
     machine = with_edu(2, 6)
     for slot in (2, 6):
@@ -157,8 +167,8 @@ def test_an_edge_is_a_message_unless_masked() -> None:
 
 def test_a_level_is_a_message_until_it_is_acknowledged() -> None:
     machine = q35()
-    machine.set_gsi(20, True)
     rte(machine, 20, LEVEL | 0x51)
+    machine.set_gsi(20, True)
     rte(machine, 20, LEVEL | 0x51)
     assert len(machine.messages.arrived) == 1 and read_rte(machine, 20) == LEVEL | 1 << 14 | 0x51
     machine.mmio_write(EOI, 4, 0x50)
@@ -168,6 +178,14 @@ def test_a_level_is_a_message_until_it_is_acknowledged() -> None:
     machine.set_gsi(20, False)
     machine.mmio_write(EOI, 4, 0x51)
     assert len(machine.messages.arrived) == 2 and read_rte(machine, 20) == LEVEL | 0x51
+
+
+def test_isa_interrupt_0_is_pin_2() -> None:
+    machine = q35()
+    rte(machine, 0, 0x40)
+    rte(machine, 2, 0x42)
+    machine.set_gsi(0, True)
+    assert list(machine.messages.arrived) == [Message(0xFEE00000, 0x42)]
 
 
 def test_a_remappable_entry_keeps_its_handle() -> None:

@@ -134,14 +134,14 @@ class PinRouter:
             self._update(pirq)
 
     def _update(self, pirq: int) -> None:
+        """A route that is switched off has a line, too, which is driven without that PIRQ: so QEMU has it."""
         self._set_gsi(regs.PIRQ_GSI + pirq, bool(self._holders[pirq]))
-        line = self._line(pirq)
-        if line is not None:
-            self._set_gsi(line, any(self._holders[other] and self._line(other) == line for other in range(PIRQS)))
+        line = self._route(pirq) & regs.PIRQ_LINE
+        self._set_gsi(line, any(self._holders[other] and self._drives(other, line) for other in range(PIRQS)))
 
-    def _line(self, pirq: int) -> int | None:
+    def _drives(self, pirq: int, line: int) -> bool:
         route = self._route(pirq)
-        return None if route & regs.PIRQ_UNROUTED else route & regs.PIRQ_LINE
+        return not route & regs.PIRQ_UNROUTED and route & regs.PIRQ_LINE == line
 
     def reset(self) -> None:
         """Nobody holds anything up."""

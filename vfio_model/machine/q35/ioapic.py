@@ -26,6 +26,8 @@ DEST_MODE_SHIFT = 11
 REMOTE_IRR = 1 << 14
 LEVEL = 1 << 15
 MASKED = 1 << 16
+TIMER_PIN = 2
+"""Where a PC has ISA interrupt 0."""
 READ_ONLY = 1 << 12 | REMOTE_IRR
 """Delivery status, which is always idle, and remote IRR."""
 
@@ -63,12 +65,14 @@ class IoApic:
     # -- pins
 
     def set_pin(self, pin: int, level: bool) -> None:
-        """Pin ``pin`` went up or down."""
+        """Input ``pin`` is driven. A level-triggered entry takes the level then, not when it is written (as on QEMU)."""
+        pin = pin or TIMER_PIN
         bit, entry = 1 << pin, self.table[pin]
+        rises = level and not self._level & bit
         self._level = self._level & ~bit | (bit if level else 0)
         if entry & LEVEL:
             self._irr = self._irr & ~bit | (bit if level else 0)
-        elif level and not entry & MASKED:
+        elif rises and not entry & MASKED:
             self._irr |= bit
         self._service()
 
@@ -128,13 +132,7 @@ class IoApic:
             else:
                 kept = READ_ONLY if value & LEVEL else READ_ONLY & ~REMOTE_IRR
                 self.table[pin] = old & ~U32_MAX | value & ~READ_ONLY | old & kept
-            self._follow_level(pin)
             self._service()
-
-    def _follow_level(self, pin: int) -> None:
-        """A level-triggered entry requests as long as its pin is up."""
-        if self.table[pin] & LEVEL:
-            self._irr = self._irr & ~(1 << pin) | self._level & 1 << pin
 
     # -- migration
 

@@ -174,9 +174,8 @@ class Q35Machine(Machine):
 
     def set_gsi(self, gsi: int, level: bool) -> None:
         """Drive a GSI, which is a pin of the I/O APIC."""
-        if self.irqs.level(gsi) != level:
-            self.irqs.set(gsi, level)
-            self.ioapic.set_pin(gsi, level)
+        self.irqs.set(gsi, level)
+        self.ioapic.set_pin(gsi, level)
 
     def _ioapic_message(self, address: int, data: int) -> None:
         if self.iommu is not None:
