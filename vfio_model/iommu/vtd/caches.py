@@ -20,7 +20,6 @@ MAX_PAGES = 1024
 """Pages that the IOTLB holds; one more empties it."""
 MAX_FRAMES = 8192
 """4 KiB frames that a front holds."""
-_LEVELS = (1, 2, 3)
 
 
 class Page(NamedTuple):
@@ -56,6 +55,8 @@ class Iotlb:
         self._overflowed = overflowed
         self._domains: dict[int, dict[Key, Page]] = {}
         self._count = 0
+        self._levels: tuple[int, ...] = ()
+        """Of the pages that were cached since all were dropped."""
 
     def __len__(self) -> int:
         return self._count
@@ -68,9 +69,8 @@ class Iotlb:
         pages = self._domains.get(did)
         return None if pages is None else self._find(pages, who, iova)
 
-    @staticmethod
-    def _find(pages: dict[Key, Page], who: Hashable, iova: int) -> Page | None:
-        for level in _LEVELS:
+    def _find(self, pages: dict[Key, Page], who: Hashable, iova: int) -> Page | None:
+        for level in self._levels:
             page = pages.get((who, level, iova >> 3 + 9 * level))
             if page is not None:
                 return page
@@ -81,6 +81,8 @@ class Iotlb:
         if self._count >= MAX_PAGES:
             self.clear()
             self._overflowed()
+        if page.level not in self._levels:
+            self._levels = (*self._levels, page.level)
         pages = self._domains.setdefault(page.did, {})
         before = len(pages)
         pages[who, page.level, page.iova >> 3 + 9 * page.level] = page
@@ -90,6 +92,7 @@ class Iotlb:
         """Drop all."""
         self._domains.clear()
         self._count = 0
+        self._levels = ()
 
     def drop(self, did: int, doomed: Doomed) -> None:
         """Drop the pages of ``did`` that are ``doomed``."""

@@ -173,7 +173,7 @@ class Lookup:
         entry = IOMMUTLBEntry(self.system, page.iova, page.page, low, _PERMS[page.perm], space.pasid)
         if keep:
             space.front.add(addr >> 12, entry, page)
-        return self._traced(space, entry)
+        return self._traced(space, entry) if self._trace.enabled else entry
 
     def _passed(self, space: VtdSpace, addr: int, want: int) -> IOMMUTLBEntry:
         """The context entry became pass-through without an invalidation: the space is switched."""

@@ -20,6 +20,8 @@ from vfio_model.ranges import U64_MAX
 
 _P, _FPD = 1, 2
 PAGE_MASK: Final = 0xFFF
+_REMEMBERED = 1024
+"""Bindings by the words that name them."""
 
 
 RID_PASID: Final = 0
@@ -154,6 +156,7 @@ class Structures:
                 *((TableType.PASS_THROUGH,) if options.pass_through else ()),
             )
         )
+        self._bindings: dict[tuple[int, ...], Binding] = {}
         self._fpd_when_present = options.has(quirks.FPD_WHEN_PRESENT)
         self._first_levels = frozenset((4,) if options.aw_bits < 57 else (4, 5))
 
@@ -211,14 +214,27 @@ class Structures:
         """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding."""
         if context.scalable:
             return self._pasid_entry(context, RID_PASID if pasid == RID else pasid)
+        key = context.lo, context.hi
+        known = self._bindings.get(key)
+        if known is None:
+            known = self._remember(key, self._legacy(context))
+        return Reason.NONE, known.fpd, known
+
+    def _remember(self, key: tuple[int, ...], binding: Binding) -> Binding:
+        """The same words mean the same: most walks begin with words that were seen before."""
+        if len(self._bindings) >= _REMEMBERED:
+            self._bindings.clear()
+        self._bindings[key] = binding
+        return binding
+
+    def _legacy(self, context: Context) -> Binding:
         lo, hi, fpd = context.lo, context.hi, context.fpd
         did, levels = hi >> 8 & 0xFFFF, 2 + (hi & 7)
         if lo >> 2 & 3 == 2:
-            return Reason.NONE, fpd, Binding(TableType.PASS_THROUGH, did, RID, fpd)
+            return Binding(TableType.PASS_THROUGH, did, RID, fpd)
         width = min(12 + 9 * levels, self._aw)
         root = lo & ~PAGE_MASK
-        binding = Binding(TableType.SECOND, did, RID, fpd, second_root=root, second_levels=levels, second_width=width)
-        return Reason.NONE, fpd, binding
+        return Binding(TableType.SECOND, did, RID, fpd, second_root=root, second_levels=levels, second_width=width)
 
     def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
         fpd, memory = context.fpd, self._memory
@@ -239,7 +255,11 @@ class Structures:
         if not q0 & _P:
             return Reason.PASID_NOT_PRESENT, fpd or bool(q0 & absent), None
         fpd = fpd or bool(q0 & _FPD)
-        return Reason.NONE, fpd, self._bound(TableType(kind), pasid, fpd, (q0, q1, q2))
+        key = q0, q1, q2, pasid, fpd
+        known = self._bindings.get(key)
+        if known is None:
+            known = self._remember(key, self._bound(TableType(kind), pasid, fpd, (q0, q1, q2)))
+        return Reason.NONE, fpd, known
 
     def _level_supported(self, kind: int, q0: int, q2: int) -> bool:
         if kind & 1 and 4 + (q2 >> 2 & 3) not in self._first_levels:

@@ -33,6 +33,12 @@ class TableMemory:
                 return value
         return self._elsewhere(addr)
 
+    def window(self) -> tuple[int, int, memoryview]:
+        """The stretch of RAM that was used last: its start, its size in bytes (0: none), its words."""
+        if self.system.view is not self._view:
+            self._look()
+        return self._start, self._size, self._words
+
     def words(self, addr: int, count: int) -> memoryview | None:
         """``count`` words from ``addr`` on, in place where they are RAM; None: not all of them decode."""
         self.word(addr)

@@ -43,9 +43,13 @@ class Walk(NamedTuple):
     dirty: bool = True
 
 
+_GOOD = Reason.NONE
+_PAGE_MASKS = tuple((1 << 12 + 9 * max(level - 1, 0)) - 1 for level in range(6))
+
+
 def page_mask(level: int) -> int:
     """Size minus one of a page of ``level``; of 4 KiB for level 0."""
-    return (1 << 12 + 9 * max(level - 1, 0)) - 1
+    return _PAGE_MASKS[level]
 
 
 class ReservedBits(NamedTuple):
@@ -103,7 +107,8 @@ class Walker:
             done = self._first(binding, iova, want, soft_write)
         else:
             done = self._nested(binding, iova, want, soft_write)
-        if not done.reason and done.page <= INTERRUPT_LAST and done.page | page_mask(done.level) >= INTERRUPT_FIRST:
+        page = done.page
+        if page <= INTERRUPT_LAST and page | _PAGE_MASKS[done.level] >= INTERRUPT_FIRST and done.reason is _GOOD:
             return Walk(self._interrupt, done.level)
         return done
 
@@ -114,10 +119,13 @@ class Walker:
         level, addr = binding.second_levels, binding.second_root
         if iova >> binding.second_width:
             return Walk(Reason.BEYOND_WIDTH, 0)
-        word, reserved, mask = self._memory.word, self.second_reserved, self._address
+        word, (plain, large), mask = self._memory.word, self.second_reserved, self._address
+        start, size, words = self._memory.window()
         need, perm = want or READ | WRITE, READ | WRITE
         while True:
-            pte = word(addr + (iova >> 9 * level & 0xFF8))
+            at = addr + (iova >> 9 * level & 0xFF8)
+            offset = at - start
+            pte = words[offset >> 3] if 0 <= offset < size else word(at)
             if pte is None:
                 top = level == binding.second_levels
                 return Walk(Reason.CONTEXT_INVALID if top else Reason.PAGING_UNREADABLE, level)
@@ -125,11 +133,11 @@ class Walker:
             if (need & ~pte) if want else not need & pte:
                 write = want & WRITE and not pte & WRITE
                 return Walk(Reason.WRITE if write else Reason.READ, level)
-            if reserved.of(pte, level):
+            leaf = level == 1 or pte & LARGE
+            if pte & (large if level > 1 and leaf else plain)[level]:
                 return Walk(Reason.PAGING_RESERVED, level)
-            if level == 1 or pte & LARGE:
-                page = pte & mask & ~page_mask(level)
-                return Walk(Reason.NONE, level, page, perm, pte)
+            if leaf:
+                return Walk(_GOOD, level, pte & mask & ~_PAGE_MASKS[level], perm, pte)
             addr = pte & mask
             level -= 1
 
