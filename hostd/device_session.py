@@ -146,6 +146,7 @@ class DeviceSession:
             int(Command.DMA_UNMAP): self._plain_unmap,
         }
         """What goes the short way; each gives the body of its answer."""
+        endpoint.stream.attend()
         loop.register(endpoint, self.receive, served=True)
 
     def receive(self) -> None:
@@ -164,9 +165,10 @@ class DeviceSession:
                 self._command(event)
                 wait = time.monotonic_ns() < self._attend_until and not self.endpoint.congested
                 if not event.no_reply and not wait:
-                    return
+                    break
         except (PeerLost, RemoteProtocolError) as error:
             self.end(str(error))
+        self._loop.expect()
 
     def end(self, reason: str) -> None:
         """Close the session. Harmless twice."""
@@ -264,6 +266,7 @@ class DeviceSession:
 
     def _plain(self, request: PlainRequest, body: bytes, fds: list[int]) -> bool:
         """A request by the short way; whether more is waited for."""
+        self._doorbells.settle()
         command = request[1]
         asked = command != _WRITE
         self._plain_asked += asked
@@ -301,6 +304,7 @@ class DeviceSession:
             self.replies[event.id] = event
 
     def _command(self, event: CommandReceived) -> None:
+        self._doorbells.settle()
         if event.command == _VERSION:
             if self._on_start():
                 self._accept(event)
@@ -422,6 +426,7 @@ class DeviceSession:
         self._step()
 
     def _step(self) -> None:
+        self._doorbells.settle()
         if self._clock is not None:
             self._clock.take(self._around.clock)
 

@@ -28,11 +28,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, cast
 
 import zmq
 from zmq.backend import zmq_poll
 
+from protocols.transport.halt_polling import HaltPoll
 from protocols.transport.kernel import TimerFd
 from vfio_model.errors import ConfigError, DeadlineExceeded, PeerLost
 
@@ -140,6 +142,8 @@ class Loop:
         self._zmq: dict[Any, _Entry] = {}
         self._writers: list[_Entry] = []
         self._all, self._served = select.epoll(), select.epoll()
+        self._look, self._look_served = HaltPoll(partial(self._all.poll, 0)), HaltPoll(partial(self._served.poll, 0))
+        self._expecting = False
         self._all_fd, self._served_fd = self._all.fileno(), self._served.fileno()
         self._list_polled()
         self._timers, self._served_timers = _Timers(), _Timers()
@@ -245,7 +249,13 @@ class Loop:
             if zmq_poll(self._polled_in_waits, milliseconds) != [(self._served_fd, _POLLIN)]:
                 return False
             milliseconds = 0
-        return self._served.poll(milliseconds / 1000) == [(fd, _EPOLLIN)]
+        return (self._look_served() or self._served.poll(milliseconds / 1000)) == [(fd, _EPOLLIN)]
+
+    def expect(self) -> None:
+        """Something is likely to come within microseconds: the next turn looks for it before it sleeps (see
+        :mod:`protocols.transport.halt_polling`).
+        """
+        self._expecting = True
 
     def serve_until(self, predicate: Callable[[], bool], seconds: float, peer: str, request: str) -> None:
         """Wait until ``predicate()``, serving what is ``served`` meanwhile; at most ``seconds``, scaled.
@@ -335,7 +345,12 @@ class Loop:
                 self._dispatch_fds(nested, 0)
 
     def _dispatch_fds(self, nested: bool, milliseconds: int) -> None:
-        ready = (self._served if nested else self._all).poll(milliseconds / 1000 if milliseconds >= 0 else None)
+        ready = None
+        if self._expecting and milliseconds:
+            ready = (self._look_served if nested else self._look)()
+        self._expecting = False
+        if not ready:
+            ready = (self._served if nested else self._all).poll(milliseconds / 1000 if milliseconds >= 0 else None)
         found = [(self._entries.get(fd), events) for fd, events in ready]
         for entry, events in found:
             if entry is None:

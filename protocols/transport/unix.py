@@ -22,9 +22,11 @@ import stat
 import struct
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
+from protocols.transport.halt_polling import HaltPoll
 from vfio_model.errors import ConfigError, LocalProtocolError, PeerLost, RemoteProtocolError
 
 SCM_MAX_FD = 253
@@ -38,11 +40,13 @@ CONGESTED_MESSAGES, CONGESTED_BYTES = MAX_OUTBOX // 2, 8 << 20
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5: the peer's pidfd without a race."""
 
-ATTENTION_MS = 1
+ATTENTION_US = 1000
 """How long a stream that was just spoken on may be waited for alone."""
+_TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("=iII")
 _CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC) | int(socket.MSG_DONTWAIT)
+_WAIT_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _SEND_FLAGS = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 # As plain numbers: the members of socket's IntFlag cost a microsecond for each "and".
 _CUT_DATA, _CUT_CONTROL, _DONTWAIT = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC), int(socket.MSG_DONTWAIT)
@@ -285,9 +289,9 @@ class StreamConnection(_Connection):
     def __init__(self, sock: socket.socket, name: str = "peer", *, max_frame: int = MAX_FRAME) -> None:
         super().__init__(sock, name)
         self.max_frame = max_frame
-        # Not a recvmsg that blocks: the peer, taking what was sent to it, wakes who sleeps in one.
-        self._readable = select.poll()
-        self._readable.register(sock, select.POLLIN)
+        readable = select.poll()
+        readable.register(sock, select.POLLIN)
+        self._soon = HaltPoll(partial(readable.poll, 0))
         self._header = b""
         self._fds: list[int] = []
         self._short = False
@@ -303,18 +307,21 @@ class StreamConnection(_Connection):
         """
         return cls(_connect(path, socket.SOCK_STREAM, name), name)
 
+    def attend(self) -> None:
+        """Let :meth:`receive` wait, for at most :data:`ATTENTION_US`, when it is told to."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, ATTENTION_US))
+        os.set_blocking(self._sock.fileno(), True)  # everything else says MSG_DONTWAIT
+
     def receive(self, *, wait: bool = False) -> Frame | None:
-        """The next whole frame, or None when it has not all come yet; ``wait`` gives it :data:`ATTENTION_MS`.
+        """The next whole frame, or None when it has not all come yet; ``wait`` gives it a moment (see :meth:`attend`).
 
         :raise PeerLost: at EOF.
         :raise RemoteProtocolError: when the size in the header is impossible, or there are too many descriptors.
         """
-        if wait and not self._readable.poll(ATTENTION_MS):
-            return None
         header, body = self._header, b""
         try:
             if len(header) < HEADER_SIZE:
-                header = self._read_header(header)
+                header = self._read_header(header, _WAIT_FLAGS if wait and not self._soon() else _RECEIVE_FLAGS)
                 (size,) = _HEADER_LENGTH.unpack(header)
                 if not HEADER_SIZE <= size <= self.max_frame:
                     raise RemoteProtocolError(
@@ -334,10 +341,10 @@ class StreamConnection(_Connection):
         self._header, self._fds, self._short, self._missing = b"", [], False, 0
         return frame
 
-    def _read_header(self, header: bytes) -> bytes:
+    def _read_header(self, header: bytes, receive_flags: int) -> bytes:
         """All of it, of which ``header`` has come before. :raise BlockingIOError: there is not all of it yet."""
         while (missing := HEADER_SIZE - len(header)) > 0:
-            data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, _RECEIVE_FLAGS)
+            data, ancillary, flags, _ = self._sock.recvmsg(missing, _CONTROL, receive_flags)
             if ancillary:
                 self._fds += _received_fds(ancillary)
                 if len(self._fds) > SCM_MAX_FD:

@@ -195,3 +195,27 @@ def test_a_stop_before_the_run_ends_it(loop: Loop) -> None:
     loop.run()
     loop.call_soon(loop.stop)
     loop.run()
+
+
+def test_an_answer_that_comes_alone_needs_no_turn(loop: Loop, bells: tuple[EventFd, EventFd]) -> None:
+    calls: list[str] = []
+    loop.register(bells[0], then(lambda: calls.append("answer")), served=True)
+    loop.register(bells[1], then(lambda: calls.append("other")), served=True)
+    assert not loop.wakes_fd(bells[0].fd, 1)
+    bells[0].ring()
+    assert loop.wakes_fd(bells[0].fd, 1)
+    bells[1].ring()
+    assert not loop.wakes_fd(bells[0].fd, 1), "what else has come is served first"
+    assert not calls
+
+
+def test_what_is_expected_is_still_a_turn_like_any_other(loop: Loop, bells: tuple[EventFd, EventFd]) -> None:
+    calls: list[str] = []
+    loop.register(bells[0], then(bells[0].drain, lambda: calls.append("rung")))
+    loop.expect()
+    loop.run_once(0.001)
+    loop.expect()
+    bells[0].ring()
+    loop.run_once(1.0)
+    loop.run_once(0.0)
+    assert calls == ["rung"]
