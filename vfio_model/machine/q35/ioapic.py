@@ -65,7 +65,7 @@ class IoApic:
     # -- pins
 
     def set_pin(self, pin: int, level: bool) -> None:
-        """Input ``pin`` is driven. A level-triggered entry takes the level then, not when it is written (as on QEMU)."""
+        """Input ``pin`` is driven. As on QEMU a level-triggered entry takes the level then, not when it is written."""
         pin = pin or TIMER_PIN
         bit, entry = 1 << pin, self.table[pin]
         rises = level and not self._level & bit
