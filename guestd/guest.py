@@ -13,7 +13,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -29,6 +29,7 @@ from protocols.transport.loop import Loop
 from protocols.transport.shm import MappedMemory, create_memory
 from vfio_model.devices import DEVICES
 from vfio_model.errors import ConfigError, PeerLost
+from vfio_model.machine.base import Machine
 from vfio_model.machine.phb import EehPort
 from vfio_model.machine.pseries import PseriesMachine
 from vfio_model.memory.address_space import AddressSpace
@@ -63,7 +64,7 @@ class Guest:
         self.clock = GuestClock(loop, realtime=realtime)
         parts = Parts(self.ram, self.clock.virtual, self._when_idle, trace)
         self.board: Board = build_board(machine, parts, self._eeh)
-        self.machine: Any = self.board.machine
+        self.machine: Machine = self.board.machine
         host = Path(config.host_dir) if config.host_dir else directory
         name = config.name or _UNNAMED
         port_path = Path(config.port) if config.port else host / "hostd.zmq"
@@ -228,7 +229,7 @@ class Guest:
             "devices": [self.device_status(name) for name in self.devices],
             "devices_lost": sum(1 for _, device in self.devices.values() if getattr(device, "dead", None)),
             "windows": self.board.windows(),
-            "device_tree": self.machine.device_tree(),
+            "device_tree": self.board.device_tree(),
             "irqs": {str(irq): count for irq, count in self.machine.irqs.raised.items()},
             "host": self.host.status(),
             "notifier": publisher.status() if publisher is not None else None,

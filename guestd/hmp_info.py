@@ -10,6 +10,7 @@ from guestd.host_status import Mm, own_mm
 from guestd.places import Occupant
 from guestd.qmp_pci import CLASSES, UNMAPPED, query_pci, regions
 from protocols.transport.loop import Loop
+from vfio_model.pci.bridge import PCIBridge
 from vfio_model.pci.device import PCIDevice
 
 
@@ -97,10 +98,13 @@ def _qtree_bus(guest: Guest, name: str) -> list[str]:
 def _qtree_device(address: str, device: PCIDevice, place: Occupant) -> list[str]:
     lines = [f'dev: {place.driver}, id "{place.id}"', f"  addr = {address.partition(':')[2]}"]
     for prop, value in device.props.items():
+        if prop == "id":
+            continue
         text = f"{value} ({value:#x})" if type(value) is int else f'"{value}"' if isinstance(value, str) else value
         lines.append(f"  {prop} = {str(text).lower() if isinstance(value, bool) else text}")
     ids = f"{device.VENDOR_ID:04x}:{device.DEVICE_ID:04x}"
-    subsystem = f"{device.SUBSYSTEM_VENDOR_ID:04x}:{device.SUBSYSTEM_ID:04x}"
+    has_subsystem = not isinstance(device, PCIBridge)
+    subsystem = f"{device.SUBSYSTEM_VENDOR_ID:04x}:{device.SUBSYSTEM_ID:04x}" if has_subsystem else "0000:0000"
     kind = CLASSES.get(device.CLASS_ID, f"Class {device.CLASS_ID:04x}")
     lines.append(f"  class {kind}, addr {address}, pci id {ids} (sub {subsystem})")
     for region in regions(device):

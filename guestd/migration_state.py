@@ -89,10 +89,9 @@ class Progress:
 
 def functions(guest: Guest) -> Iterator[tuple[int, VFIOPCIDevice]]:
     """The devices of other processes, each with the instance that its sections have."""
-    for phb in guest.machine.phbs.values():
-        for devfn, function in sorted(phb.bus.devices.items()):
-            if isinstance(function, VFIOPCIDevice):
-                yield phb.index << 16 | phb.bus.number << 8 | devfn, function
+    for instance, function in guest.board.functions():
+        if isinstance(function, VFIOPCIDevice):
+            yield instance, function
 
 
 GLOBAL_STATE: Final = VMStateDescription("globalstate", 1, (Field("size"), Field("runstate", Type.U8, array="size")))

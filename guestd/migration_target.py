@@ -103,7 +103,7 @@ class Incoming:
     def _load(self, loader: MachineLoader) -> None:
         self._guest.states.hold()
         loader.load()
-        self._trace("migration_loaded", windows=sum(t.enabled for t in self._guest.machine.tables.values()))
+        self._trace("migration_loaded", windows=len(self._guest.board.windows()))
         assert self._connection is not None, "the stream came over it"
         self._connection.send(LOADED)
         self._loop.call_later(int(GO_SECONDS * 1e9), self._late)

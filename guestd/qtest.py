@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import IO, Final
 
 from guestd.config import QtestConfig
-from guestd.machines.board import MachineModel, Paravirtual
+from guestd.machines.board import Paravirtual
 from guestd.operations import ELSEWHERE, Operations, RunState
 from guestd.posted_writes import burst
 from guestd.qmp_qom import find
@@ -37,7 +37,7 @@ class QtestMachine:
     def __init__(self, operations: Operations) -> None:
         self._operations, self._clock = operations, operations.guest.clock
         self._board = operations.guest.board
-        self._machine: MachineModel = self._board.machine
+        self._machine = operations.guest.machine
         self.paravirtual = self._board.calls is not None
         self.big_endian: bool = self._machine.big_endian
 

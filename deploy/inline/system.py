@@ -23,7 +23,7 @@ from deploy.system import DmaDriver
 from guestd.config import GuestConfig
 from guestd.control import MAX_TIME_NS
 from guestd.explain import explain as explain_stage1
-from guestd.machines.board import MachineModel, Paravirtual
+from guestd.machines.board import Paravirtual
 from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
@@ -69,7 +69,7 @@ class InlineCpu:
 
     def __init__(self, guest: InlineGuest, log: InlineLog, loop: Loop, before: Callable[[], None]) -> None:
         self._guest, self._log, self._loop, self._before = guest, log, loop, before
-        self._machine: MachineModel = guest.board.machine
+        self._machine = guest.machine
         self.big_endian = self._machine.big_endian
         self._causes = itertools.count((os.getpid() << 32) + 1)
         self.commands = 0

@@ -1,6 +1,6 @@
 """What guestd has to know of the type of its machine, and nothing of it elsewhere: a :class:`Board` for each.
 
-The machine model itself is what :class:`MachineModel` says, and more that only its board looks at.
+Of the machine model itself others know what :class:`~vfio_model.machine.base.Machine` says.
 """
 
 from __future__ import annotations
@@ -18,43 +18,13 @@ from guestd.machines.walk import Walk
 from guestd.places import Buses, Occupant, Slots
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
-from vfio_model.machine.irqs import IrqLines
+from vfio_model.machine.base import Machine
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.ram import RAMBlock
-from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import Trace
-
-
-class MachineModel(Protocol):
-    """What every machine model has."""
-
-    TYPE: str
-    big_endian: bool
-    system: AddressSpace
-    ram: tuple[RAMBlock, ...]
-    clock: VirtualClock
-    irqs: IrqLines
-
-    def reset(self) -> None:
-        """Reset the machine and its devices."""
-
-    def device_tree(self) -> Mapping[str, Mapping[str, object]]:
-        """What a guest is told, where it is told by a tree."""
-
-    def read_memory(self, gpa: int, size: int) -> bytes:
-        """``size`` bytes of system memory; what nothing answers reads as the machine has it."""
-
-    def write_memory(self, gpa: int, data: bytes) -> MemTxResult:
-        """Store ``data`` at ``gpa``."""
-
-    def mmio_read(self, gpa: int, size: int) -> int:
-        """A load of ``size`` bytes in the machine's byte order."""
-
-    def mmio_write(self, gpa: int, size: int, value: int) -> None:
-        """A store of ``size`` bytes in the machine's byte order."""
 
 
 class Paravirtual(Protocol):
@@ -113,7 +83,7 @@ class Board(ABC):
     qom_types: ClassVar[Mapping[str, tuple[str, bool]]]
     """Types of objects that only this machine has; by name: (parent, abstract)."""
 
-    machine: MachineModel
+    machine: Machine
     calls: Paravirtual | None = None
     """None: its guests know nothing but hardware."""
     kvm: bool = False
@@ -204,6 +174,10 @@ class Board(ABC):
     @abstractmethod
     def windows(self) -> list[dict[str, int]]:
         """Open DMA windows; ``start`` inclusive, numbers of pages, the shift of a page."""
+
+    @abstractmethod
+    def device_tree(self) -> Mapping[str, Mapping[str, object]]:
+        """What a guest is told of DMA, where it is told by a tree."""
 
     @abstractmethod
     def info(self) -> dict[str, tuple[InfoLines, str]]:

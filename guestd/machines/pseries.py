@@ -129,6 +129,10 @@ class PseriesBoard(Board):
         """TCE tables that are enabled."""
         return pseries_info.windows(self.machine)
 
+    def device_tree(self) -> Mapping[str, Mapping[str, object]]:
+        """Bridges and VIO devices."""
+        return self.machine.device_tree()
+
     def info(self) -> dict[str, tuple[InfoLines, str]]:
         """Windows and tables."""
         machine = self.machine

@@ -135,8 +135,8 @@ class Q35Board(Board):
         return [*below[::-1], self.machine.root_bus]
 
     def functions(self) -> Iterator[tuple[int, PCIDevice]]:
-        """By bus, in the order of the configuration, and devfn."""
-        for index, bus in enumerate(self.buses.values()):
+        """By the bus's place in the tree, and devfn."""
+        for index, bus in enumerate(self.machine.root_bus.walk()):
             for devfn, function in sorted(bus.devices.items()):
                 yield index << 16 | devfn, function
 
@@ -161,6 +161,10 @@ class Q35Board(Board):
     def windows(self) -> list[dict[str, int]]:
         """There are none."""
         return []
+
+    def device_tree(self) -> Mapping[str, Mapping[str, object]]:
+        """There is none."""
+        return {}
 
     def info(self) -> dict[str, tuple[InfoLines, str]]:
         """The unit and who follows it."""
