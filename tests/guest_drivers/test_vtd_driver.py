@@ -12,8 +12,9 @@ from vfio_model.devices.nvme.device import NvmeDevice
 from vfio_model.devices.nvme.regs import Status
 from vfio_model.guest_drivers.nvme import MEMORY_PAGES, NvmeDriver
 from vfio_model.guest_drivers.pci import DriverError
-from vfio_model.guest_drivers.vtd import Domain, FaultRecord, VtdDriver
-from vfio_model.guest_drivers.vtd_tables import READ, WRITE, PageAllocator, Stage
+from vfio_model.guest_drivers.vtd import PASS_THROUGH_DID, Domain, FaultRecord, VtdDriver
+from vfio_model.guest_drivers.vtd_tables import READ, RID_PASID, WRITE, PageAllocator, Stage
+from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.structures import Reason
 from vfio_model.pci.iommu_ops import AtsRequest
@@ -54,6 +55,8 @@ MODES = {
     "first stage": Mode(FIRST_STAGE),
     "first stage, caching mode": Mode(FIRST_STAGE, caching=True),
 }
+QEMU = quirks.selected([quirks.ALL])
+QEMU_SCALABLE, QEMU_FIRST_STAGE = Mode(replace(SCALABLE, quirks=QEMU)), Mode(replace(FIRST_STAGE, quirks=QEMU))
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
@@ -156,6 +159,22 @@ def test_functions_without_a_domain_are_blocked(mode: Mode) -> None:
 def test_pass_through(mode: Mode) -> None:
     rig = mode.rig()
     rig.vtd.attach_pass_through(TESTDEV)
+    assert rig.testdev.run(DATA, DATA) == RESULT_OK
+    rig.vtd.detach_pass_through(TESTDEV)
+    assert rig.testdev.run(DATA, DATA) == RESULT_DMA_FAILED
+
+
+@pytest.mark.parametrize("mode", [QEMU_SCALABLE, QEMU_FIRST_STAGE], ids=["second stage", "first stage"])
+def test_pass_through_lingers_on_qemu(mode: Mode) -> None:
+    rig = mode.rig()
+    rig.vtd.attach_pass_through(TESTDEV)
+    assert rig.testdev.run(DATA, DATA) == RESULT_OK
+    rig.vtd.detach_pass_through(TESTDEV)
+    assert rig.testdev.run(DATA, DATA) == RESULT_OK
+    rig.vtd.invalidation.contexts()
+    assert rig.testdev.run(DATA, DATA) == RESULT_DMA_FAILED
+    rig.vtd.attach_pass_through(TESTDEV)
+    rig.vtd.invalidation.pasid_cache(PASS_THROUGH_DID, RID_PASID)
     assert rig.testdev.run(DATA, DATA) == RESULT_OK
     rig.vtd.detach_pass_through(TESTDEV)
     assert rig.testdev.run(DATA, DATA) == RESULT_DMA_FAILED

@@ -265,3 +265,10 @@ CASES = (
 def test_the_vtd_driver_finds_the_same_unit_on_qemu(mode: driver_tests.Mode, case: Callable[[QemuMode], None]) -> None:
     with PcQemu(("-device", unit(mode.options), *DEVICES)) as pc:
         case(QemuMode(mode, pc))
+
+
+@pytest.mark.parametrize("mode", [driver_tests.QEMU_SCALABLE, driver_tests.QEMU_FIRST_STAGE], ids=["second", "first"])
+def test_pass_through_lingers(mode: driver_tests.Mode) -> None:
+    with PcQemu(("-device", unit(mode.options), *DEVICES)) as pc:
+        case: Callable[[QemuMode], None] = driver_tests.test_pass_through_lingers_on_qemu
+        case(QemuMode(mode, pc))

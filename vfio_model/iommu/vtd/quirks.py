@@ -31,6 +31,7 @@ COMPATIBILITY_FORMAT: Final = "compatibility-format"
 SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
 FPD_WHEN_PRESENT: Final = "fpd-when-present"
 FS1GP_IGNORED: Final = "fs1gp-ignored"
+PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
 
@@ -84,6 +85,15 @@ QUIRKS: Final = (
         "without 1 GiB first-stage pages (fs1gp=off) a leaf of that size has a reserved bit set",
         "it translates",
         "9.7, Page Size bit of a first-stage page-directory-pointer entry",
+        selectable=True,
+    ),
+    Quirk(
+        PASS_THROUGH_LINGERS,
+        "11.1",
+        "a PASID-cache invalidation ends the pass-through of a function whose PASID entry is gone",
+        "it does if an earlier PASID-cache invalidation found the entry present, else the next context-cache "
+        "invalidation does",
+        "6.5.2.4, PASID-cache Invalidate Descriptor",
         selectable=True,
     ),
     Quirk(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.ats import PageRequestSink, VtdOps
 from vfio_model.iommu.vtd.batch import BatchWalker
 from vfio_model.iommu.vtd.caches import Page
@@ -51,6 +52,7 @@ class Translation:
         self._spaces = self.lookup.spaces
         self._shadows: dict[VtdSpace, Shadow] = {}
         """Of the spaces that have followers."""
+        self._lingers = options.has(quirks.PASS_THROUGH_LINGERS)
         self._told: dict[VtdSpace, None] = {}
         """Whose followers have something to complete."""
 
@@ -121,6 +123,8 @@ class Translation:
         self._trace("vtd_context_cache_reset")
         self._forget_contexts(1)
         self._trace("vtd_pasid_cache_reset")
+        for space in self._spaces.values():
+            space.pasid_seen = False
         self._reset_iotlb()
 
     def _forget_contexts(self, generation: int) -> None:
@@ -193,7 +197,10 @@ class Translation:
             if granularity is Granularity.SELECTIVE and space.pasid not in (pasid, RID):
                 continue
             space.front.clear()
-            self._switch(space)
+            present = self._binding(space) is not None
+            if present or space.pasid_seen or not self._lingers:
+                self._switch(space)
+            space.pasid_seen = present
             self._sync(space)
 
     def invalidate_device_tlb(self, sid: int, pasid: int | None, first: int, last: int) -> None:
