@@ -439,6 +439,25 @@ def test_a_reset_forgets_a_pending_wait() -> None:
     assert made.load(STATUS, 4) == 0
 
 
+@pytest.mark.parametrize("during", ["flush", "invalidate_iotlb"])
+def test_a_reset_while_descriptors_are_executed_ends_it(during: str) -> None:
+    made = rig()
+    once = [made.unit.reset]
+    setattr(made.translator, during, lambda *_: once.pop()() if once else None)
+    made.submit((0x12,), WAIT, (0xD,))
+    assert (made.status, made.get(regs.IQH, 8), made.load(STATUS, 4)) == (0, 0, 0)
+    assert not made.unit.queue.enabled
+
+
+def test_the_tail_may_move_while_descriptors_are_executed() -> None:
+    made = rig()
+    made.fill(1, *WAIT)
+    answers = [lambda: made.put(regs.IQT, 2 * 32, 8)]
+    made.translator.invalidate_iotlb = lambda *_: answers.pop()()  # type: ignore[method-assign]
+    made.submit((0x12,))
+    assert (made.head, made.load(STATUS, 4)) == (2, 2)
+
+
 def test_the_trace_reads_as_qemus() -> None:
     made = rig(wide=False)
     made.log.events.clear()

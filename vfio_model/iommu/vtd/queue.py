@@ -133,7 +133,7 @@ class InvalidationQueue:
         self._run()
 
     def _run(self) -> None:
-        """Until head and tail meet or something stops it. What happens meanwhile may move the tail."""
+        """Until head and tail meet or something stops it. What happens meanwhile may move the tail, or be a reset."""
         self._running = True
         try:
             while self.head != self.tail and self._next():
@@ -157,6 +157,8 @@ class InvalidationQueue:
             return False
         if not self._descriptors.execute(descriptor):
             return self._failed()
+        if not self.enabled:
+            return False
         self._incomplete = self._incomplete or not is_wait
         self.head = (self.head + 1) % self.size
         return True
@@ -193,7 +195,7 @@ class InvalidationQueue:
             self._faults.queue_failed(regs.FSTS_ITE)
             return False
         self._incomplete = False
-        return True
+        return self.enabled
 
     # -- migration
 
