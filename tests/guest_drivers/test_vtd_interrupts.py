@@ -7,7 +7,7 @@ import pytest
 from tests.guest_drivers.vtd_rig import DATA, EDU, TESTDEV, Rig
 from vfio_model.devices.edu import regs as edu
 from vfio_model.guest_drivers.pci import DriverError, enable_msi
-from vfio_model.guest_drivers.vtd import remappable_message, remappable_pin
+from vfio_model.guest_drivers.vtd_interrupts import remappable_message, remappable_pin
 from vfio_model.iommu.vtd.regs import FaultReason
 from vfio_model.machine.q35.ioapic import SELECT, TABLE, WINDOW
 from vfio_model.machine.q35.regs import IOAPIC_BASE, IOAPIC_SID

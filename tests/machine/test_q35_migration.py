@@ -15,7 +15,7 @@ from vfio_model.guest_drivers.iommu_testdev import IommuTestdevDriver
 from vfio_model.guest_drivers.pc import EcamConfig, mmio_window
 from vfio_model.guest_drivers.pci import enable_msi
 from vfio_model.guest_drivers.pci_bridges import BusTree
-from vfio_model.guest_drivers.vtd import remappable_message
+from vfio_model.guest_drivers.vtd_interrupts import remappable_message
 from vfio_model.guest_drivers.vtd_tables import Stage
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.regs import FaultReason

@@ -2,8 +2,9 @@
 them, maps and unmaps with the invalidations that they need, faults, interrupt remapping.
 
 Intel VT-d specification, chapters 3 (DMA remapping), 5 (interrupt remapping), 6 (caching), 7 (faults), section 11.4
-(registers). Tables are in :mod:`.vtd_tables`, invalidation in :mod:`.vtd_invalidation`. In scalable mode a domain is
-attached by a PASID table entry, RID_PASID for requests without a PASID.
+(registers). Tables are in :mod:`.vtd_tables`, interrupts in :mod:`.vtd_interrupts`, invalidation in
+:mod:`.vtd_invalidation`. In scalable mode a domain is attached by a PASID table entry, RID_PASID for requests without a
+PASID.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.pci import DriverError
+from vfio_model.guest_drivers.vtd_interrupts import MESSAGE_BASE, InterruptTable
 from vfio_model.guest_drivers.vtd_invalidation import (
     Invalidation,
     QueuedInvalidation,
@@ -39,12 +41,10 @@ from vfio_model.guest_drivers.vtd_tables import (
     TranslationType,
 )
 from vfio_model.iommu.vtd import regs
-from vfio_model.ranges import U32_MAX
 
 FIRST_DID = 1
 """Domain 0 tags what is not present while caching mode is on."""
 PASS_THROUGH_DID = FIRST_DID
-MESSAGE_BASE = 0xFEE0_0000
 
 
 class FaultRecord(NamedTuple):
@@ -94,7 +94,6 @@ class VtdDriver:
         self._root = RootTable(cpu, pages, scalable=scalable)
         self._pasids: dict[int, PasidTable] = {}
         self._next_did = FIRST_DID + 1
-        self._remapping: InterruptTable | None = None
         self._invalidation: Invalidation | None = None
 
     # -- life
@@ -301,51 +300,3 @@ class VtdDriver:
         self.invalidation.interrupt_entries()
         self._command(regs.GCMD_IRE, True)
         return table
-
-
-class InterruptTable:
-    """One page of interrupt remapping table entries."""
-
-    ENTRIES = 256
-    size_field = 7
-
-    def __init__(self, cpu: Cpu, pages: PageAllocator, invalidation: Invalidation) -> None:
-        self._cpu, self._invalidation = cpu, invalidation
-        self.base = pages.take()
-        self._next = 0
-
-    def allocate(self, sid: int, vector: int, destination: int = 0, *, level: bool = False) -> int:
-        """An entry for interrupts of ``sid`` alone, as ``vector`` to APIC ``destination``; its index.
-
-        :raise DriverError: the table is full.
-        """
-        if self._next == self.ENTRIES:
-            raise DriverError("no interrupt remapping entry is free")
-        index, self._next = self._next, self._next + 1
-        low = regs.IRTE_P | regs.IRTE_VECTOR.put(vector) | regs.IRTE_XAPIC_DEST.put(destination)
-        low |= regs.IRTE_TM if level else 0
-        self._write(index, low, regs.IRTE_SVT.put(1) | regs.IRTE_SID.put(sid))
-        return index
-
-    def free(self, index: int) -> None:
-        """Interrupts of ``index`` are blocked from now on."""
-        self._write(index, 0, 0)
-
-    def _write(self, index: int, low: int, high: int) -> None:
-        at = self.base + index * regs.IRTE_SIZE
-        self._cpu.mmio_write(at, 8, 0)
-        self._cpu.mmio_write(at + 8, 8, high)
-        self._cpu.mmio_write(at, 8, low)
-        self._invalidation.interrupt_entries()
-
-
-def remappable_message(index: int) -> tuple[int, int]:
-    """(address, data) of a message that selects entry ``index``."""
-    return MESSAGE_BASE | (index & 0x7FFF) << 5 | 1 << 4 | (index >> 15) << 2, 0
-
-
-def remappable_pin(index: int, vector: int, *, level: bool = False) -> int:
-    """The I/O APIC redirection table entry that selects entry ``index``; ``vector`` is for end-of-interrupt."""
-    entry = (index & 0x7FFF) << 49 | 1 << 48 | (index >> 15) << 11 | (1 << 15 if level else 0) | vector
-    assert entry >> 32 <= U32_MAX, "an entry has 64 bits"
-    return entry
