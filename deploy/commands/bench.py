@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from deploy.bench import dma, huge, live, mapped, nvme, vfio_user
+from deploy.bench import dma, huge, live, mapped, nvme, vfio_user, walks
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.console import StepProgress
@@ -17,6 +17,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "4K": lambda: dma.small(4096),
     "scattered": dma.scattered,
     "batch": dma.batches,
+    "walks": walks.rows,
     "mapped": mapped.rows,
     "vfio-user": vfio_user.rows,
     "nvme": nvme.rows,

@@ -144,6 +144,7 @@ def test_no_ram_at_all() -> None:
         ({5: SPEC._replace(width=0).words()}, ValueError),
         ({5: SPEC._replace(width=65).words()}, ValueError),
         ({5: SPEC._replace(signed=2).words()}, ValueError),
+        ({5: SPEC._replace(hole_last=SPEC.hole_first - 1).words()}, ValueError),
         ({0: memoryview(bytearray(24))[1:17].cast("Q")}, ValueError),
     ],
 )

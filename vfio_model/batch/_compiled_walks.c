@@ -46,11 +46,49 @@ static inline uint64_t place(uint64_t table, uint64_t iova, unsigned level)
     return table + (iova >> (9 * level) & 0xff8);
 }
 
+/* Where glibc can choose among functions, those that only compute are there for wider registers, too. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+/* Tables become offsets in RAM of their entries; whether one lies beyond `last`. Such a place has bit 63, or what is left
+ * behind it has: RAM has less than 2^63 bytes. */
+WIDE static int places(uint64_t *at, const char *iovas, unsigned level, uint64_t base, uint64_t last, size_t count)
+{
+    uint64_t outside = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        uint64_t there = (place(at[i], word(iovas, i), level) - base) & ~UINT64_C(7);
+
+        outside |= there | (last - there);
+        at[i] = there;
+    }
+    return (int)(outside >> 63);
+}
+
+/* Addresses in pages of `low` + 1 bytes into `out`; whether a page meets the hole. */
+WIDE static int pages(const uint64_t *at, const char *iovas, char *out, uint64_t low, const Spec *spec, size_t count)
+{
+    const uint64_t first = spec->hole_first & ~low, size = spec->hole_last - first;
+    int hole = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        uint64_t page = at[i] & ~low;
+
+        hole |= page - first <= size;
+        put(out, i, page | (word(iovas, i) & low));
+    }
+    return hole;
+}
+
 /* The part's addresses into `out`; their permission, or -1 when they are not alike. */
 static int walk_alike(const Walk *walk, const char *iovas, char *out, size_t count)
 {
     const Spec *spec = &walk->spec;
-    const uint64_t last = walk->bytes - 8, address = spec->address;
+    const uint64_t last = walk->bytes - 8, address = spec->address, base = walk->base;
+    const uint8_t *ram = walk->ram;
     const unsigned above = 64 - (unsigned)spec->width;
     uint64_t at[TOGETHER], perm = 3, outside = 0;
 
@@ -69,17 +107,12 @@ static int walk_alike(const Walk *walk, const char *iovas, char *out, size_t cou
         uint64_t some = 0, every = UINT64_MAX, needed, reserved;
         int leaf;
 
-        /* A place beyond the end has bit 63 here or in what is left behind it: RAM has less than 2^63 bytes. */
-        for (size_t i = 0; i < count; i++) {
-            uint64_t there = (place(at[i], word(iovas, i), level) - walk->base) & ~UINT64_C(7);
-            outside |= there | (last - there);
-            at[i] = there;
-        }
-        if (outside >> 63)
+        if (places(at, iovas, level, base, last, count))
             return -1;
         for (size_t i = 0; i < count; i++) {
-            const uint64_t *entry = (const uint64_t *)(const void *)(walk->ram + at[i]);
+            const uint64_t *entry = (const uint64_t *)(const void *)(ram + at[i]);
             uint64_t value = __atomic_load_n(entry, __ATOMIC_RELAXED);
+
             some |= value;
             every &= value;
             at[i] = value & address;
@@ -92,13 +125,7 @@ static int walk_alike(const Walk *walk, const char *iovas, char *out, size_t cou
             return -1;
         if (!leaf)
             continue;
-        outside = 0;
-        for (size_t i = 0; i < count; i++) {
-            uint64_t page = at[i] & ~low;
-            outside |= (uint64_t)(page <= spec->hole_last) & (uint64_t)((page | low) >= spec->hole_first);
-            put(out, i, page | (word(iovas, i) & low));
-        }
-        return outside ? -1 : (int)perm;
+        return pages(at, iovas, out, low, spec, count) ? -1 : (int)perm;
     }
     return -1;
 }
@@ -178,6 +205,8 @@ static int check_spec(const Walk *walk)
         return refuse("spec", "an address has 1 to 64 bits");
     if (spec->is_signed > 1)
         return refuse("spec", "signed is 0 or 1");
+    if (spec->hole_last < spec->hole_first)
+        return refuse("spec", "the hole ends before it begins");
     return walk->bytes && (uintptr_t)walk->ram & 7 ? refuse("ram", "its words are not aligned") : 0;
 }
 
