@@ -59,7 +59,7 @@ def _tables() -> U64:
 def _region(words: U64) -> VtdRegion:
     """Behind a unit whose translation is on."""
     root = MemoryRegion("system", 1 << 64)
-    block = RAMBlock("ram", memoryview(words).cast("B"), page_size=PAGE, hva=Hva(0x7F00_0000_0000))
+    block = RAMBlock("ram", words.data.cast("B"), page_size=PAGE, hva=Hva(0x7F00_0000_0000))
     root.add_subregion(0, RAMRegion("ram", block))
     unit = IntelIommu(VtdOptions(), AddressSpace("system", root), lambda _address, _data: None)
     unit.translation.set_root(_ROOT * PAGE, False)

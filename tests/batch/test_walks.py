@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vfio_model.batch import variant
+from vfio_model.batch.walk_variant import walk
 from vfio_model.batch.walk_vectors import CHUNK, walk_vectors
 from vfio_model.batch.walks import WalkSpec, walk_reference
 from vfio_model.ranges import U64_MAX
@@ -158,3 +159,13 @@ def test_what_it_refuses(change: dict[int, Any], error: type[Exception]) -> None
         library.walk(*arguments)
     with pytest.raises(TypeError):
         library.walk(*arguments[:5])
+
+
+@pytest.mark.parametrize("chosen", ["reference", "numpy", "compiled"])
+def test_every_variant_can_be_chosen(chosen: variant.Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    if chosen == "compiled" and library is None:
+        chosen = "numpy"
+    monkeypatch.setattr(variant, "chosen", chosen)
+    words, iovas = linear()
+    addresses, perms = walk(SPEC, BASE, words, np.array(iovas, dtype=np.uint64))
+    assert (addresses.tolist(), perms.tolist()) == walk_reference(SPEC, BASE, words, iovas)

@@ -27,7 +27,7 @@ _WORD = np.uint64(3)
 
 
 def walk_vectors(spec: WalkSpec, base: int, words: Any, iovas: U64) -> tuple[U64, npt.NDArray[np.uint8]]:
-    """See :func:`~vfio_model.batch.walks.walk`."""
+    """See :func:`~vfio_model.batch.walk_variant.walk`."""
     table = np.frombuffer(words, dtype=np.uint64)
     out, perms = np.zeros(len(iovas), dtype=np.uint64), np.zeros(len(iovas), dtype=np.uint8)
     if not len(table):

@@ -2,7 +2,7 @@
 
 An entry is a u64: address of a table or page | bit 7 in a page above the lowest level | permission (1 the device may
 read, 2 it may write). This is the plain-Python reference; numpy (:mod:`vfio_model.batch.walk_vectors`) and the compiled
-variant (``walk`` in ``_compiled.pyi``) give the same numbers. Nothing but ``out`` and ``perms`` is written.
+variant (``walk`` in ``_compiled.pyi``) give the same numbers; :mod:`vfio_model.batch.walk_variant` chooses. Nothing but ``out`` and ``perms`` is written.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from array import array
 from typing import Any, NamedTuple
 
-from vfio_model.batch import variant
-from vfio_model.batch.lazy import lazy_numpy
 from vfio_model.ranges import U64_MAX
 
 LEVELS_MAX = 5
@@ -83,19 +81,3 @@ def _walk_one(spec: WalkSpec, base: int, words: Any, iova: int) -> tuple[int, in
                 return 0, 0
             return page | iova & low, perm
     raise AssertionError("level 1 has leaves only")
-
-
-def walk(spec: WalkSpec, base: int, words: Any, iovas: Any) -> tuple[Any, Any]:
-    """As :func:`walk_reference`, as arrays (uint64, uint8); ``iovas`` is a numpy uint64 array."""
-    np = lazy_numpy()
-    kernel = variant.kernel()
-    if kernel is not None:
-        out, perms = np.empty(len(iovas), dtype=np.uint64), np.empty(len(iovas), dtype=np.uint8)
-        kernel.walk(words, base, np.ascontiguousarray(iovas), out, perms, spec.words())
-        return out, perms
-    if variant.chosen == "reference":
-        addresses, each = walk_reference(spec, base, words, iovas)
-        return np.array(addresses, dtype=np.uint64), np.array(each, dtype=np.uint8)
-    from vfio_model.batch.walk_vectors import walk_vectors  # noqa: PLC0415  imports numpy, heavy and optional
-
-    return walk_vectors(spec, base, words, iovas)

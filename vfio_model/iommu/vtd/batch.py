@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vfio_model.batch.walks import WalkSpec, walk
+from vfio_model.batch.walk_variant import walk
+from vfio_model.batch.walks import WalkSpec
 from vfio_model.iommu.vtd.lookup import Lookup
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.regs import INTERRUPT_FIRST, INTERRUPT_LAST
