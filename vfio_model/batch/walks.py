@@ -2,7 +2,8 @@
 
 An entry is a u64: address of a table or page | bit 7 in a page above the lowest level | permission (1 the device may
 read, 2 it may write). This is the plain-Python reference; numpy (:mod:`vfio_model.batch.walk_vectors`) and the compiled
-variant (``walk`` in ``_compiled.pyi``) give the same numbers; :mod:`vfio_model.batch.walk_variant` chooses. Nothing but ``out`` and ``perms`` is written.
+variant (``walk`` in ``_compiled.pyi``) give the same numbers; :mod:`vfio_model.batch.walk_variant` chooses. Nothing but
+``out`` and ``perms`` is written.
 """
 
 from __future__ import annotations
