@@ -138,9 +138,9 @@ class VtdSpace:
         self.name = f"vtd-{devfn >> 3:02x}.{devfn & 7:x}" + ("" if pasid == RID else f"-pasid-{pasid:#x}")
         self.front = Front()
         self.context: Context | None = None
+        """The cached context entry."""
         self.pasid_seen = False
         """Whether the last PASID-cache invalidation found the PASID entry present."""
-        """The cached context entry."""
         self.page_response: PageResponseFn | None = None
         """Who waits for responses to page requests."""
         self.gates: list[AtsGate] = []
