@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from guestd.posted_writes import current_burst
+from guestd.remote_doorbells import RemoteDoorbells
 from guestd.remote_peer import RemotePeer, answering, is_answering
 from guestd.remote_regions import Areas, RegionMaps
 from protocols.transport.kernel import EventFd
@@ -43,6 +44,8 @@ MAX_MULTI_BYTES: Final = 8
 
 MAX_REGION_INFO: Final = 64 << 10
 """Bytes of an answer about a region that are asked for."""
+SOME_DOORBELLS: Final = wire.RegionIoFds.SIZE + 16 * wire.IoFd.FORMAT.size
+"""Bytes of an answer about a region's doorbells that are asked for at first."""
 MAX_HELD: Final = 64
 """Region writes that are held to travel together."""
 DMA_PIPELINE: Final = 128
@@ -97,6 +100,9 @@ class VfioUserDevice(RemotePeer):
     def _prepare(self) -> None:
         self._irqs: dict[int, list[_Irq]] = {}
         self._maps = RegionMaps(self.name, self._trace)
+        self._doorbells = RemoteDoorbells(self.name, self._trace)
+        self._fence: int | None = None
+        """The request behind which nothing was posted; its answer has not been looked at."""
         self._held: list[wire.RegionAccess] = []
         """Stores of a burst that have not left."""
         self._flags: int | None = None
@@ -159,6 +165,26 @@ class VfioUserDevice(RemotePeer):
         """Whether an access found the file behind a region cut."""
         return self._maps.vanished(index)
 
+    def region_doorbells(self, index: int, size: int) -> None:
+        """DEVICE_GET_REGION_IO_FDS of a region of ``size`` bytes: from now on what it lists is rung. A server may have
+        none, or not know the command.
+        """
+        reply, fds = wire.RegionIoFds(SOME_DOORBELLS, 0, index), list[int]()
+        try:
+            for _ in range(2):
+                close_fds(fds)
+                fds = []
+                request = wire.RegionIoFds(min(max(reply.argsz, SOME_DOORBELLS), MAX_REGION_INFO), 0, index)
+                reply, fds = self._exchange(Command.DEVICE_GET_REGION_IO_FDS, request, wire.RegionIoFds)
+                if reply.count or reply.argsz <= request.argsz:
+                    break
+        except OSError as error:
+            self._trace("vfio_device_refused", name=self.name, what="doorbells", reason=str(error))
+        if reply.index == index:
+            self._doorbells.add(reply, size, fds)
+        else:
+            close_fds(fds)
+
     def get_irq_info(self, index: int) -> IrqInfo:
         """DEVICE_GET_IRQ_INFO."""
         reply = self._call(Command.DEVICE_GET_IRQ_INFO, wire.IrqInfo(index=index), wire.IrqInfo)
@@ -182,7 +208,13 @@ class VfioUserDevice(RemotePeer):
         return data
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
-        """REGION_WRITE, posted; or one of REGION_WRITE_MULTI."""
+        """REGION_WRITE, posted; one of REGION_WRITE_MULTI; or the ring of a doorbell."""
+        if self._doorbells.are_rung(index, offset, data):
+            if not self._settled():
+                self._ring_in_turn(wire.RegionAccess(offset, index, len(data), data))
+                return
+            if self._doorbells.ring(index, offset, data):
+                return
         if len(data) <= MAX_MULTI_BYTES and self._endpoint.state.write_multiple:
             burst = current_burst()
             if burst is not None and self.lost is None:
@@ -196,6 +228,23 @@ class VfioUserDevice(RemotePeer):
         for at in range(0, len(data), limit):
             part = data[at : at + limit]
             self._post(Command.REGION_WRITE, wire.RegionAccess(offset + at, index, len(part), part))
+
+    def _settled(self) -> bool:
+        """Whether the device has taken everything that was posted to it."""
+        if self._fence is not None and self._fence in self._replies:
+            del self._replies[self._fence]
+            self._fence = None
+        return self._fence is None and not self._posted and not self._held and self.lost is None
+
+    def _ring_in_turn(self, write: wire.RegionAccess) -> None:
+        """A ring that would overtake something goes by message; its answer, for which nobody waits, says when the next
+        one would not.
+        """
+        if self._fence is not None:
+            self._post(Command.REGION_WRITE, write)
+            return
+        self._fence = self._send(Command.REGION_WRITE, write)
+        self._posted = False
 
     def send_held(self) -> None:
         """See ``Holder``; that the device is gone, whoever follows it is told."""
@@ -257,10 +306,11 @@ class VfioUserDevice(RemotePeer):
             self._see_it_end()
             self._release()
             self._maps.close()
+            self._doorbells.close()
 
     def sync(self) -> None:
         """Return when the device has taken everything that was posted to it, or is gone."""
-        if self._posted and self.lost is None:
+        if self.lost is None and not self._settled():
             with contextlib.suppress(PeerLost, OSError):
                 self.get_info()
 
@@ -351,6 +401,7 @@ class VfioUserDevice(RemotePeer):
     def _lose(self, reason: str) -> PeerLost:
         error = super()._lose(reason)
         self._maps.close()
+        self._doorbells.close()
         return error
 
     def _release(self) -> None:

@@ -1,12 +1,14 @@
 """``VFIO_USER_DEVICE_GET_REGION_IO_FDS``: eventfds that a client's hypervisor rings in place of a write.
 
 Source: QEMU ``docs/interop/vfio-user.rst`` ("VFIO_USER_DEVICE_GET_REGION_IO_FDS"); KVM_IOEVENTFD of Linux's
-``Documentation/virt/kvm/api.rst``. A client that does not ask, or asks in vain, writes as ever.
+``Documentation/virt/kvm/api.rst``. A client that does not ask, or asks in vain, writes as ever. What was rung before a
+message was sent is seen before that is carried out.
 """
 
 from __future__ import annotations
 
 import errno
+import select
 from typing import Final
 
 from protocols.transport.kernel import EventFd
@@ -27,6 +29,7 @@ class DeviceDoorbells:
     def __init__(self, device: PCIDevice, loop: Loop) -> None:
         self._device, self._loop = device, loop
         self._events: dict[Doorbell, EventFd] = {}
+        self._rings = select.poll()
 
     def describe(self, request: wire.RegionIoFds, max_fds: int) -> tuple[wire.RegionIoFds, tuple[int, ...]]:
         """The answer and its descriptors, of which there are at most ``max_fds``.
@@ -49,15 +52,24 @@ class DeviceDoorbells:
         if event is None:
             event = self._events[bell] = EventFd()
             self._loop.register(event, lambda: self._rung(bell))
+            self._rings.register(event, select.POLLIN)
         return event
 
     def _rung(self, bell: Doorbell) -> None:
-        if self._events[bell].drain():
+        event = self._events.get(bell)
+        if event is not None and event.drain():
             self._device.region_write(bell.bar, bell.offset, bell.size or _ANY_SIZE, bell.value or 0)
+
+    def settle(self) -> None:
+        """What was rung until now has reached the device when this returns."""
+        if self._events and self._rings.poll(0):
+            for bell in list(self._events):
+                self._rung(bell)
 
     def close(self) -> None:
         """The client is gone. Harmless twice."""
         for event in self._events.values():
+            self._rings.unregister(event)
             self._loop.unregister(event)
             event.close()
         self._events.clear()

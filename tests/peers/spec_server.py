@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "delay": {},  # seconds, by command
     "refuse": {},  # errno, by command
     "migration": 0,  # flags of VFIO_DEVICE_FEATURE_MIGRATION; 0: there is none
+    "bells": [],  # (offset in BAR 0, bytes, value or None, what is wrong with it: type, beyond, index, pipe, full)
     "first_client_only": False,  # misbehave to the first client, be good to the next
 }
 ID, SCRATCH, IOVA, LENGTH, COMMAND, RESULT, DONE, IRQ, RESETS, PATTERN, DATA, CUT = (
@@ -134,6 +135,7 @@ class Server:
             self.maps: list[Map] = []
             self.irqs: dict[tuple[int, int], int] = {}
             self.masked = False
+            self.bells: dict[int, int] = {}
             self.queue: list[tuple[tuple[int, ...], bytes, list[int]]] = []
             self.peer: dict[str, Any] = {}
             self.served = 0
@@ -142,13 +144,49 @@ class Server:
             try:
                 self.handshake()
                 while True:
+                    self.wait()
                     message = self.queue.pop(0) if self.queue else self.receive(self.sock)
                     self.handle(*message)
             except (Gone, ConnectionError, BrokenPipeError):
                 self.note("gone", maps=len(self.maps))
             self.forget()
 
+    def wait(self) -> None:
+        """Until there is a message; doorbells that ring before it are noted."""
+        while not self.queue:
+            ready = select.select([self.sock, *self.bells], [], [])[0]
+            for fd in ready:
+                if fd in self.bells:
+                    os.eventfd_read(fd)
+                    self.note("rung", offset=self.bells[fd])
+            if self.sock in ready:
+                return
+
+    def io_fds(self, body: bytes) -> tuple[bytes, tuple[int, ...]]:
+        argsz, flags, index, count = self.expect(body, "=IIII", 16)
+        if flags or count or index >= 9:
+            self.violation("region io fds: fields that must be zero, or no such region")
+        bells = self.options["bells"] if index == 0 else []
+        full = 16 + 40 * len(bells)
+        if not bells or argsz < full:
+            return struct.pack("=IIII", full, 0, index, 0), ()
+        areas, fds = b"", []
+        for number, (offset, size, value, wrong) in enumerate(bells):
+            fd = os.pipe()[1] if wrong == "pipe" else os.eventfd(0)
+            if wrong == "full":
+                os.eventfd_write(fd, 2**64 - 2)
+            if wrong not in ("pipe", "full"):
+                self.bells[fd] = offset
+            fds.append(fd)
+            index_of = 99 if wrong == "index" else number
+            at = offset + (1 << 20 if wrong == "beyond" else 0)
+            match = (int(value is not None), value or 0)
+            areas += struct.pack("=QQIII4xQ", at, size, index_of, int(wrong == "type"), *match)
+        return struct.pack("=IIII", full, 0, index, len(bells)) + areas, tuple(fds)
+
     def forget(self) -> None:
+        for fd in self.bells:
+            os.close(fd)
         for fd in self.irqs.values():
             os.close(fd)
         for known in self.maps:
@@ -319,6 +357,8 @@ class Server:
             return struct.pack("=IIII", 16, 2 | int(self.options["reset"]), 9, 5), ()
         if command == GET_REGION_INFO:
             return self.region_info(body)
+        if command == GET_REGION_IO_FDS and self.options["bells"]:
+            return self.io_fds(body)
         if command == GET_IRQ_INFO:
             _, _, index, _ = self.expect(body, "=IIII", 16)
             count = {0: 1, 2: VECTORS}.get(index, 0)

@@ -377,6 +377,86 @@ def test_a_drivers_stores_in_one_message_to_guestd_are_a_burst(bench: Bench) -> 
     assert [line["count"] for line in bench.peer.log("multi")] == [3, 2], "a step of time is between"
 
 
+# -- doorbells ---------------------------------------------------------------------------------------------------------
+
+BELL = peer.DATA + 0x100
+WRONG = ["type", "beyond", "index", "pipe", "full"]
+
+
+def rings(bench: Bench) -> list[int]:
+    return [line["offset"] for line in bench.peer.log("rung")]
+
+
+def test_a_write_that_is_a_signal_rings_and_others_go_by_message(bench: Bench) -> None:
+    bells = [(BELL, 4, None, ""), (BELL + 8, 2, 0x55, ""), (BELL + 8, 2, 0x66, ""), (BELL + 16, 0, None, "")]
+    guest = bench.start(bells=bells)
+    guest.read(peer.SCRATCH)
+    for offset, value, size in ((BELL, 1, 4), (BELL + 8, 0x66, 2), (BELL + 16, 3, 1), (BELL + 16, 3, 8)):
+        before = len(rings(bench))
+        guest.write(offset, value, size)
+        guest.until("it rings", lambda before=before: len(rings(bench)) > before)
+    assert rings(bench) == [BELL, BELL + 8, BELL + 16, BELL + 16] and not bar_writes(bench)
+    for offset, value, size in ((BELL, 1, 8), (BELL + 8, 0x77, 2), (BELL + 8, 0x66, 4), (BELL + 4, 1, 4)):
+        guest.write(offset, value, size)
+        assert guest.read(offset, size) == value
+    assert bar_writes(bench) == [(BELL, 8), (BELL + 8, 2), (BELL + 8, 4), (BELL + 4, 4)] and len(rings(bench)) == 4
+
+
+def test_a_ring_does_not_overtake_what_was_posted_before_it(bench: Bench) -> None:
+    guest = bench.start(bells=[(BELL, 4, None, "")], capabilities=MULTI)
+    guest.write(peer.SCRATCH, 1)
+    guest.write(BELL, 2)
+    guest.read(peer.SCRATCH)
+    assert bar_writes(bench) == [(peer.SCRATCH, 4), (BELL, 4)] and not rings(bench)
+    with burst():
+        guest.write(peer.SCRATCH, 3)
+        guest.write(BELL, 4)
+    assert guest.read(BELL) == 4 and not rings(bench)
+    guest.write(peer.SCRATCH, 6)
+    for value in range(7, 500):
+        guest.write(BELL, value)
+    assert guest.device.connection.lost is None and not rings(bench)
+    guest.until("it has an answer", lambda: guest.write(BELL, 5) or rings(bench))
+    assert rings(bench)
+    written = [offset for offset, _ in bar_writes(bench)]
+    assert written[4] == peer.SCRATCH and set(written[5:]) == {BELL}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_doorbell_that_is_none_goes_by_message(bench: Bench, wrong: str) -> None:
+    guest = bench.start(bells=[(BELL, 4, None, wrong)])
+    guest.read(peer.SCRATCH)
+    guest.write(BELL, 0x1234)
+    assert guest.read(BELL) == 0x1234 and bar_writes(bench) == [(BELL, 4)]
+    assert len(guest.trace.named("vfio_user_doorbell_by_message")) == (wrong != "full")
+
+
+def test_many_doorbells_are_asked_for_again_and_closed_with_the_device(bench: Bench) -> None:
+    before = fds()
+    bells = [(BELL + 8 * at, 4, None, "") for at in range(15)]
+    guest = bench.start(bells=bells, plug=False)
+    empty = fds()
+    guest.guest.add_device(guest.config)
+    guest.firmware()
+    guest.read(peer.SCRATCH)
+    guest.write(BELL + 8 * 14, 1)
+    guest.until("it rings", lambda: rings(bench) == [BELL + 8 * 14])
+    bench.peer.stop()
+    guest.until("it is lost", lambda: guest.state == "lost")
+    guest.until("its descriptors are gone", lambda: fds() <= empty)
+    assert empty > before
+
+
+def test_a_device_that_is_back_is_rung_again(bench: Bench) -> None:
+    guest = bench.start(bells=[(BELL, 4, None, "")])
+    bench.peer.start()
+    guest.until("it is lost", lambda: guest.state == "lost")
+    guest.until("it is back", lambda: guest.state == "running")
+    guest.read(peer.SCRATCH)
+    guest.write(BELL, 1)
+    guest.until("it rings", lambda: rings(bench) == [BELL])
+
+
 # -- migration ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from guestd.dirty_ram import DirtyRam
 from guestd.migration_state import incoming, outgoing
+from guestd.remote import VfioUserDevice
 from hostd.serve import ServedDevice, device_server
 from tests.hostd import probe_device as probe
 from tests.peers.rig import DEVFN, Dma, PeerGuest
@@ -177,6 +178,19 @@ def test_a_device_that_was_lost_in_between_is_no_base_for_a_migration(
     with pytest.raises(VMStateError, match="lost"):
         dirty.sync()
     dirty.stop()
+
+
+def test_doorbells_ring_and_what_comes_after_them_sees_it(server: ServedDevice, guests: list[PeerGuest]) -> None:
+    _, driver = attach(guests, server.path, "mapped")
+    before = driver.get(probe.RUNG)
+    for count in range(1, 40):
+        driver.set(probe.BELL + 8, 0x77)
+        assert driver.get(probe.RUNG) == before + count
+    trace = guests[0].device.connection
+    assert isinstance(trace, VfioUserDevice) and not trace._posted, "no message was sent for a ring"
+    driver.set(probe.BELL + 8, 0x78)
+    assert trace._posted
+    assert driver.get(probe.RUNG) == before + 40, "a value that rings nothing is a write"
 
 
 def test_a_devices_state_moves_to_another_server(runtime_dir: Path, guests: list[PeerGuest]) -> None:

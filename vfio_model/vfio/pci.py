@@ -49,7 +49,7 @@ from vfio_model.pci.msi import size as msi_size
 from vfio_model.pci.msix import CAP_ID_MSIX, MSIX_SIZE, MsixCapability
 from vfio_model.pci.parts import BarPart, BarParts
 from vfio_model.uapi.vfio import PciIrq, PciRegion
-from vfio_model.vfio.pci_facts import DeviceFacts, MappedRegions
+from vfio_model.vfio.pci_facts import DeviceFacts, MappedRegions, RungRegions
 from vfio_model.vfio.region import DeviceConnection
 from vfio_model.vmstate.fields import VMStateDescription
 
@@ -203,8 +203,9 @@ class VFIOPCIDevice(PCIDevice):
     # -- life ----------------------------------------------------------------------------------------------------
 
     def realize(self) -> None:
-        """Let the device signal its pin."""
+        """Let the device signal its pin, and be rung."""
         with self._surviving():
+            self._ask_doorbells()
             self._set_irqs()
 
     def unrealize(self) -> None:
@@ -242,6 +243,7 @@ class VFIOPCIDevice(PCIDevice):
         self._set = None
         self._show_memory()
         with self._surviving():
+            self._ask_doorbells()
             self._set_irqs()
             self._forward_all()
         if self.dead is not None:
@@ -365,6 +367,11 @@ class VFIOPCIDevice(PCIDevice):
             end = part.offset + part.size
             holding = [(at, view) for at, view in areas if at <= part.offset and end <= at + len(view)]
             part.view = next((view[part.offset - at : end - at] for at, view in holding), None)
+
+    def _ask_doorbells(self) -> None:
+        if isinstance(self.connection, RungRegions):
+            for bar in self.BARS:
+                self.connection.region_doorbells(bar.index, bar.size)
 
     # -- interrupts ----------------------------------------------------------------------------------------------
 

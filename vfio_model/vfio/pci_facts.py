@@ -65,6 +65,17 @@ class MappedRegions(Protocol):
         """Whether an access found that some of that memory is not the device's any more: its file was cut."""
 
 
+@runtime_checkable
+class RungRegions(Protocol):
+    """A ``DeviceConnection`` that can ring for a write, where the device says so."""
+
+    def region_doorbells(self, index: int, size: int) -> None:
+        """Ask which writes to region ``index``, of ``size`` bytes, are signals: they are rung from then on.
+
+        :raise PeerLost: the device is gone.
+        """
+
+
 class DeviceFacts:
     """Read once, when a device was opened."""
 
