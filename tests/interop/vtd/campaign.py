@@ -134,10 +134,11 @@ class Campaign:
             machines = open_pair(variant, stack)
             done = 0
             while done < operations:
-                program = Generator(variant, rng).program(LENGTH)
+                generator = Generator(variant, rng)
+                program = generator.program(LENGTH)
                 found = compare(variant, machines, program)
                 if isinstance(found, Difference):
-                    self.differences.append(shrink(machines, found))
+                    self.differences.append(shrink(machines, found, generator.prologue))
                     return
                 self._count(program, found)
                 done += len(program)
@@ -183,16 +184,16 @@ def compare(
     return left
 
 
-def shrink(machines: Sequence[Machine], found: Difference) -> Difference:
-    """A shorter program that shows a difference, too: parts are left out while it does. The reset stays."""
+def shrink(machines: Sequence[Machine], found: Difference, kept: int) -> Difference:
+    """A shorter program that shows a difference, too: parts behind the first ``kept`` operations are left out."""
     best, budget = found, _SHRINK_RUNS
     size = max(best.at // 2, 1)
     while budget and size:
-        start, shorter = 2, False
+        start, shorter = kept, False
         while start <= best.at and budget:
-            kept = best.program[: best.at + 1]
+            whole = best.program[: best.at + 1]
             budget -= 1
-            again = compare(found.variant, machines, kept[:start] + kept[start + size :])
+            again = compare(found.variant, machines, whole[:start] + whole[start + size :])
             if isinstance(again, Difference):
                 best, shorter = again, True
             else:

@@ -89,6 +89,8 @@ class Generator:
     def __init__(self, variant: Variant, rng: random.Random) -> None:
         self.variant, self.rng = variant, rng
         self.believed = Believed()
+        self.prologue = 0
+        """How many of the operations of the last program are the tables that all begin with."""
         self._kinds: list[tuple[int, Callable[[], Iterator[Operation]]]] = [
             (22, self._leaf),
             (4, self._large),
@@ -111,6 +113,7 @@ class Generator:
     def program(self, length: int) -> list[Operation]:
         """At least ``length`` operations, from a reset on."""
         made = list(self._begin())
+        self.prologue = len(made)
         weights = [weight for weight, _ in self._kinds]
         while len(made) < length:
             (_, make), *_ = self.rng.choices(self._kinds, weights)

@@ -49,6 +49,7 @@ class Lookup:
         """Of the context cache; traces show it."""
         self.by_source = options.has(quirks.IOTLB_BY_SOURCE)
         self._silent = options.has(quirks.NO_FAULT_ON_HIT)
+        self._marks = not options.has(quirks.NO_DIRTY_ON_HIT)
         self.iotlb = Iotlb(self.by_source, self._overflowed)
         self.spaces: dict[tuple[int, int, int], VtdSpace] = {}
         """By identity of the bus (the space keeps it alive), devfn and PASID."""
@@ -94,7 +95,7 @@ class Lookup:
         reason, fpd, context = self.context(space)
         if context is None:
             return reason, fpd, None
-        reason, fpd, binding = self.structures.binding(context, space.pasid)
+        reason, fpd, binding = self.structures.binding(context, space.pasid, cached=space.context is not None)
         if binding is not None and space.context is None:
             self._cache_context(space, context)
         return reason, fpd, binding
@@ -148,7 +149,7 @@ class Lookup:
         """What translates the space's requests; nothing is cached, reported or traced."""
         context = space.context
         if context is not None:
-            return self.structures.binding(context, space.pasid)
+            return self.structures.binding(context, space.pasid, cached=True)
         return Reason.NONE, True, self.peek(space)
 
     def _who(self, space: VtdSpace, binding: Binding) -> Hashable:
@@ -157,11 +158,10 @@ class Lookup:
             return space.sid, binding.pasid
         return RID if binding.type is TableType.SECOND else binding.pasid
 
-    @staticmethod
-    def _serves(page: Page, want: int, soft_write: bool) -> bool:
+    def _serves(self, page: Page, want: int, soft_write: bool) -> bool:
         if want & ~page.perm:
             return False
-        return page.dirty or not (want & WRITE or (soft_write and page.perm & WRITE))
+        return page.dirty or not self._marks or not (want & WRITE or (soft_write and page.perm & WRITE))
 
     def _hit(self, space: VtdSpace, addr: int, page: Page) -> IOMMUTLBEntry:
         if self._trace.enabled:
@@ -179,7 +179,8 @@ class Lookup:
         """The context entry became pass-through without an invalidation: the space is switched."""
         if want:
             self._trace("vtd_translate_pt", sid=space.sid, addr=addr & ~_LOW)
-            if space.translated:
+            now = self.peek(space)
+            if space.translated and now is not None and now.type is TableType.PASS_THROUGH:
                 self._trace("vtd_pt_enable_fast_path", sid=space.sid, success=1)
                 space.show(False)
         return IOMMUTLBEntry(self.system, addr & ~_LOW, addr & ~_LOW, _LOW, _RW, space.pasid)

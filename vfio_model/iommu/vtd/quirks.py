@@ -31,6 +31,8 @@ COMPATIBILITY_FORMAT: Final = "compatibility-format"
 SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
 FPD_WHEN_PRESENT: Final = "fpd-when-present"
 FS1GP_IGNORED: Final = "fs1gp-ignored"
+NO_DIRTY_ON_HIT: Final = "no-dirty-on-hit"
+PASID_PRESENT_ONCE: Final = "pasid-present-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
@@ -94,6 +96,22 @@ QUIRKS: Final = (
         "it does if an earlier PASID-cache invalidation found the entry present, else the next context-cache "
         "invalidation does",
         "6.5.2.4, PASID-cache Invalidate Descriptor",
+        selectable=True,
+    ),
+    Quirk(
+        NO_DIRTY_ON_HIT,
+        "10.0 to 11.1",
+        "a write through a cached translation whose dirty flag a read left clear sets the flag",
+        "the flag stays clear",
+        "3.6.2, Accessed and Dirty Flags: before a write the dirty flag is set",
+        selectable=True,
+    ),
+    Quirk(
+        PASID_PRESENT_ONCE,
+        "11.1",
+        "each walk looks whether the PASID table entry is present",
+        "that is looked at when a context entry is cached; later walks use a PASID table entry that is not present",
+        "what is not present does not translate (9.6)",
         selectable=True,
     ),
     Quirk(

@@ -157,6 +157,7 @@ class Structures:
             )
         )
         self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._checked_once = options.has(quirks.PASID_PRESENT_ONCE)
         self._fpd_when_present = options.has(quirks.FPD_WHEN_PRESENT)
         self._first_levels = frozenset((4,) if options.aw_bits < 57 else (4, 5))
 
@@ -210,10 +211,11 @@ class Structures:
 
     # -- what translates -----------------------------------------------------------------------------------------
 
-    def binding(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
-        """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding."""
+    def binding(self, context: Context, pasid: int, *, cached: bool = False) -> tuple[Reason, bool, Binding | None]:
+        """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding. ``cached``:
+        the context entry was, and good then."""
         if context.scalable:
-            return self._pasid_entry(context, RID_PASID if pasid == RID else pasid)
+            return self._pasid_entry(context, RID_PASID if pasid == RID else pasid, cached and self._checked_once)
         key = context.lo, context.hi
         known = self._bindings.get(key)
         if known is None:
@@ -236,7 +238,7 @@ class Structures:
         root = lo & ~PAGE_MASK
         return Binding(TableType.SECOND, did, RID, fpd, second_root=root, second_levels=levels, second_width=width)
 
-    def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
+    def _pasid_entry(self, context: Context, pasid: int, unchecked: bool) -> tuple[Reason, bool, Binding | None]:
         fpd, memory = context.fpd, self._memory
         absent = 0 if self._fpd_when_present else _FPD
         directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
@@ -250,6 +252,8 @@ class Structures:
             return Reason.PASID_TABLE_UNREADABLE, fpd, None
         q0, q1, q2 = words
         kind = q0 >> 6 & 7
+        if unchecked:
+            q0 |= _P
         if kind not in self._types or not self._level_supported(kind, q0, q2):
             return Reason.PASID_INVALID, fpd or bool(q0 & absent), None
         if not q0 & _P:
