@@ -121,8 +121,8 @@ class GuestConfig(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def host_page(self) -> int:
-        """The host's page size in bytes; 64 KiB where nobody says."""
-        return self.host_page_size or self.machine.host_page_size or 1 << 16
+        """The host's page size in bytes; where nobody says, what is usual for the machine."""
+        return self.host_page_size or self.machine.host_page_size or self.machine.usual_host_page
 
     def __post_init__(self) -> None:
         for device in self.devices:

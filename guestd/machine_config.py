@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,6 +71,8 @@ class PseriesConfig(Struct, kw_only=True, forbid_unknown_fields=True, tag_field=
     """Differences from QEMU to give up, by name, or ``qemu`` for all that can be."""
     memlock: Size | None = None
     host_page_size: Size | None = None
+    usual_host_page: ClassVar[int] = 1 << 16
+    """The page size of the hosts of such a machine."""
     kvm: bool = False
     """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
 
@@ -213,6 +215,8 @@ class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
     bridges: list[BridgeConfig] = []
     memlock: Size | None = None
     host_page_size: Size | None = None
+    usual_host_page: ClassVar[int] = 1 << 12
+    """The page size of the hosts of such a machine."""
 
     def check_bus(self, bus: str) -> None:
         """:raise ConfigError: no bus is called so."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guestd.config import DeviceConfig, GuestConfig
-from guestd.machine_config import PseriesConfig
+from guestd.machine_config import MachineConfig, PseriesConfig
 from guestd.operations import Operations
 from guestd.qmp import Monitors
 from guestd.qmp_commands import MonitorCommands
@@ -24,10 +25,17 @@ EDU = DeviceConfig(id="e0", model="edu", addr="02.0")
 class Machine:
     """A guest, its commands and the events that were told."""
 
-    def __init__(self, directory: Path, loop: Loop, machine: PseriesConfig | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        loop: Loop,
+        machine: MachineConfig | None = None,
+        devices: Sequence[DeviceConfig] = (EDU,),
+    ) -> None:
         self.loop = loop
-        config = GuestConfig(machine=machine or PseriesConfig(ram=1 << 24), devices=[EDU])
-        config.machine.kvm = kvm()
+        config = GuestConfig(machine=machine or PseriesConfig(ram=1 << 24), devices=list(devices))
+        if isinstance(config.machine, PseriesConfig):
+            config.machine.kvm = kvm()
         self.guest = HostedGuest(config, directory, loop, ListTrace())
         self.guest.start()
         self.operations = Operations(self.guest, loop, ListTrace(), wall_ns=lambda: 5_000_001_999)
