@@ -167,7 +167,8 @@ def _maps(memory: int, ours: Client, bare: AskBare, limit_fd: Action, limit: Act
 def _two(name: str, limit: str, bare: list[float], ours: list[float], theirs: list[float]) -> Iterator[Row]:
     """What the server costs, seen by a client as bare as the echo's; and by guestd's."""
     yield _row(name, bare, limit, theirs, "the server's part: the client is as bare as the echo's")
-    yield _row(f"{name}, our client", ours, limit, theirs, "")
+    note = "server and client look for a moment before they sleep (protocols.transport.halt_polling)"
+    yield _row(f"{name}, our client", ours, limit, theirs, note)
 
 
 def _row(name: str, mine: list[float], limit: str, theirs: list[float], note: str) -> Row:
