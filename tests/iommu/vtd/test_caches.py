@@ -245,3 +245,28 @@ def test_pasid_cache_invalidations(granularity: Granularity, pasid: int, moved: 
         rig.scalable(each, 1 << 6 | 2 << 2 | 1, 9, other)
     rig.translation.invalidate_pasid_cache(granularity, 7, pasid)
     assert [each for each in slots if rig.translate(0, RO, each)[1] == 0x2345_6000] == moved
+
+
+def test_a_peer_s_iotlb_is_looked_at_before_the_context_entry() -> None:
+    rig, slots = rig_with_pages(quirks=frozenset({"iotlb-by-source", "no-fault-on-hit"}))
+    rig.store(slots[0], 0x100_0001)
+    rig.translation.invalidate_iotlb(GLOBAL)
+    rig.translate(0)
+    rig.translation.invalidate_contexts(GLOBAL)
+    assert rig.blocked(0, WO) == []
+    rig.store(CONTEXT, 0)
+    assert rig.translate(0)[3] == 1
+    assert rig.blocked(0x9000) == [2], "the hit cached no context entry"
+
+
+def test_a_peer_looks_at_the_pasid_entry_of_requests_without_pasid_each_time() -> None:
+    rig = Rig(scalable_mode=True, quirks=frozenset({"iotlb-by-source"}))
+    table = rig.page()
+    rig.scalable(0, table | 2 << 6 | 2 << 2 | 1, 7)
+    slot = rig.tables_for(table, 4, 0, 0x2345_6003)
+    rig.enable()
+    rig.translate(0)
+    rig.store(slot, 0)
+    assert rig.translate(0)[3]
+    rig.store(TABLES + 0x2000, 0)
+    assert rig.blocked(0) == [0x51]

@@ -116,9 +116,12 @@ class Lookup:
         """
         if not self.enabled:
             return self._traced(space, IOMMUTLBEntry(self.system, addr & ~_LOW, addr & ~_LOW, _LOW, _RW, space.pasid))
-        known = space.front.owner(addr >> 12) if want else None
-        if known is not None and self._serves(known, want, soft_write):
-            return self._hit(space, addr, known)
+        known = self._known(space, addr) if want else None
+        if known is not None:
+            if self._serves(known, want, soft_write):
+                return self._hit(space, addr, known)
+            if self._silent and want & ~known.perm:
+                return self._nothing(space, known.level)
         reason, fpd, binding = self.binding(space) if want else self.unseen(space)
         if binding is None:
             return self._blocked(space, addr, want, reason, fpd, 0, recoverable)
@@ -144,6 +147,18 @@ class Lookup:
             if self._trace.enabled:
                 self._trace_page("vtd_iotlb_page_update", space, addr, page)
         return self._answer(space, addr, page, bool(want))
+
+    def _known(self, space: VtdSpace, addr: int) -> Page | None:
+        """What is cached without a look at the context entry: by source that is all of the IOTLB."""
+        known = space.front.owner(addr >> 12)
+        if known is None and self.by_source and not self._structures_first(space):
+            return self.iotlb.find(0, (space.sid, space.pasid), addr)
+        return known
+
+    def _structures_first(self, space: VtdSpace) -> bool:
+        """Whether each request looks at its context and PASID entry before the IOTLB, as QEMU's does that has no PASID
+        in scalable mode."""
+        return self.by_source and self.structures.scalable and space.pasid == RID
 
     def unseen(self, space: VtdSpace) -> tuple[Reason, bool, Binding | None]:
         """What translates the space's requests; nothing is cached, reported or traced."""
@@ -171,7 +186,7 @@ class Lookup:
     def _answer(self, space: VtdSpace, addr: int, page: Page, keep: bool) -> IOMMUTLBEntry:
         low = page_mask(page.level)
         entry = IOMMUTLBEntry(self.system, page.iova, page.page, low, _PERMS[page.perm], space.pasid)
-        if keep:
+        if keep and not self._structures_first(space):
             space.front.add(addr >> 12, entry, page)
         return self._traced(space, entry) if self._trace.enabled else entry
 
