@@ -18,7 +18,8 @@ from protocols.monitor.commands import COMMANDS
 from protocols.monitor.messages import CommandFailed
 from protocols.monitor.state import MonitorState
 from protocols.transport.loop import Loop
-from protocols.transport.unix import ByteConnection, ByteListener, close_fds
+from protocols.transport.unix import ByteConnection, close_fds
+from protocols.transport.unix_listener import ByteListener
 from vfio_model.errors import ConfigError, PeerLost
 
 PATIENCE_NS: Final = 5_000_000

@@ -21,7 +21,8 @@ from protocols.monitor import messages as monitor
 from protocols.qtest.arguments import CommandFailed
 from protocols.qtest.state import QtestState
 from protocols.transport.loop import Loop
-from protocols.transport.unix import ByteConnection, ByteListener
+from protocols.transport.unix import ByteConnection
+from protocols.transport.unix_listener import ByteListener
 from vfio_model.errors import ConfigError, InternalGuestError, PeerLost, VfioModelError
 from vfio_model.iommu.spapr.regs import RTAS_TOKENS, HReturn
 

@@ -47,7 +47,7 @@ from protocols.transport.channel import FdChannel, RouterChannel
 from protocols.transport.kernel import probe
 from protocols.transport.loop import Loop, LoopTimer, deadline_scale
 from protocols.transport.runtime import RoleLock
-from protocols.transport.unix import SeqpacketListener
+from protocols.transport.unix_listener import SeqpacketListener
 from protocols.transport.zmq import RouterServer, Sent
 from vfio_model.errors import ConfigError, PeerLost, RemoteProtocolError
 from vfio_model.host.topology import HostTopology

@@ -16,7 +16,8 @@ from hostd.remote_client import RemoteClient
 from hostd.remote_device import RemoteDevice
 from protocols.transport.kernel import probe
 from protocols.transport.loop import Loop
-from protocols.transport.unix import StreamConnection, StreamListener
+from protocols.transport.unix import StreamConnection
+from protocols.transport.unix_listener import StreamListener
 from vfio_model.pci.device import PCIDevice
 from vfio_model.trace import Trace
 

@@ -36,7 +36,8 @@ from protocols.transport.eventfile import EventFile
 from protocols.transport.heap import settle
 from protocols.transport.kernel import Pidfd
 from protocols.transport.loop import deadline_scale
-from protocols.transport.unix import StreamConnection, StreamListener, check_path
+from protocols.transport.unix import StreamConnection, check_path
+from protocols.transport.unix_listener import StreamListener
 from vfio_model.errors import ConfigError
 from vfio_model.trace import NULL_TRACE
 

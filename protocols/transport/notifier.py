@@ -45,7 +45,8 @@ from protocols.notifier.messages import (
 from protocols.transport.channel import FdChannel, RouterChannel
 from protocols.transport.loop import Loop, LoopTimer
 from protocols.transport.runtime import RoleLock
-from protocols.transport.unix import SeqpacketListener, close_fds
+from protocols.transport.unix import close_fds
+from protocols.transport.unix_listener import SeqpacketListener
 from protocols.transport.zmq import RouterServer, Sent
 from vfio_model.errors import PeerLost, RemoteProtocolError
 from vfio_model.ranges import U64_MAX

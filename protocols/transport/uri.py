@@ -12,7 +12,8 @@ import socket
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from protocols.transport.unix import ByteConnection, ByteListener
+from protocols.transport.unix import ByteConnection
+from protocols.transport.unix_listener import ByteListener
 from vfio_model.errors import ConfigError, PeerLost
 
 _ELSEWHERE: Final = frozenset(("exec", "file", "rdma", "vsock", "x-rdma"))

@@ -8,7 +8,8 @@ from pathlib import Path
 from protocols.port import files, messages
 from protocols.transport.channel import FdChannel, RouterChannel
 from protocols.transport.loop import Loop
-from protocols.transport.unix import SeqpacketListener, close_fds
+from protocols.transport.unix import close_fds
+from protocols.transport.unix_listener import SeqpacketListener
 from protocols.transport.zmq import RouterServer
 from vfio_model.errors import PeerLost
 

@@ -11,7 +11,8 @@ import pytest
 
 from deploy.link import CommandFailed
 from protocols.control import messages as control
-from protocols.transport.unix import StreamConnection, StreamListener, close_fds
+from protocols.transport.unix import StreamConnection, close_fds
+from protocols.transport.unix_listener import StreamListener
 from protocols.vfio_user.messages import HEADER_SIZE, Capabilities, Extensions, Role
 from protocols.vfio_user.state import CommandReceived, VfioUserState
 from tests.processes.disturbance import told

@@ -15,14 +15,8 @@ import pytest
 from protocols.port import files
 from protocols.transport import unix
 from protocols.transport.channel import FdChannel
-from protocols.transport.unix import (
-    ByteConnection,
-    ByteListener,
-    SeqpacketConnection,
-    SeqpacketListener,
-    StreamConnection,
-    StreamListener,
-)
+from protocols.transport.unix import ByteConnection, SeqpacketConnection, StreamConnection
+from protocols.transport.unix_listener import ByteListener, SeqpacketListener, StreamListener
 from vfio_model.errors import ConfigError, LocalProtocolError, PeerLost, RemoteProtocolError
 
 pytestmark = pytest.mark.usefixtures("no_leak")
