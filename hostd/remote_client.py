@@ -81,7 +81,7 @@ class RemoteClient:
         self._subscription: Subscription | None = None
         self._ring: RingReader | None = None
         """While the subscription is armed."""
-        self._message = MessageDma(self._call)
+        self._message = MessageDma(self._ask)
         self._failures = DmaFailures(server.name, trace)
         self.owns = False
         """Whether the device is this client's."""

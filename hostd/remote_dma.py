@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
@@ -14,8 +15,24 @@ MAX_DMA_MESSAGE = 128 << 10
 """Bytes of one DMA message: larger ones break peers in spite of what was negotiated."""
 _NO_WRITE = 1
 
+_PAGE = 4096
+
 Call = Callable[[Command, Payload], Payload | None]
 """Ask the client and wait, serving it meanwhile; None when it refuses, does not answer, or is gone."""
+Ask = Callable[[Command, Payload], Payload]
+"""The same, with ``OSError`` instead: ENODEV when it does not answer or is gone, else what it refuses with."""
+
+
+def asking(call: Call) -> Ask:
+    """``call``, of a client that is there: None is EFAULT."""
+
+    def ask(command: Command, payload: Payload) -> Payload:
+        answer = call(command, payload)
+        if answer is None:
+            raise OSError(errno.EFAULT, "refused")
+        return answer
+
+    return ask
 
 
 class PiecewiseDma:
@@ -63,33 +80,52 @@ class PiecewiseDma:
 
 
 class MessageDma(PiecewiseDma):
-    """Every access asks the client, which translates, checks and moves. Nothing is kept here."""
+    """Every access asks the client, which translates, checks and moves. Nothing is kept here.
 
-    def __init__(self, call: Call) -> None:
+    A refusal says nothing about where the access failed. A read that was refused is asked for again page by page, up to
+    the one that fails: what lies before it is delivered, as by every other way to memory. A write is not, because the
+    client has written up to there.
+    """
+
+    def __init__(self, ask: Ask) -> None:
         super().__init__()
-        self._call = call
+        self._ask = ask
         self.limit = MAX_DMA_MESSAGE
         """Bytes of one message; a client may take fewer."""
 
     def read(self, iova: int, out: WriteBuffer) -> MemTxResult:
         """DMA_READ messages."""
-        view, done = memoryview(out), 0
+        view, done, by_page = memoryview(out), 0, False
         while done < len(view):
-            count = min(len(view) - done, self.limit)
-            answer = self._call(Command.DMA_READ, DmaAccess(iova + done & _U64, count))
-            if not isinstance(answer, DmaAccess) or len(answer.data) != count:
-                view[done:] = bytes(len(view) - done)
-                return MemTxResult.DECODE_ERROR
-            view[done : done + count] = answer.data
+            here = iova + done & _U64
+            room = _PAGE - here % _PAGE
+            count = min(len(view) - done, self.limit, room if by_page else self.limit)
+            try:
+                view[done : done + count] = self._read(here, count)
+            except OSError as error:
+                if by_page or count <= room or error.errno == errno.ENODEV:
+                    view[done:] = bytes(len(view) - done)
+                    return MemTxResult.DECODE_ERROR
+                by_page = True
+                continue
             done += count
         return MemTxResult.OK
+
+    def _read(self, iova: int, count: int) -> bytes:
+        answer = self._ask(Command.DMA_READ, DmaAccess(iova, count))
+        if not isinstance(answer, DmaAccess) or len(answer.data) != count:
+            raise OSError(errno.EIO, f"not the {count} bytes that were asked for")
+        return answer.data
 
     def write(self, iova: int, data: ReadBuffer) -> MemTxResult:
         """DMA_WRITE messages."""
         view, done = memoryview(data), 0
         while done < len(view):
             part = bytes(view[done : done + self.limit])
-            answer = self._call(Command.DMA_WRITE, DmaAccess(iova + done & _U64, len(part), part))
+            try:
+                answer = self._ask(Command.DMA_WRITE, DmaAccess(iova + done & _U64, len(part), part))
+            except OSError:
+                return MemTxResult.DECODE_ERROR
             if not isinstance(answer, DmaAccess) or answer.count != len(part):
                 return MemTxResult.DECODE_ERROR
             done += len(part)

@@ -18,7 +18,7 @@ from guestd.device_space import DeviceSpace
 from guestd.dma_services import DmaServices
 from guestd.guest import Guest
 from guestd.notifier import UNTRANSLATED, SpaceFollower
-from hostd.remote_dma import Call, MessageDma, translator
+from hostd.remote_dma import Call, MessageDma, asking, translator
 from protocols.transport.loop import Loop
 from protocols.vfio_user.messages import Command, DmaAccess, Payload, TranslateReply, TranslateRequest
 from vfio_model.errors import InternalGuestError
@@ -118,7 +118,7 @@ class InlineGuest(Guest):
         unit = InlineDevice(config.id, config.model, config.props, self._log.trace(config.id), self.clock.now_ns)
         by_message = config.dma == "message"
         call = served(services)
-        unit.start(MessageDma(call) if by_message else self._cached(unit, call, space))
+        unit.start(MessageDma(asking(call)) if by_message else self._cached(unit, call, space))
         self.remotes[config.id] = unit
         device = self._plug(config, devfn, InlineConnection(unit, self._loop.call_soon, lambda: self._end(unit)))
         return device
@@ -132,7 +132,7 @@ class InlineGuest(Guest):
         ram: IovaMaps[None] = IovaMaps()
         ram.add(IovaMap(0, len(self.ram.view), READ | WRITE, self.ram.view, None))
         ring = self._notifier.subscribe(unit.name, unit.lanes)
-        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=space.as_id, fallback=MessageDma(call))
+        cache = CachedImpl(translator(call), ring, unit.lane, ram, as_id=space.as_id, fallback=MessageDma(asking(call)))
         cache.arm()
         return cache
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from deploy.inline.guest import served
 from guestd.dma_services import DmaServices
-from hostd.remote_dma import MessageDma, translator
+from hostd.remote_dma import MessageDma, asking, translator
 from hostd.remote_memory import RemoteMemory
 from protocols.transport.shm import MappedMemory, create_memory
 from protocols.vfio_user.messages import Command, DmaMap, DmaUnmap, Payload
@@ -52,6 +52,10 @@ class Bench:
     """Make exactly these mappings valid: iova page -> (RAM page, permission)."""
     permissions: bool = True
     """Whether permissions can be told apart; else every mapping is RW."""
+    knows: bool = True
+    """Whether it is known without an access where a write would go; else a map for writing fails when it is given
+    back.
+    """
 
 
 def plain() -> Bench:
@@ -117,7 +121,7 @@ class CachingDevice:
         self._answer = served(DmaServices(AddressSpace("device", self.iommu), system, lambda: True))
         ram: IovaMaps[None] = IovaMaps()
         ram.add(IovaMap(0, len(block.view), READ | WRITE, block.view, None))
-        rest = MessageDma(self._call)
+        rest = MessageDma(asking(self._call))
         ask = translator(self._call)
         self.impl = CachedImpl(ask, RingReader(words), self.lane, ram, as_id=self.AS_ID, fallback=rest)
         self.impl.arm()
@@ -153,7 +157,7 @@ class MappingClient:
 
     name = "server"
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_message: bool = False) -> None:
         memory = _shared_ram()
         memory.view[:] = bytes(len(memory.view))
         self.block = RAMBlock("ram", memory.view, page_size=PAGE, hva=Hva(1 << 40), fd=memory.fd)
@@ -164,8 +168,8 @@ class MappingClient:
         space = AddressSpace("device", self.iommu)
         self._answer = served(DmaServices(space, system, lambda: True))
         self.server = RemoteMemory()
-        self.impl = MappedDma(self.server.maps, MessageDma(self._call))
-        VfioUserSpace(VfioUserIOMMU(self, (self.block,)), system, space)
+        self.impl = MappedDma(self.server.maps, MessageDma(asking(self._call)))
+        VfioUserSpace(VfioUserIOMMU(self, (self.block,), by_message=by_message), system, space)
 
     def _call(self, command: Command, payload: Payload) -> Payload | None:
         return self._answer(command, payload)
@@ -202,6 +206,24 @@ def vfio_user() -> Bench:
     return Bench(client.impl, client.block.view, client.remap)
 
 
+def by_message() -> Bench:
+    """A vfio-user server whose client has mapped nothing: it asks for every access."""
+    system, block = system_memory(PAGES * PAGE)
+    iommu = DictIOMMU(system, 1 << 40, page=PAGE)
+    answer = served(DmaServices(AddressSpace("device", iommu), system, lambda: True))
+
+    def remap(pages: Mapping[int, tuple[int, int]]) -> None:
+        iommu.pages = {iova: (page * PAGE, perm) for iova, (page, perm) in pages.items()}
+
+    return Bench(MessageDma(asking(answer)), block.view, remap, knows=False)
+
+
+def vfio_user_by_message() -> Bench:
+    """The same, of a client that maps its IOMMU's window as a whole, by message."""
+    client = MappingClient(by_message=True)
+    return Bench(client.impl, client.block.view, client.remap, knows=False)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
     "plain": plain,
     "viommu": lambda: viommu(vectors=False),
@@ -212,6 +234,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
     "assigned-levels": lambda: assigned(compiled=False, levels=2),
     "cached": cached,
     "vfio-user": vfio_user,
+    "message": by_message,
+    "vfio-user-message": vfio_user_by_message,
 }
 EXPECTED: tuple[str, ...] = (
     "plain",
@@ -223,6 +247,8 @@ EXPECTED: tuple[str, ...] = (
     "assigned-levels",
     "cached",
     "vfio-user",
+    "message",
+    "vfio-user-message",
 )
 """Every test of the suite runs over each of these."""
 if find_spec("vfio_model.host._path") is not None:  # built

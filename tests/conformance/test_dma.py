@@ -231,7 +231,12 @@ def test_a_mapping_for_reading_shows_memory_and_is_read_only(bench: Bench, dma: 
 @pytest.mark.parametrize("direction", list(DMADirection))
 def test_nothing_maps_where_nothing_decodes(bench: Bench, dma: DMASpace, direction: DMADirection) -> None:
     bench.remap({})
-    assert dma.map(PAGE, 16, direction) is None
+    mapping = dma.map(PAGE, 16, direction)
+    if mapping is not None:
+        assert direction is DMADirection.FROM_DEVICE and not bench.knows
+        mapping.view[:] = b"x" * 16
+        dma.unmap(mapping, 16)
+    assert not any(bench.ram) and not dma.mappings
 
 
 def test_a_mapping_survives_being_bound_elsewhere_until_it_is_given_back(bench: Bench, dma: DMASpace) -> None:

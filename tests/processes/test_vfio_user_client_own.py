@@ -180,6 +180,18 @@ def test_a_device_that_was_lost_in_between_is_no_base_for_a_migration(
     dirty.stop()
 
 
+@pytest.mark.parametrize("dma", WAYS)
+def test_a_read_into_a_hole_delivers_what_lies_before_it(
+    server: ServedDevice, guests: list[PeerGuest], dma: Dma
+) -> None:
+    guest, driver = attach(guests, server.path, dma)
+    guest.window.map_pages(0, [GPA])
+    guest.cpu.write_memory(GPA + PAGE - 8, b"12345678")
+    driver.set(probe.DATA, 1)
+    assert driver.dma(probe.READ, PAGE - 8, 64) != 0
+    assert driver.get(probe.DATA).to_bytes(8, "little") == b"12345678"
+
+
 def test_doorbells_ring_and_what_comes_after_them_sees_it(server: ServedDevice, guests: list[PeerGuest]) -> None:
     _, driver = attach(guests, server.path, "mapped")
     before = driver.get(probe.RUNG)

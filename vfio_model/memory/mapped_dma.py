@@ -108,23 +108,24 @@ class MappedDma:
             result = self._piece(known, here, buffer[done : done + count], is_write=is_write)
             if result:
                 if not is_write:
-                    buffer[done:] = bytes(len(buffer) - done)
+                    buffer[done + count :] = bytes(len(buffer) - done - count)
                 return result
             done += count
         return MemTxResult.OK
 
     def _piece(self, known: IovaMap[Any] | None, iova: int, buffer: memoryview, *, is_write: bool) -> MemTxResult:
+        """A read that fails leaves zeroes behind what it delivered."""
         if known is None and not self._ask_always:
-            return self._refuse(iova, len(buffer), is_write, "not mapped", MemTxResult.DECODE_ERROR)
+            return self._refuse(iova, buffer, is_write, "not mapped", MemTxResult.DECODE_ERROR)
         wanted = WRITE if is_write else READ
         if known is not None and not known.perm & wanted:
             why = f"the map {known!r} does not permit it ({permission(known.perm)})"
-            return self._refuse(iova, len(buffer), is_write, why, MemTxResult.ACCESS_ERROR)
+            return self._refuse(iova, buffer, is_write, why, MemTxResult.ACCESS_ERROR)
         view = None if known is None else known.writable if is_write else known.readable
         if view is None or known is None:
             result = self._rest.write(iova, buffer) if is_write else self._rest.read(iova, buffer)
             if result:
-                self._refuse(iova, len(buffer), is_write, "by message, and its user refused or did not answer", result)
+                self._tell(iova, len(buffer), is_write, "by message, and its user refused or did not answer")
             return result
         at = iova - known.iova
         if is_write:
@@ -133,12 +134,17 @@ class MappedDma:
             buffer[:] = view[at : at + len(buffer)]
         return MemTxResult.OK
 
-    def _refuse(self, iova: int, length: int, is_write: bool, why: str, result: MemTxResult) -> MemTxResult:
+    def _refuse(self, iova: int, buffer: memoryview, is_write: bool, why: str, result: MemTxResult) -> MemTxResult:
+        if not is_write:
+            buffer[:] = bytes(len(buffer))
+        self._tell(iova, len(buffer), is_write, why)
+        return result
+
+    def _tell(self, iova: int, length: int, is_write: bool, why: str) -> None:
         if why == "not mapped":
             near = self.maps.nearest(iova)
             why += "; nothing is" if near is None else f"; the nearest map is {near!r}"
         self._refused(iova, length, is_write, why)
-        return result
 
     # -- many --------------------------------------------------------------------------------------------------------
 
@@ -222,7 +228,7 @@ class MappedDma:
             return mapping
         if (known is None and not self._ask_always) or (known is not None and not known.perm & wanted):
             why = "not mapped" if known is None else f"the map {known!r} does not permit it"
-            self._refuse(iova, length, direction is DMADirection.FROM_DEVICE, why, MemTxResult.DECODE_ERROR)
+            self._tell(iova, length, wanted == WRITE, why)
             return None
         room = length if known is None else min(length, known.last - iova + 1)
 
