@@ -32,7 +32,7 @@ from protocols.transport.shm import MappedMemory, create_memory, map_memory
 from protocols.transport.unix import SeqpacketConnection, close_fds
 from vfio_model.errors import DeadlineExceeded, PeerLost, RemoteProtocolError
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion, IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBRun
-from vfio_model.memory.lane import LANES, LANES_SIZE, LaneArea, lanes_retired
+from vfio_model.memory.lane import LANES, LANES_SIZE, LaneArea, lane_counts, lanes_retired
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
 from vfio_model.memory.region import RAMRegion
 from vfio_model.memory.revoke import Fence, Revoke
@@ -68,15 +68,17 @@ class _Subscriber:
             self.process.close()
             raise
         try:
-            self._lanes = LaneArea(message.name, self._memory.words)
+            LaneArea(message.name, self._memory.words)
         except RemoteProtocolError:
-            self.close()
+            self._memory.close()
+            self.process.close()
             raise
         self._gone = False
+        self._counts = lane_counts(self._memory.words)
 
     def snapshot(self) -> list[int]:
         """The counters; all even once it has left."""
-        return [0] * LANES if self._gone else self._lanes.snapshot()
+        return [0] * LANES if self._gone else self._counts.tolist()
 
     def alive(self) -> bool:
         """Whether it may still be copying."""
@@ -85,6 +87,7 @@ class _Subscriber:
     def close(self) -> None:
         """It has left, or is dead."""
         self._gone = True
+        self._counts.release()
         self._memory.close()
         self.process.close()
 

@@ -58,9 +58,14 @@ def lanes_retired(words: memoryview) -> bool:
     return bool(words[0] != MAGIC_LANES)
 
 
+def lane_counts(words: memoryview) -> memoryview:
+    """The counters of all lanes, lane 0 first, as a view: to be released before what it shows."""
+    return words[HEADER_WORDS:LANES_WORDS:LANE_WORDS]
+
+
 def lanes_snapshot(words: memoryview) -> list[int]:
     """The counters of all lanes, lane 0 first."""
-    return words[HEADER_WORDS:LANES_WORDS:LANE_WORDS].tolist()
+    return lane_counts(words).tolist()
 
 
 class Lane:

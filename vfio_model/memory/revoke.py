@@ -65,14 +65,18 @@ class LaneSet(Protocol):
         """Whether the process can still write."""
 
 
+_odd = (1).__and__
+"""Idle processes are most of them: what is done for each costs."""
+
+
 class _Waiting:
     """The lanes of one set that were odd at the snapshot and have not changed yet."""
 
     __slots__ = ("lanes", "seen")
 
-    def __init__(self, lanes: LaneSet) -> None:
+    def __init__(self, lanes: LaneSet, counts: list[int]) -> None:
         self.lanes = lanes
-        self.seen = [(index, count) for index, count in enumerate(lanes.snapshot()) if count & 1]
+        self.seen = [(index, count) for index, count in enumerate(counts) if count & 1]
 
     def inside(self) -> bool:
         """Look again; whether at least one lane is still in the section that was seen."""
@@ -110,7 +114,10 @@ class Revoke:
             self._over = True
             return True
         self._fence.barrier()
-        self._waiting = [waiting for waiting in map(_Waiting, self._lane_sets) if waiting.seen]
+        for lanes in self._lane_sets:
+            counts = lanes.snapshot()
+            if any(map(_odd, filter(None, counts))):
+                self._waiting.append(_Waiting(lanes, counts))
         if self._skip_wait:
             self._waiting = []
         return self.poll()
