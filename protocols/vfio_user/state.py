@@ -16,41 +16,33 @@ takes the event, those of a refused frame to the caller, who closes them. Source
 from __future__ import annotations
 
 import errno
-import struct
 from enum import Enum
 
 from msgspec import Struct
 
-from protocols.vfio_user.iommu_messages import MAX_TRANSLATIONS, AtsAnswer, TranslatedAccess
+from protocols.vfio_user.bodies import (
+    CHECKED_REPLIES,
+    CHECKED_REQUESTS,
+    MAX_CAPS,
+    check_reply,
+    check_request,
+    known_part,
+    unpack_reply,
+)
+from protocols.vfio_user.iommu_messages import MAX_TRANSLATIONS
 from protocols.vfio_user.messages import (
     COMMANDS,
     HEADER,
     HEADER_SIZE,
-    MAX_PATH,
-    MULTI_WRITE_SIZE,
     Capabilities,
     Command,
     CommandSpec,
-    DeviceFeature,
-    DeviceInfo,
-    DmaAccess,
-    DmaMap,
-    DmaUnmap,
     Empty,
     Extensions,
     HeaderFlags,
-    IrqInfo,
-    MigData,
-    NotifierSetup,
     Payload,
     RegionAccess,
-    RegionInfo,
-    RegionIoFds,
-    RegionWriteMulti,
-    RegionWriteMultiReply,
     Role,
-    SetIrqs,
-    TranslateReply,
     Version,
     command_name,
 )
@@ -61,8 +53,6 @@ MAX_UNANSWERED = 4096
 """Commands of the peer that wait for our reply; a peer that sends more is cut off."""
 MINOR = 0
 """The newest minor version that is spoken here; all older ones are, too."""
-MAX_CAPS = 64 << 10
-"""Bytes of a region's capability chain."""
 
 
 class State(Enum):
@@ -203,8 +193,8 @@ class VfioUserState:
             raise LocalProtocolError("VERSION needs its reply")
         if fds and fds > min(spec.fds, max(self.peer.max_msg_fds, 1)):
             raise LocalProtocolError(f"{command_name(command)} with {fds} descriptors: the peer takes fewer")
-        if spec.request in _CHECKED_REQUESTS:
-            _check_request(command, payload, self.peer.max_data_xfer_size, LocalProtocolError)
+        if spec.request in CHECKED_REQUESTS:
+            check_request(command, payload, self.peer.max_data_xfer_size, LocalProtocolError)
         if self.state is not _READY or command is _VERSION:
             self._step(Step.SEND_VERSION if command is _VERSION else _SEND_COMMAND, LocalProtocolError)
         number = self._free_id()
@@ -265,7 +255,7 @@ class VfioUserState:
         if fds and fds > max(self.peer.max_msg_fds, 1):
             raise LocalProtocolError(f"{fds} descriptors: the peer takes {self.peer.max_msg_fds}")
         if event.payload is not None:
-            _check_reply(event.payload, payload, LocalProtocolError)
+            check_reply(event.payload, payload, LocalProtocolError)
         self._answered(event)
         return _frame(event.id, event.command, _REPLY, 0, payload.pack())
 
@@ -344,8 +334,8 @@ class VfioUserState:
     def _request(self, spec: CommandSpec, command: int, body: bytes, fds: int) -> Payload:
         if fds and fds > (0 if command == _VERSION else self.capabilities.max_msg_fds):
             raise RemoteProtocolError(f"{command_name(command)} with {fds} descriptors")
-        payload = spec.request.unpack(_known_part(spec.request, body))
-        _check_request(command, payload, self.capabilities.max_data_xfer_size, RemoteProtocolError)
+        payload = spec.request.unpack(known_part(spec.request, body))
+        check_request(command, payload, self.capabilities.max_data_xfer_size, RemoteProtocolError)
         return payload
 
     def _propose(self, payload: Payload | None, no_reply: bool) -> None:
@@ -366,9 +356,9 @@ class VfioUserState:
         spec = COMMANDS[command]
         if fds and len(fds) > min(spec.reply_fds, self.capabilities.max_msg_fds):
             raise RemoteProtocolError(f"a reply to {command_name(command)} with {len(fds)} descriptors")
-        payload = None if error else _unpack_reply(spec.reply, body)
-        if payload is not None and spec.reply in _CHECKED_REPLIES:
-            _check_reply(asked[1], payload, RemoteProtocolError)
+        payload = None if error else unpack_reply(spec.reply, body)
+        if payload is not None and spec.reply in CHECKED_REPLIES:
+            check_reply(asked[1], payload, RemoteProtocolError)
         if version:
             self._agree(payload)
         del self._outstanding[number]
@@ -389,107 +379,3 @@ class VfioUserState:
 
 def _frame(number: int, command: int, flags: int, error: int, body: bytes) -> bytes:
     return HEADER.pack(number, command, HEADER_SIZE + len(body), flags, error) + body
-
-
-_GROWING = (DmaMap, DmaUnmap, DeviceInfo, RegionInfo, RegionIoFds, IrqInfo)
-"""Structures of <linux/vfio.h> that begin with their own size, and may be followed by what is not known here."""
-_SHORT_COUNT = struct.Struct("=QI")
-
-
-def _known_part(kind: type[Payload], body: bytes) -> bytes:
-    """``body`` without what follows the fixed structure. Clients send the buffer that they want the answer in (SPDK for
-    DEVICE_GET_REGION_INFO), or a later form of a structure.
-    """
-    return body[: kind.SIZE] if kind in _GROWING and len(body) > kind.SIZE else body
-
-
-def _unpack_reply(kind: type[Payload], body: bytes) -> Payload:
-    """DMA_WRITE's reply has a 4-byte count in the document and an 8-byte one from the peers that were seen: both
-    pass, as does something where nothing is expected."""
-    if kind is Empty:
-        return Empty()
-    if kind is DmaAccess and len(body) == _SHORT_COUNT.size:
-        return DmaAccess(*_SHORT_COUNT.unpack(body))
-    payload = kind.unpack(body if kind.TAIL else _known_part(kind, body))
-    if kind is MigData and isinstance(payload, MigData) and len(payload.data) > payload.size:
-        return MigData(payload.argsz, payload.size, payload.data[: payload.size])  # padded to what was asked for
-    return payload
-
-
-Wrong = type[LocalProtocolError | RemoteProtocolError]
-_ACCESSES = (RegionAccess, DmaAccess)
-_WRITES = (Command.REGION_WRITE, Command.DMA_WRITE)
-
-
-_CHECKED_REQUESTS = frozenset((
-    RegionAccess, DmaAccess, NotifierSetup, SetIrqs, MigData, DeviceFeature, RegionInfo, RegionIoFds, RegionWriteMulti,
-    TranslatedAccess,
-))  # fmt: skip
-_CHECKED_REPLIES = frozenset((
-    RegionAccess, DmaAccess, MigData, DeviceFeature, TranslateReply, RegionInfo, RegionIoFds, RegionWriteMultiReply,
-    AtsAnswer, TranslatedAccess,
-))  # fmt: skip
-"""The others need no more than their layout: asking each of these whether it is one takes longer."""
-
-
-def _check_request(command: int, payload: Payload, max_data: int, error: Wrong) -> None:
-    """Sizes that the layouts cannot say."""
-    if type(payload) not in _CHECKED_REQUESTS:
-        return
-    if isinstance(payload, _ACCESSES):
-        expected = payload.count if command in _WRITES else 0
-        if payload.count > max_data or len(payload.data) != expected:
-            raise error(f"{command_name(command)} of {payload.count} bytes with {len(payload.data)} bytes of data")
-    elif isinstance(payload, NotifierSetup) and not 0 < len(payload.path) <= MAX_PATH:
-        raise error(f"a socket path of {len(payload.path)} bytes")
-    elif isinstance(payload, SetIrqs) and len(payload.data) > 4096:
-        raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
-    elif isinstance(payload, MigData):
-        expected = payload.size if command == Command.MIG_DATA_WRITE else 0
-        if payload.size > max_data or len(payload.data) != expected:
-            raise error(f"{command_name(command)} of {payload.size} bytes with {len(payload.data)} bytes of data")
-    elif isinstance(payload, DeviceFeature) and len(payload.data) > max_data:
-        raise error(f"{command_name(command)} with {len(payload.data)} bytes of data")
-    elif isinstance(payload, RegionInfo) and payload.caps:
-        raise error(f"{command_name(command)} with capabilities in the request")
-    elif isinstance(payload, RegionIoFds) and payload.areas:
-        raise error(f"{command_name(command)} with sub-regions in the request")
-    elif isinstance(payload, RegionWriteMulti):
-        if len(payload.wrs) != MULTI_WRITE_SIZE * payload.wr_cnt or len(payload.wrs) > max_data:
-            raise error(f"{command_name(command)}: {payload.wr_cnt} writes in {len(payload.wrs)} bytes")
-        payload.writes()
-    elif isinstance(payload, TranslatedAccess) and (reason := payload.excess(max_data)):
-        raise error(reason)
-
-
-def _check_reply(request: Payload, reply: Payload, error: Wrong) -> None:
-    """What an answer must have in common with its question."""
-    if type(reply) not in _CHECKED_REPLIES:
-        return
-    if isinstance(reply, RegionAccess) and isinstance(request, RegionAccess):
-        wanted = 0 if request.data else reply.count
-        if reply.count > request.count or len(reply.data) != wanted:
-            raise error(f"{len(reply.data)} bytes of data answer a region access of {request.count}")
-    elif isinstance(reply, DmaAccess) and isinstance(request, DmaAccess):
-        wanted = 0 if request.data else reply.count
-        if reply.count > request.count or len(reply.data) != wanted:
-            raise error(f"{len(reply.data)} bytes of data answer a DMA access of {request.count}")
-    elif isinstance(reply, MigData) and isinstance(request, MigData):
-        if reply.size > request.size or len(reply.data) not in (reply.size, request.size):
-            raise error(f"{len(reply.data)} bytes of data answer a request for {request.size}")
-    elif isinstance(reply, DeviceFeature) and isinstance(request, DeviceFeature) and reply.flags != request.flags:
-        raise error(f"feature {reply.flags:#x} answers {request.flags:#x}")
-    elif isinstance(reply, TranslateReply) and (len(reply.data) != 32 * reply.count or reply.count > MAX_TRANSLATIONS):
-        raise error(f"{reply.count} translations in {len(reply.data)} bytes")
-    elif isinstance(reply, RegionInfo) and len(reply.caps) > MAX_CAPS:
-        raise error(f"{len(reply.caps)} bytes of region capabilities")
-    elif isinstance(reply, RegionIoFds) and len(reply.areas) > MAX_CAPS:
-        raise error(f"{len(reply.areas)} bytes of sub-regions")
-    elif isinstance(reply, AtsAnswer | TranslatedAccess) and (reason := reply.wrong(request)):
-        raise error(reason)
-    elif (
-        isinstance(reply, RegionWriteMultiReply)
-        and isinstance(request, RegionWriteMulti)
-        and reply.wr_cnt > request.wr_cnt
-    ):
-        raise error(f"{reply.wr_cnt} writes of {request.wr_cnt} are done")
