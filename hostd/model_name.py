@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from vfio_model.pci.device import PCIDevice
 def find_class(name: str) -> type[PCIDevice]:
     """The device class that ``name`` stands for.
 
-    :raise ConfigError: when there is none.
+    :raise ConfigError: when there is none, or its module cannot be imported.
     """
     known = DEVICES.get(name)
     if known is not None:
@@ -31,7 +32,13 @@ def find_class(name: str) -> type[PCIDevice]:
     if not colon:
         hint = "known: " + ", ".join(sorted(DEVICES)) + "; one of your own is path/to/file.py:Class"
         raise ConfigError(f"no device model {name!r}", hint=hint)
-    module = _module(place)
+    try:
+        module = _module(place)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # of code that somebody else has written
+        hint = f"python {place if place.endswith('.py') else f'-m {place}'} shows where that comes from"
+        raise ConfigError(_told(error), where=_place(error, place), hint=hint) from error
     found = getattr(module, attribute, None)
     if isinstance(found, type) and issubclass(found, PCIDevice):
         return found
@@ -46,6 +53,24 @@ def _is_device(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, PCIDevice) and value is not PCIDevice
 
 
+def _told(error: BaseException) -> str:
+    """Kind and message, without what says where."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _place(error: BaseException, place: str) -> str:
+    """File and line of what went wrong: the innermost that lies beside or below the named file, else of all."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = [(each.filename, each.lineno) for each in traceback.extract_tb(error.__traceback__)]
+    folder = Path(place).resolve().parent if place.endswith(".py") else None
+    theirs = [each for each in frames if folder is not None and Path(each[0]).is_relative_to(folder)]
+    others = [each for each in frames if Path(each[0]).is_file() and each[0] != __file__]
+    last = next(reversed(theirs or others), None)
+    return place if last is None else f"{last[0]}:{last[1]}"
+
+
 def _module(place: str) -> ModuleType:
     path = Path(place)
     if path.suffix != ".py":
@@ -54,6 +79,8 @@ def _module(place: str) -> ModuleType:
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
+            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+                raise
             raise ConfigError(str(error), where=place, hint="a file is named with its .py") from error
     if not path.is_file():
         raise ConfigError("no such file", where=place)
@@ -78,7 +105,11 @@ def _file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
