@@ -1,0 +1,266 @@
+"""ATS, PRI and PASID between processes: a VT-d guest, and devices that cache its translations in processes of their
+own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import guestd.notifier
+from guestd.remote_peer import RemotePeer
+from tests.processes.ats_rig import (
+    ADDR,
+    ASK_PAGE,
+    BURST,
+    CLOSE,
+    COUNT,
+    DATA,
+    ERROR,
+    FAILED,
+    FILL,
+    HANG,
+    IOVA,
+    MISS,
+    NO_PASID,
+    OK,
+    OPEN,
+    PAGE,
+    PLAIN_WRITE,
+    RESPONSES,
+    RESULT,
+    STOP,
+    AtsRig,
+    Card,
+    running,
+)
+from vfio_model.guest_drivers.pci import DriverError
+from vfio_model.guest_drivers.vtd import Domain
+from vfio_model.guest_drivers.vtd_tables import READ
+from vfio_model.iommu.vtd import regs
+from vfio_model.pci.config_space import COMMAND, COMMAND_MEMORY
+
+ITE = regs.FSTS_ITE
+REQUEST_TYPE = 0xD
+
+
+@pytest.fixture
+def rig(runtime_dir: Path) -> Iterator[AtsRig]:
+    with running(runtime_dir) as rig:
+        yield rig
+
+
+def opened(rig: AtsRig, card: Card, pasid: int = 5) -> Domain:
+    """A domain with one page, its cache filled."""
+    domain = rig.domain(card, pasid)
+    rig.driver.map(domain, IOVA, DATA + (card.number << 16), PAGE)
+    assert card.do(OPEN, pasid=pasid) == 0
+    rig.armed(card)
+    assert card.do(FILL, addr=IOVA, length=PAGE) == 1
+    return domain
+
+
+def test_a_translation_is_used_until_the_guest_invalidates_it(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    domain = opened(rig, card)
+    assert card.write(IOVA + 8, 0x1234) == OK and rig.word(DATA + 8) == 0x1234
+    rig.driver.unmap(domain, IOVA, PAGE)
+    assert card.write(IOVA + 8, 0x5678) == MISS and rig.word(DATA + 8) == 0x1234
+    assert card.do(FILL, addr=IOVA) == 1 << 32 | 1
+    assert rig.driver.faults() == []
+
+
+def test_a_hit_asks_nobody(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    served = rig.function(card).serve
+    asked: list[object] = []
+    rig.function(card).serve = lambda request: asked.append(request) or served(request)  # type: ignore[method-assign,func-returns-value]
+    for value in range(8):
+        assert card.write(IOVA, value) == OK
+    assert rig.word(DATA) == 7 and asked == []
+    assert card.do(FILL, addr=IOVA, length=PAGE) == 1 and len(asked) == 1
+
+
+def test_what_may_be_read_may_not_be_written(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    domain = rig.domain(card, 5)
+    rig.driver.map(domain, IOVA, DATA, PAGE, READ)
+    card.do(OPEN, pasid=5)
+    assert card.do(FILL, addr=IOVA, length=PAGE) == 1 << 32 | 1
+    assert card.write(IOVA, 1) == MISS and rig.word(DATA) == 0
+
+
+def test_a_pasid_of_another_process_is_another_space(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    domain = opened(rig, card)
+    assert card.do(CLOSE) == 0
+    rig.driver.detach(domain, card.devfn, 5)
+    other = rig.domain(card, 5)
+    rig.driver.map(other, IOVA, DATA + PAGE, PAGE)
+    assert card.do(OPEN, pasid=5) == 0
+    assert card.write(IOVA, 1) == MISS
+    assert card.do(FILL, addr=IOVA, length=PAGE) == 1
+    assert card.write(IOVA, 2) == OK
+    assert rig.word(DATA) == 0 and rig.word(DATA + PAGE) == 2
+
+
+def test_what_the_guest_has_not_enabled_is_refused(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    device = rig.guest.devices["card0"][1]
+    assert device.pasid is not None and device.ats is not None
+    rig.config.write(card.devfn, device.ats.offset + 6, 2, 0)
+    assert card.write(IOVA, 1) == FAILED
+    assert card.do(FILL, addr=IOVA) == ERROR | errno.EPERM
+    assert rig.config.read(card.devfn, device.ats.offset + 6, 2) == 0
+    rig.config.write(card.devfn, device.pasid.offset + 6, 2, 0)
+    assert card.do(OPEN) == ERROR | errno.EPERM
+
+
+def test_bus_mastering_that_is_taken_away_blocks_the_cache(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    rig.config.write(card.devfn, COMMAND, 2, COMMAND_MEMORY)
+    assert card.write(IOVA, 1) == FAILED and rig.word(DATA) == 0
+
+
+def test_a_context_that_forbids_translated_requests_blocks_them_with_a_fault(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    entry = rig.driver._root.entry(card.devfn)
+    context = rig.word(entry)
+    rig.cpu.write_memory(entry, (context & ~(1 << 2)).to_bytes(8, "little"))  # DTE
+    rig.driver.invalidation.contexts()
+    assert card.write(IOVA, 1) == FAILED and rig.word(DATA) == 0
+    (fault,) = rig.driver.faults()
+    assert (fault.reason, fault.sid, fault.address) == (REQUEST_TYPE, card.devfn, DATA)
+    rig.cpu.write_memory(entry, context.to_bytes(8, "little"))
+    rig.driver.invalidation.contexts()
+    assert card.write(IOVA, 2) == OK and rig.word(DATA) == 2
+
+
+def test_a_page_request_is_queued_and_its_response_comes_back(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    queue = rig.pages.take(16)
+    rig.driver.registers.write(regs.PQA, queue | 4, 8)
+    card.put(addr=IOVA + PAGE, command=ASK_PAGE)
+    rig.until(lambda: card.get(RESULT) & ERROR or rig.driver.registers.read(regs.PQT, 8))
+    assert card.get(RESULT) == 0
+    low, high = rig.word(queue), rig.word(queue + 8)
+    assert (low & 0xFF, low >> 16 & 0xFFFF, low >> 32 & 0xFFFFF) == (1, card.devfn, 5)
+    assert high == IOVA + PAGE | 7 << 3 | 7
+    rig.driver.invalidation.submit((9 | 1 << 4 | card.devfn << 16 | 5 << 32, 7 << 3))
+    rig.until(lambda: card.get(RESPONSES))
+    assert card.get(RESPONSES) == 1 << 32 | 7 << 8
+
+
+def test_requests_without_pasid_are_translated_too_and_fault_where_nothing_is(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    domain = rig.domain(card, None)
+    rig.driver.map(domain, 0x40_0000, DATA, PAGE)
+    rig.armed(card)
+    assert card.do(PLAIN_WRITE, addr=0x40_0008, value=5) == 0 and rig.word(DATA + 8) == 5
+    rig.driver.unmap(domain, 0x40_0000, PAGE)
+    assert card.do(PLAIN_WRITE, addr=0x40_0008, value=6) != 0 and rig.word(DATA + 8) == 5
+    (fault,) = rig.driver.faults()
+    assert (fault.sid, fault.address, fault.is_read) == (card.devfn, 0x40_0000, False)
+    rig.driver.map(domain, 0x40_0000, DATA, PAGE)
+    assert card.do(OPEN, pasid=NO_PASID) == 0
+    assert card.do(FILL, addr=0x40_0000, length=PAGE) == 1
+    assert card.write(0x40_0000, 7) == OK and rig.word(DATA) == 7
+
+
+def test_nothing_lands_after_an_invalidation_while_the_device_writes(rig: AtsRig) -> None:
+    """The page is remapped again and again under a device that writes it all the time: when the wait descriptor is
+    done, the frame that was taken away stays as it is."""
+    card = rig.cards[0]
+    domain = opened(rig, card)
+    frames = [DATA, DATA + PAGE]
+    assert card.do(BURST, addr=IOVA, value=0xAAAA_AAAA_AAAA_AAAA) == 0
+    for turn in range(60):
+        before = card.get(COUNT)
+        rig.until(lambda before=before: card.get(COUNT) > before)
+        rig.driver.unmap(domain, IOVA, PAGE)
+        old = frames[turn % 2]
+        rig.cpu.write_memory(old, bytes(PAGE))
+        rig.driver.map(domain, IOVA, frames[(turn + 1) % 2], PAGE)
+        card.get(COUNT)
+        assert rig.cpu.read_memory(old, PAGE) == bytes(PAGE), "a write after the invalidation was complete"
+    assert card.do(STOP) == 0 and rig.driver.faults() == []
+
+
+# -- devices that do not follow
+
+
+def stop_inside(rig: AtsRig, card: Card) -> None:
+    """Stop its process in the middle of a DMA section."""
+    publisher = rig.guest.remote.publisher
+    assert publisher is not None
+    (subscriber,) = [one for one in publisher._known() if one.pid == card.served.pid]
+    deadline = time.monotonic() + 20
+    while True:
+        os.kill(card.served.pid, signal.SIGSTOP)
+        while Path(f"/proc/{card.served.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+            pass
+        if any(count & 1 for count in subscriber.snapshot()):
+            return
+        assert time.monotonic() < deadline, "it was never inside"
+        os.kill(card.served.pid, signal.SIGCONT)
+        rig.loop.run_once(0.0005)
+
+
+@pytest.mark.parametrize("how", ["stopped", "hanging"])
+def test_a_device_that_does_not_follow_is_a_time_out_and_the_guest_goes_on(
+    rig: AtsRig, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guestd.notifier, "LANE_SECONDS", 0.3)
+    card = rig.cards[0]
+    domain = opened(rig, card)
+    if how == "stopped":
+        card.do(BURST, addr=IOVA, value=1)
+        stop_inside(rig, card)
+    else:
+        card.put(command=HANG)
+        publisher = rig.guest.remote.publisher
+        assert publisher is not None
+        (lanes,) = publisher._known()
+        while not any(count & 1 for count in lanes.snapshot()):
+            rig.loop.run_once(0.001)
+    with pytest.raises(DriverError, match="the invalidation queue stopped"):
+        rig.driver.unmap(domain, IOVA, PAGE)
+    status = rig.driver.registers
+    assert status.read(regs.FSTS) & ITE
+    rig.until(lambda: not card.served.pidfd.alive())
+    rig.driver.invalidation.resume()
+    assert not status.read(regs.FSTS) & ITE
+    rig.driver.invalidation.iotlb()
+    assert card.get(ADDR) == (1 << 64) - 1, "its device is gone, and reads as all ones"
+
+
+def test_a_device_that_was_killed_has_acknowledged(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    domain = opened(rig, card)
+    card.do(BURST, addr=IOVA, value=1)
+    card.served.kill()
+    rig.driver.unmap(domain, IOVA, PAGE)
+    assert not rig.driver.registers.read(regs.FSTS) & ITE
+
+
+def test_an_invalidation_sends_no_message_to_a_device(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many follow: the ring is one for all."""
+    with running(runtime_dir, 3) as rig:
+        domains = [opened(rig, card) for card in rig.cards]
+        sent: list[object] = []
+        monkeypatch.setattr(RemotePeer, "_transmit", lambda self, command, *_, **__: sent.append(command))
+        for domain in domains:
+            rig.driver.unmap(domain, IOVA, PAGE)
+        assert sent == []
+        monkeypatch.undo()
+        assert [card.write(IOVA, 1) for card in rig.cards] == [MISS] * 3
