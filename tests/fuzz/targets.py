@@ -30,7 +30,7 @@ from tests.hostd.probe_device import ProbeDevice
 from vfio_model.errors import LocalProtocolError, PeerLost, RemoteProtocolError
 from vfio_model.trace import NULL_TRACE
 
-OURS = server_capabilities(Extensions(ats=True, clock=True, notifier=True))
+OURS = server_capabilities(Extensions(ats=True, clock=True, notifier=True, iommu=True))
 _SMALL = struct.Struct("=BBHB")
 """Of a frame in the fuzzer's bytes: command, flags, length of the body, descriptors."""
 
