@@ -1,5 +1,5 @@
-"""What a guest's firmware does for a scenario: find the devices behind each host bridge, place their BARs, switch on
-decoding and bus mastering; and which driver a device has afterwards.
+"""What a guest's firmware does for a scenario: find the devices behind each host bridge, number buses, place BARs,
+switch on decoding and bus mastering; and which driver a device has afterwards.
 """
 
 from __future__ import annotations
@@ -7,32 +7,76 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deploy import dma_drivers
-from deploy.scenario import Device, Machine
-from deploy.system import DmaDriver
+from deploy.scenario import Q35, ROOT_BUS, Device, Machine, Pseries
+from deploy.system import DmaDriver, GuestCpu
 from vfio_model.errors import ConfigError
-from vfio_model.guest_drivers.cpu import PseriesCpu
+from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.pc import PortConfig, mmio_window
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
+from vfio_model.guest_drivers.pci_bridges import SECONDARY_BUS, BusTree
 from vfio_model.iommu.spapr import regs
 from vfio_model.pci.address import PCIAddress
+
+ToCpu = Callable[[int], int]
+"""Where the CPU sees a bus address."""
+_EXPANDER = "pxb-pcie"
+
+
+class _PseriesFirmware:
+    """One bus for each host bridge, found by its index."""
+
+    def __init__(self, machine: Pseries) -> None:
+        self._machine = machine
+        self._windows = {phb.index: MmioWindow.pseries(phb.index) for phb in machine.bridges}
+        self._functions: dict[tuple[int, int], PciFunction] = {}
+
+    def bring_up(self, cpu: GuestCpu) -> None:
+        for index, window in self._windows.items():
+            for function in bring_up(cpu, regs.phb_buid(index), window):
+                self._functions[index, function.devfn] = function
+
+    def find(self, device: Device) -> tuple[PciFunction, ToCpu] | None:
+        index = self._machine.phb_on(device.bus).index
+        function = self._functions.get((index, PCIAddress.parse(device.addr).devfn))
+        return None if function is None else (function, self._windows[index].to_cpu)
+
+
+class _PcFirmware:
+    """A tree of buses, found by the numbers that they were given."""
+
+    def __init__(self, machine: Q35) -> None:
+        self._machine = machine
+        self._numbers: dict[str, int] = {}
+        self._functions: dict[tuple[int, int], PciFunction] = {}
+
+    def bring_up(self, cpu: GuestCpu) -> None:
+        bridges = self._machine.bridges
+        expanders = {each.id: int(each.props.get("bus_nr", 0)) for each in bridges if each.driver == _EXPANDER}
+        found = BusTree(lambda number: PortConfig(cpu, number), mmio_window()).bring_up([0, *expanders.values()])
+        self._functions = {(function.bus, function.devfn): function for function in found}
+        self._numbers = {"": 0, ROOT_BUS: 0, **expanders}
+        for bridge in bridges:
+            if bridge.id not in self._numbers:
+                config = PortConfig(cpu, self._numbers[bridge.bus])
+                self._numbers[bridge.id] = config.read(PCIAddress.parse(bridge.addr).devfn, SECONDARY_BUS, 1)
+
+    def find(self, device: Device) -> tuple[PciFunction, ToCpu] | None:
+        function = self._functions.get((self._numbers[device.bus], PCIAddress.parse(device.addr).devfn))
+        return None if function is None else (function, mmio_window().to_cpu)
 
 
 class Firmware:
     """The functions of ``machine``, once :meth:`bring_up` has run."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._windows = {phb.index: MmioWindow.pseries(phb.index) for phb in machine.bridges}
-        self._functions: dict[tuple[int, int], PciFunction] = {}
-        """By the bridge's index, and devfn."""
+        self._firmware = _PseriesFirmware(machine) if isinstance(machine, Pseries) else _PcFirmware(machine)
 
-    def bring_up(self, cpu: PseriesCpu) -> None:
+    def bring_up(self, cpu: GuestCpu) -> None:
         """Find and start everything that is plugged now."""
-        for index, window in self._windows.items():
-            for function in bring_up(cpu, regs.phb_buid(index), window):
-                self._functions[index, function.devfn] = function
+        self._firmware.bring_up(cpu)
 
-    def driver(self, cpu: PseriesCpu, device: Device) -> DmaDriver:
+    def driver(self, cpu: Cpu, device: Device) -> DmaDriver:
         """A DMA driver of ``device``.
 
         :raise ConfigError: when there is none for its model, or it is not on the bus.
@@ -40,16 +84,15 @@ class Firmware:
         function, to_cpu = self._function(device)
         return dma_drivers.bind(cpu, device.id, device.model, function, to_cpu)
 
-    def burst(self, cpu: PseriesCpu, device: Device) -> DmaBurstDriver:
+    def burst(self, cpu: Cpu, device: Device) -> DmaBurstDriver:
         """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
         if device.model != "dma-burst":
             raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")
         function, to_cpu = self._function(device)
         return DmaBurstDriver(cpu, to_cpu(function.bars[0].address))
 
-    def _function(self, device: Device) -> tuple[PciFunction, Callable[[int], int]]:
-        index = self._machine.phb_on(device.bus).index
-        function = self._functions.get((index, PCIAddress.parse(device.addr).devfn))
-        if function is None:
+    def _function(self, device: Device) -> tuple[PciFunction, ToCpu]:
+        found = self._firmware.find(device)
+        if found is None:
             raise ConfigError(f"{device.id}: nothing answers on the bus at {device.addr}")
-        return function, self._windows[index].to_cpu
+        return found

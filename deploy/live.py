@@ -100,7 +100,15 @@ class ControlCpu:
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """A store of 1, 2, 4 or 8 bytes."""
-        self._post(control.MmioWrite(gpa, size, value))
+        self._post(control.MmioWrite(gpa, size, int(value)))
+
+    def port_read(self, port: int, size: int) -> int:
+        """IN of 1, 2 or 4 bytes."""
+        return self._ask(control.PortRead(port, size), control.Value).value
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """OUT of 1, 2 or 4 bytes."""
+        self._post(control.PortWrite(port, size, int(value)))
 
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """(page address, permission bits, address mask) of a bus address."""

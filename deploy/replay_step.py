@@ -17,7 +17,7 @@ from deploy import shipped
 from deploy.probe import Prober
 from deploy.quantity import show_size
 from deploy.report import Totals
-from deploy.scenario import At, Machine, Probe, Replay
+from deploy.scenario import At, Probe, Pseries, Replay
 from deploy.system import System
 from deploy.trace_file import recorded_events
 from vfio_model.guest_drivers import trace_events as traced
@@ -114,7 +114,7 @@ class ReplayStep:
     def __init__(
         self,
         replay: Replay,
-        machine: Machine,
+        machine: Pseries,
         beside: Path,
         system: System,
         prober: Callable[[str], Prober],

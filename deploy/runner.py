@@ -132,7 +132,7 @@ class Runner:
 
     def _replay(self, replay: schema.Replay) -> Outcome:
         step = ReplayStep(
-            replay, self._scenario.machine, self._beside, self._system, self.prober, self._pending, self._progress
+            replay, self._scenario.pseries, self._beside, self._system, self.prober, self._pending, self._progress
         )
         reason = step.run()
         self._pending.clear()
@@ -147,7 +147,7 @@ class Runner:
             PCIAddress.parse(device.addr).devfn,
             ram_size=ram,
             list_gpa=LIST_GPA,
-            phb_index=self._scenario.machine.phb_on(device.bus).index,
+            phb_index=self._scenario.pseries.phb_on(device.bus).index,
         )
         got = driver.enable()
         if got is None:
@@ -202,9 +202,12 @@ class Runner:
 
     def _with_stage(self, dma: schema.Dma, use: Callable[[int, int], bool]) -> bool:
         """Call ``use(iova, gpa)`` while the last page of the default window of the device's bridge is mapped to RAM's
-        last page.
+        last page; on a PC, whose IOMMU nobody has switched on, that page's address is its own.
         """
         cpu, machine = self._system.cpu, self._scenario.machine
+        if not isinstance(machine, schema.Pseries):
+            last_page = int(machine.ram) - 4096
+            return use(last_page, last_page)
         phb = machine.phb_on(next(device.bus for device in self._scenario.devices if device.id == dma.device))
         liobn, iova, gpa = regs.pci_liobn(phb.index, 0), machine.end_of_default_window(phb) - 4096, machine.ram - 4096
         ret, _ = cpu.hcall(regs.HCall.H_PUT_TCE, liobn, iova, gpa | regs.TcePerm.RW)

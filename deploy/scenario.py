@@ -10,6 +10,8 @@ this file starts anything: :mod:`deploy.launcher` and :mod:`deploy.runner` do.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,6 +20,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from deploy.quantity import UNLIMITED, Limit, Seconds, Size
 from protocols.interpose import Rule, errno_number
 from vfio_model.errors import ConfigError
+from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.ranges import is_aligned
 from vfio_model.uapi.containers import DRIVERS
 from vfio_model.vfio.kinds import CONTAINER_KINDS, PREFERENCE, ContainerChoice, ContainerKind
@@ -27,6 +30,7 @@ Count = Annotated[int, Meta(ge=1, le=1 << 32)]
 Prop = int | str | bool
 PAGE_SIZES = tuple(Size(1 << shift) for shift in (12, 16, 21, 24))
 
+ROOT_BUS = "pcie.0"
 Attach = Literal["assigned", "remote", "emulated"]
 Role = Literal["hostd", "notifier", "guestd", "interposer"]
 
@@ -55,12 +59,11 @@ class Vio(Struct, forbid_unknown_fields=True, kw_only=True):
     reg: Size | None = None
 
 
-class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The guest machine, with QEMU's property names and defaults. ``ddw`` to ``dma64_win_addr`` hold for every PHB that
+class Pseries(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="pseries"):
+    """A pseries guest, with QEMU's property names and defaults. ``ddw`` to ``dma64_win_addr`` hold for every PHB that
     does not say otherwise.
     """
 
-    type: Literal["pseries"] = "pseries"
     ram: Size = Size(1 << 30)
     page_size: Size = Size(1 << 16)
     """The page size that backs guest RAM, as declared to the host; 16M is what hugetlbfs would give."""
@@ -85,6 +88,14 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
         """The host bridges that there are."""
         return self.phbs or [Phb(index=0)]
 
+    def place(self, device: Device) -> str:
+        """Where ``device`` is: no other may be there.
+
+        :raise ValueError: there is no such bus.
+        """
+        index = self.phb_on(device.bus).index
+        return f"{device.addr} of PHB {index}" if index else device.addr
+
     def phb_on(self, bus: str) -> Phb:
         """The bridge whose bus is called so; the first for an empty name.
 
@@ -104,13 +115,90 @@ class Machine(Struct, forbid_unknown_fields=True, kw_only=True):
         for what in ("index", "bus"):
             if len({getattr(phb, what) for phb in self.bridges}) < len(self.bridges):
                 raise ValueError(f"phbs: two have the same {what}")
-        for name, size in (("page_size", self.page_size), *(("pgsz", size) for size in self.pgsz)):
-            if size < 4096 or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two of at least 4K, not {int(size)}")
-        if not self.ram or not is_aligned(self.ram, self.page_size):
-            raise ValueError(
-                f"ram must be a positive multiple of page_size ({int(self.page_size)}), not {int(self.ram)}"
-            )
+        _check_sizes(self.ram, self.page_size, self.pgsz)
+
+
+def _check_sizes(ram: Size, page_size: Size, pgsz: Iterable[Size] = ()) -> None:
+    for name, size in (("page_size", page_size), *(("pgsz", size) for size in pgsz)):
+        if size < 4096 or size & (size - 1):
+            raise ValueError(f"{name} must be a power of two of at least 4K, not {int(size)}")
+    if not ram or not is_aligned(ram, page_size):
+        raise ValueError(f"ram must be a positive multiple of page_size ({int(page_size)}), not {int(ram)}")
+
+
+class Bridge(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A bridge of a q35. Its bus is called by its ``id``."""
+
+    driver: Literal["pcie-root-port", "pcie-pci-bridge", "i82801b11-bridge", "pci-bridge", "pxb-pcie"]
+    id: Name
+    bus: str = ROOT_BUS
+    """The bus that it is on."""
+    addr: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{1,2}(\.[0-7])?$")]
+    props: dict[str, Prop] = {}
+    """QEMU's properties of it."""
+
+
+class Q35(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="q35"):
+    """A PC with PCI Express."""
+
+    ram: Size = Size(1 << 30)
+    page_size: Size = Size(1 << 12)
+    """The page size that backs guest RAM, as declared to the host."""
+    iommu: dict[str, Prop | list[str]] | None = None
+    """Properties of ``intel-iommu`` that differ from QEMU's defaults; None: no IOMMU."""
+    default_bus_bypass_iommu: bool = False
+    """Whether functions behind ``pcie.0`` reach memory past the IOMMU."""
+    bridges: list[Bridge] = []
+
+    def place(self, device: Device) -> str:
+        """Where ``device`` is: no other may be there.
+
+        :raise ValueError: there is no such bus.
+        """
+        self.check_bus(device.bus)
+        return device.addr if device.bus in ("", ROOT_BUS) else f"{device.addr} of bus {device.bus}"
+
+    def check_bus(self, bus: str) -> None:
+        """:raise ValueError: no bus is called so."""
+        names = [ROOT_BUS, *(bridge.id for bridge in self.bridges)]
+        if bus not in ("", *names):
+            raise ValueError(f"there is no bus {bus}, only {', '.join(names)}")
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.ram, self.page_size)
+        known = [ROOT_BUS]
+        for bridge in self.bridges:
+            if bridge.bus not in known:
+                raise ValueError(f"bridges: {bridge.id}: there is no bus {bridge.bus} before it")
+            if bridge.id in known:
+                raise ValueError(f"bridges: two have the id {bridge.id}")
+            known.append(bridge.id)
+        if self.iommu is not None:
+            _check_iommu(self.iommu)
+
+
+def _check_iommu(given: Mapping[str, Prop | list[str]]) -> None:
+    own = dataclasses.fields(VtdOptions)
+    kinds = {field.name.replace("_", "-"): type(field.default) for field in own if field.name != "dma_drain"}
+    options: dict[str, object] = {}
+    for name, value in given.items():
+        if name == "version" or (name in ("eim", "intremap") and value == "auto"):
+            continue
+        if name not in kinds:
+            raise ValueError(f"iommu: there is no property {name}; known: {', '.join(sorted(kinds))}")
+        if name == "quirks":
+            value = [value] if isinstance(value, str) else value
+        elif type(value) is not kinds[name]:
+            raise ValueError(f"iommu: {name} expects {kinds[name].__name__}, got {type(value).__name__}")
+        options[name.replace("-", "_")] = value
+    try:
+        VtdOptions(**options)  # type: ignore[arg-type]  # checked above
+    except ConfigError as error:
+        raise ValueError(f"iommu: {error.what}") from error
+
+
+Machine = Pseries | Q35
+"""By ``type``, which is pseries where a file does not say."""
 
 
 class Host(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -142,15 +230,17 @@ class Device(Struct, forbid_unknown_fields=True, kw_only=True):
     addr: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{1,2}(\.[0-7])?$")]
     """Slot and function on the PHB's bus, as QEMU writes them: ``02.0``."""
     bus: str = ""
-    """The bus of which PHB, as QEMU names it (``pci.0``); empty: the first one's."""
+    """The bus, as QEMU names it (``pci.0``, ``pcie.0``, the id of a bridge); empty: the machine's first."""
     group: Annotated[int, Meta(ge=0, le=65535)] | None = None
-    dma: Literal["shared", "message"] = "shared"
-    """How a remote device reaches memory: mapped, with cached translations, or by a message for every access."""
+    dma: Literal["shared", "mapped", "message"] = "shared"
+    """How a remote device reaches memory: all of it mapped, with cached translations; what the guest's IOMMU maps, as any
+    vfio-user server gets it; or by a message for every access.
+    """
     props: dict[str, Prop] = {}
 
     def __post_init__(self) -> None:
-        if self.dma == "message" and self.attach != "remote":
-            raise ValueError("dma: message is for remote devices; an assigned one walks the host's table itself")
+        if self.dma != "shared" and self.attach != "remote":
+            raise ValueError(f"dma: {self.dma} is for remote devices; an assigned one walks the host's table itself")
 
 
 class Fault(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -362,6 +452,10 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
         raise AssertionError("a step always has one action")
 
 
+PSERIES_STEPS = ("replay", "linux_ddw", "map", "unmap", "hcall", "rtas")
+"""Actions of a guest that knows hypercalls."""
+
+
 class StartFails(Struct, forbid_unknown_fields=True, kw_only=True):
     """The run is expected to end at start: ``role`` refuses, and says something with ``message`` in it."""
 
@@ -376,7 +470,7 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
 
     name: Name
     description: str = ""
-    machine: Machine = msgspec.field(default_factory=Machine)
+    machine: Machine = msgspec.field(default_factory=Pseries)
     host: Host = msgspec.field(default_factory=Host)
     devices: list[Device] = []
     container: ContainerChoice = "auto"
@@ -390,18 +484,32 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._refuse_doubles("id", [device.id for device in self.devices])
-        places = [(self.machine.phb_on(device.bus).index, device.addr) for device in self.devices]
-        self._refuse_doubles("addr", [addr if not index else f"{addr} of PHB {index}" for index, addr in places])
+        self._refuse_doubles("addr", [self.machine.place(device) for device in self.devices])
         known = {device.id for device in self.devices}
         if self.restart != "never" and any(isinstance(step.migrate, Migrate) for step in self.steps):
             raise ValueError("restart: a guest that has moved cannot be started afresh; not with a migrate step")
         for index, step in enumerate(self.steps):
             name, action = step.action
+            if name in PSERIES_STEPS and not isinstance(self.machine, Pseries):
+                raise ValueError(f"steps[{index}].{name}: only a pseries machine has that")
             wanted = [probe.device for probe in action.probes] if isinstance(action, Replay) else []
             wanted.append(getattr(action, "device", None) or "")
             for device in filter(None, wanted):
                 if device not in known:
                     raise ValueError(f"steps[{index}].{name}: no device has the id {device}")
+
+    @classmethod
+    def prepare(cls, document: object) -> None:
+        """What a file leaves out and the schema needs: the type of the machine."""
+        machine = document.get("machine") if isinstance(document, dict) else None
+        if isinstance(machine, dict):
+            machine.setdefault("type", "pseries")
+
+    @property
+    def pseries(self) -> Pseries:
+        """The machine, for steps of :data:`PSERIES_STEPS`."""
+        assert isinstance(self.machine, Pseries), "looked at with the steps"
+        return self.machine
 
     @property
     def kind(self) -> ContainerKind:

@@ -13,9 +13,13 @@ from typing import Protocol
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
 from deploy.scenario import At, Migrate, Wait
-from vfio_model.guest_drivers.cpu import PseriesCpu
+from vfio_model.guest_drivers.cpu import PcCpu, PseriesCpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.trace import Trace
+
+
+class GuestCpu(PseriesCpu, PcCpu, Protocol):
+    """Of a guest of either type: what the machine has not got is refused with a :class:`VfioModelError`."""
 
 
 class DmaDriver(Protocol):
@@ -39,7 +43,7 @@ class System(Protocol):
     """A running guest, its host, and their processes."""
 
     @property
-    def cpu(self) -> PseriesCpu:
+    def cpu(self) -> GuestCpu:
         """The guest's processor."""
 
     @property

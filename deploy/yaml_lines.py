@@ -54,7 +54,9 @@ def load(path: Path, kind: type[T]) -> T:
 
 
 def parse(text: str, name: str, kind: type[T]) -> T:
-    """Convert the YAML document ``text``, called ``name`` in errors, to ``kind``. Errors as :func:`load`."""
+    """Convert the YAML document ``text``, called ``name`` in errors, to ``kind``, which may ``prepare`` it. Errors as
+    :func:`load`.
+    """
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -70,6 +72,9 @@ def parse(text: str, name: str, kind: type[T]) -> T:
         raise ConfigError(f"not YAML: {error}", where=f"{name}:1") from error
     finally:
         loader.dispose()
+    prepare = getattr(kind, "prepare", None)
+    if prepare is not None:
+        prepare(value)
     try:
         return msgspec.convert(value, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:

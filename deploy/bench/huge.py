@@ -24,7 +24,7 @@ from deploy.bench.measure import Row, against
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.quantity import Size
-from deploy.scenario import Device, Machine, Scenario
+from deploy.scenario import Device, Pseries, Scenario
 from protocols.control import messages as control
 from vfio_model.errors import VfioModelError
 from vfio_model.guest_drivers.pseries_ddw import PseriesDdw, TceWindow
@@ -120,7 +120,7 @@ def _scenario() -> Scenario:
     return Scenario(
         name="bench-huge",
         description="a guest of 1 TiB maps itself",
-        machine=Machine(ram=Size(RAM), page_size=Size(BACKING)),
+        machine=Pseries(ram=Size(RAM), page_size=Size(BACKING)),
         devices=[device],
         steps=[],
     )

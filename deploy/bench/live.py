@@ -24,7 +24,7 @@ from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
-from deploy.scenario import Device, Machine, Scenario
+from deploy.scenario import Device, Pseries, Scenario
 from deploy.trace_file import recorded_events
 from protocols.control import messages as control
 from vfio_model.devices.dma_burst import regs as burst
@@ -79,7 +79,7 @@ def _scenario(*, kvm: bool = False) -> Scenario:
     return Scenario(
         name="bench",
         description="what hypercalls cost",
-        machine=Machine(ram=Size(RAM), page_size=Size(16 << 20), kvm=kvm),
+        machine=Pseries(ram=Size(RAM), page_size=Size(16 << 20), kvm=kvm),
         devices=[device],
         steps=[],
     )

@@ -10,6 +10,8 @@ import msgspec
 from deploy import report, run, shipped
 from deploy.console import StepProgress, output
 from deploy.launcher import Terminated, signals_as_exceptions
+from deploy.scenario import Pseries
+from vfio_model.errors import ConfigError
 from vfio_model.vfio.kinds import CONTAINER_KINDS, ContainerKind
 
 
@@ -44,6 +46,8 @@ def command(
     """
     chosen = shipped.load_scenario(scenario)
     if kvm:
+        if not isinstance(chosen.machine, Pseries):
+            raise ConfigError("--kvm is for pseries machines: they have TCE tables", where=scenario)
         chosen.machine.kvm = True
     if container is not None:
         chosen.use_container(container)

@@ -43,7 +43,7 @@ class StartRefused(VfioModelError):
 
 
 def check(scenario: Scenario) -> None:
-    """:raise ConfigError: when ``scenario`` has a step or rule that only processes can carry out; it names it."""
+    """:raise ConfigError: when ``scenario`` has a step, device or rule that needs processes; it names it."""
     for index, step in enumerate(scenario.steps):
         name, action = step.action
         if isinstance(action, At) or (isinstance(action, Wait) and action.until == "gone"):
@@ -56,6 +56,13 @@ def check(scenario: Scenario) -> None:
             raise ConfigError(
                 "with --inline there is one process; a machine moves from one to another",
                 where=f"steps[{index}].{name}",
+                hint=WITHOUT,
+            )
+    for index, device in enumerate(scenario.devices):
+        if device.dma == "mapped":
+            raise ConfigError(
+                "with --inline nobody gets maps of the guest's memory",
+                where=f"devices[{index}].dma",
                 hint=WITHOUT,
             )
     lossless(scenario.interpose)
@@ -123,6 +130,14 @@ class InlineCpu:
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """A store of 1, 2, 4 or 8 bytes."""
         self._do(self._machine.mmio_write, gpa, size, value & (1 << size * 8) - 1)
+
+    def port_read(self, port: int, size: int) -> int:
+        """IN of 1, 2 or 4 bytes."""
+        return self._do(self._guest.board.port_read, port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """OUT of 1, 2 or 4 bytes."""
+        self._do(self._guest.board.port_write, port, size, value & (1 << size * 8) - 1)
 
     def translate(self, liobn: int, ioba: int) -> tuple[int, int, int]:
         """(page address, permission bits, address mask) of a bus address."""

@@ -16,6 +16,7 @@ from deploy.quantity import dec_hook
 from tests.deploy.page import Page, Step
 from tests.deploy.raw_client import RawClient
 from vfio_model import device_api
+from vfio_model.devices import DEVICES
 from vfio_model.memory.dma import DMASpace
 from vfio_model.pci.device import PCIDevice
 from vfio_model.testing import Bench
@@ -32,7 +33,7 @@ STEPS = {
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The file": scenario.Scenario,
-    **{kind.__name__: kind for kind in (scenario.Machine, scenario.Phb, scenario.Vio)},
+    **{kind.__name__: kind for kind in (scenario.Pseries, scenario.Phb, scenario.Vio, scenario.Q35, scenario.Bridge)},
     **{kind.__name__: kind for kind in (scenario.Host, scenario.Device, scenario.Fault)},
     **{kind.__name__: kind for kind in (scenario.StartFails, scenario.Probe)},
     **STEPS,
@@ -140,6 +141,11 @@ def test_the_page_names_the_whole_device_api_and_nothing_else() -> None:
     paragraph = text[text.index("### What a test does") : text.index("### What a class must never do")]
     public = {name for name in vars(Bench) if not name.startswith("_") and name != "HOST"}
     assert public - {"bring_up"} <= set(re.findall(r"`(\w+)`", paragraph))
+
+
+def test_the_reference_of_scenarios_names_every_device_model() -> None:
+    (row,) = re.findall(r"^\| `model` \| name \| required \| ([^;]*);", REFERENCE, re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", row) == list(DEVICES)
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)

@@ -1,0 +1,86 @@
+"""Scenarios of a PC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from deploy import run, yaml_lines
+from deploy.assemble import guest_config
+from deploy.scenario import Q35, Pseries, Scenario
+from guestd.config import GuestConfig
+from guestd.machine_config import Q35Config
+from vfio_model.errors import ConfigError
+
+PC = """\
+name: pc
+machine:
+  type: q35
+  ram: 64MiB
+  iommu: {caching-mode: true, aw-bits: 39}
+  bridges:
+    - {driver: pcie-root-port, id: rp1, addr: 01.0, props: {chassis: 1}}
+    - {driver: pxb-pcie, id: far, addr: 05.0, props: {bus_nr: 32, bypass_iommu: true}}
+    - {driver: pcie-root-port, id: rp2, bus: far, addr: 00.0, props: {chassis: 2}}
+devices:
+  - {id: near, model: edu, addr: 02.0}
+  - {id: behind, model: edu, bus: rp1, addr: 00.0}
+  - {id: beyond, model: edu, bus: rp2, addr: 00.0}
+steps:
+  - dma: {device: near, iova: 0x10000, gpa: 0x10000}
+  - dma: {device: behind, iova: 0x20000, gpa: 0x20000, direction: read}
+  - dma: {device: beyond, iova: 0x30000, gpa: 0x30000}
+  - expect: {role: guestd, key: devices_lost, equals: 0}
+"""
+
+
+def parsed(text: str) -> Scenario:
+    return yaml_lines.parse(text, "pc.yaml", Scenario)
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "processes"])
+def test_devices_move_data_behind_every_bridge(inline: bool, tmp_path: Path) -> None:
+    verdict = run.run(parsed(PC), tmp_path, None, lambda *_: None, inline=inline)
+    assert verdict.passed, verdict.reason
+
+
+def test_guestd_is_told_the_same() -> None:
+    config = msgspec.convert(guest_config(parsed(PC), Path("/tmp")), GuestConfig)
+    assert isinstance(config.machine, Q35Config) and config.machine.iommu is not None
+    assert config.machine.iommu.options().aw_bits == 39 and config.machine.iommu.caching_mode
+    assert [bridge.bus_below for bridge in config.machine.bridges] == ["rp1", "far", "rp2"]
+
+
+def test_a_machine_without_a_type_is_a_pseries() -> None:
+    assert isinstance(parsed("name: a").machine, Pseries) and isinstance(
+        parsed("name: a\nmachine: {}").machine, Pseries
+    )
+    assert isinstance(parsed("name: a\nmachine: {type: q35}").machine, Q35)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "aw-bits: 39",
+            "aw-bits: 40",
+            "pc.yaml:2: machine: iommu: Legacy mode: supported values for aw-bits are: 39, 48",
+        ),
+        ("aw-bits: 39", "awbits: 39", "pc.yaml:2: machine: iommu: there is no property awbits; known: aw-bits, "),
+        ("aw-bits: 39", "aw-bits: wide", "pc.yaml:2: machine: iommu: aw-bits expects int, got str"),
+        ("driver: pxb-pcie", "driver: pxb", "pc.yaml:8: machine.bridges[1].driver: Invalid enum value 'pxb'"),
+        ("bus: far, addr: 00.0, props", "bus: away, addr: 00.0, props", "there is no bus away before it"),
+        ("bus: rp1", "bus: rp3", "there is no bus rp3, only pcie.0, rp1, far, rp2"),
+        ("bus: rp1, addr: 00.0", "addr: 02.0", "two have the addr 02.0"),
+        ("type: q35", "type: i440fx", "pc.yaml:3: machine.type: Invalid value 'i440fx'"),
+        ("ram: 64MiB", "ram: 64MiB\n  ddw: false", "pc.yaml:5: machine: Object contains unknown field ddw"),
+        ("expect: {role: guestd, key: devices_lost, equals: 0}", "linux_ddw: {device: near}", "only a pseries machine"),
+    ],
+)
+def test_what_is_wrong_is_said(old: str, new: str, message: str) -> None:
+    assert old in PC
+    with pytest.raises(ConfigError) as refused:
+        parsed(PC.replace(old, new))
+    assert message in str(refused.value)
