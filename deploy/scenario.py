@@ -233,8 +233,8 @@ class Device(Struct, forbid_unknown_fields=True, kw_only=True):
     """The bus, as QEMU names it (``pci.0``, ``pcie.0``, the id of a bridge); empty: the machine's first."""
     group: Annotated[int, Meta(ge=0, le=65535)] | None = None
     dma: Literal["shared", "mapped", "message"] = "shared"
-    """How a remote device reaches memory: all of it mapped, with cached translations; what the guest's IOMMU maps, as any
-    vfio-user server gets it; or by a message for every access.
+    """How a remote device reaches memory: all of it mapped, with cached translations; what the guest's IOMMU maps, as
+    any vfio-user server gets it; or by a message for every access.
     """
     props: dict[str, Prop] = {}
 

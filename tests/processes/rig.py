@@ -29,7 +29,7 @@ from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
 from deploy.runtime_dir import state as process_state
-from deploy.scenario import Device, Fault, Machine, Scenario
+from deploy.scenario import Device, Fault, Pseries, Scenario
 from protocols.control import messages as control
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from tests import acceleration
@@ -89,7 +89,7 @@ class Live:
         ]
         self.scenario = Scenario(
             name="survive",
-            machine=Machine(ram=Size(RAM), page_size=Size(1 << 16), kvm=self.kvm),
+            machine=Pseries(ram=Size(RAM), page_size=Size(1 << 16), kvm=self.kvm),
             devices=devices,
             interpose=[Fault(action="delay", ioctl="UNMAP_DMA", armed=False)] if interpose else [],
             restart="on-failure",
