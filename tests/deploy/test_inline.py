@@ -216,6 +216,12 @@ def test_what_needs_processes_is_refused_before_the_run(steps: str, more: str, w
         check(scenario(steps, more=more))
 
 
+def test_a_device_that_gets_maps_needs_processes() -> None:
+    devices = "  - {id: nic, model: edu, attach: remote, dma: mapped, addr: 02.0}\n"
+    with pytest.raises(ConfigError, match=r"devices\[0\].dma: .*run it without --inline"):
+        check(scenario("", devices))
+
+
 def test_a_role_that_is_not_there_cannot_be_asked() -> None:
     with stepped("") as (system, _, _), pytest.raises(ConfigError, match="no notifier to ask"):
         system.status("notifier")

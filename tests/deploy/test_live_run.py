@@ -39,6 +39,16 @@ def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str, kvm: boo
     assert verdict.first_dma_seconds is not None
 
 
+def test_a_remote_device_gets_maps_as_the_guests_iommu_maps(tmp_path: Path) -> None:
+    chosen = shipped.load_scenario("remote-by-message")
+    (device,) = chosen.devices
+    device.dma = "mapped"
+    verdict = run.run(chosen, Path(), tmp_path, lambda *_: None)
+    assert verdict.passed, verdict.reason
+    events = (tmp_path / "events.jsonl").read_text()
+    assert '"vfio_user_dma_map"' in events and '"vfio_user_dma_unmap"' in events
+
+
 @pytest.mark.parametrize(
     ("kind", "kvm"), [("spapr-v2", True), ("spapr-v1", False), ("type1v2", False), ("type1", True)]
 )
