@@ -1,4 +1,5 @@
-"""QEMU's command line, as far as this machine goes, as a :class:`~guestd.config.GuestConfig`.
+"""QEMU's command line, as far as these machines go, as a :class:`~guestd.config.GuestConfig`. What is a pseries' or a
+q35's own is read by :mod:`.cmdline_pseries` and :mod:`.cmdline_q35`.
 
 Options are QEMU's, with one dash or two, in its syntax and with its messages (``qemu-options.hx``). What has no meaning
 without a CPU or a screen (``-cpu``, ``-vga``, …) is accepted and has none; what is not known at all is an error. Not
@@ -9,10 +10,12 @@ QEMU's:
 ``-host-dir DIR``
     the host's directory, where it is another: a second guest of the same host has a runtime directory of its own.
 ``-machine ddw=, pgsz=, dma_win_addr=, dma_win_size=, dma64_win_addr=``
-    properties of every PHB, as ``-global spapr-pci-host-bridge.ddw=off`` gives them in QEMU too.
+    of a pseries: properties of every PHB, as ``-global spapr-pci-host-bridge.ddw=off`` gives them in QEMU too.
 ``-machine multitce=, kvm-tce=, quirks=``
     the hypercalls for many TCEs; TCE tables that live with the host; differences from QEMU to give up (names with
     ``+`` between them).
+``-device intel-iommu,quirks=,nested=,invalidation=``
+    what the unit does as QEMU does and not as the specification says; nested translation; when its queue waits.
 ``-device vfio-pci,group=N``
     the IOMMU group, which QEMU finds in sysfs.
 ``-device vfio-user-pci,socket=PATH,dma=shared|mapped|message,reconnect-ms=MS``
