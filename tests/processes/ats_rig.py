@@ -40,7 +40,7 @@ NO_PASID = (1 << 20) - 1
 SECONDS = 20.0
 
 PASID, ADDR, LENGTH, VALUE, COMMAND, RESULT, COUNT, RESPONSES = range(0, 64, 8)
-OPEN, CLOSE, FILL, WRITE, READ, BURST, STOP, HANG, ASK_PAGE, PLAIN_WRITE = range(1, 11)
+OPEN, CLOSE, FILL, WRITE, READ, BURST, STOP, HANG, ASK_PAGE, PLAIN_WRITE, PLAIN_READ = range(1, 12)
 ERROR, BUSY = 1 << 63, (1 << 64) - 1
 OUTCOMES = list(AtcOutcome)
 OK, MISS, FAILED = (OUTCOMES.index(one) for one in (AtcOutcome.OK, AtcOutcome.MISS, AtcOutcome.FAILED))
@@ -84,6 +84,8 @@ class AtsProbe(PCIDevice):
             if self._pasid != PCI_NO_PASID:
                 self.pri_register_notifier(self._pasid, self._responded)
             return 0
+        if command == PLAIN_READ:
+            return int(self.dma.read(self.regs[ADDR], bytearray(8)))
         if command == PLAIN_WRITE:
             return int(self.dma.write(self.regs[ADDR], self.regs[VALUE].to_bytes(8, "little")))
         if command == STOP:
@@ -114,16 +116,16 @@ class AtsProbe(PCIDevice):
         return OUTCOMES.index(outcome) << 32 | moved
 
     def _burst(self) -> bool:
-        """Write the page again and again; the translation is asked for when it has gone."""
+        """Write LENGTH bytes again and again; the translation is asked for when it has gone."""
         assert self.atc is not None, "OPEN comes first"
-        data = memoryview(bytearray(self.regs[VALUE].to_bytes(8, "little") * (PAGE // 8)))
-        for _ in range(64):
+        data = memoryview(bytearray(self.regs[VALUE].to_bytes(8, "little") * (self.regs[LENGTH] // 8)))
+        for _ in range(16):
             outcome = self.atc.access(self.regs[ADDR], data, True)[1]
             if outcome is AtcOutcome.OK:
                 self.regs[COUNT] += 1
             elif outcome is AtcOutcome.MISS:
                 with contextlib.suppress(OSError):
-                    self.atc.fill(AtsRequest(self.regs[ADDR], PAGE))
+                    self.atc.fill(AtsRequest(self.regs[ADDR], self.regs[LENGTH]))
         return self.running
 
     def _hang(self) -> bool:

@@ -31,6 +31,7 @@ from tests.processes.ats_rig import (
     OK,
     OPEN,
     PAGE,
+    PLAIN_READ,
     PLAIN_WRITE,
     RESPONSES,
     RESULT,
@@ -43,9 +44,11 @@ from vfio_model.guest_drivers.pci import DriverError
 from vfio_model.guest_drivers.vtd import Domain
 from vfio_model.guest_drivers.vtd_tables import READ
 from vfio_model.iommu.vtd import regs
+from vfio_model.memory.lane import SECTION_BYTES
 from vfio_model.pci.config_space import COMMAND, COMMAND_MEMORY
 
 ITE = regs.FSTS_ITE
+LARGE = 2 << 20
 REQUEST_TYPE = 0xD
 
 
@@ -177,22 +180,52 @@ def test_requests_without_pasid_are_translated_too_and_fault_where_nothing_is(ri
     assert card.write(0x40_0000, 7) == OK and rig.word(DATA) == 7
 
 
-def test_nothing_lands_after_an_invalidation_while_the_device_writes(rig: AtsRig) -> None:
-    """The page is remapped again and again under a device that writes it all the time: when the wait descriptor is
-    done, the frame that was taken away stays as it is."""
+def test_what_was_read_is_not_marked_as_written(rig: AtsRig) -> None:
+    """A translation that the process keeps for reads sets no dirty bit, and lets no write go past it."""
     card = rig.cards[0]
-    domain = opened(rig, card)
-    frames = [DATA, DATA + PAGE]
-    assert card.do(BURST, addr=IOVA, value=0xAAAA_AAAA_AAAA_AAAA) == 0
-    for turn in range(60):
+    domain = rig.domain(card, None)
+    rig.driver.map(domain, 0x40_0000, DATA, PAGE)
+    rig.armed(card)
+    accessed, dirty = 1 << 5, 1 << 6
+    slot = domain.table.slot(0x40_0000)
+    assert card.do(PLAIN_READ, addr=0x40_0000) == 0
+    assert rig.word(slot) & (accessed | dirty) == accessed
+    assert card.do(PLAIN_WRITE, addr=0x40_0000) == 0
+    assert rig.word(slot) & (accessed | dirty) == accessed | dirty
+
+
+def test_nothing_lands_after_an_invalidation_while_the_device_writes(
+    rig: AtsRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is remapped again and again under a device that writes it all the time, in sections as long as there are.
+    What is noted at the end of what it writes, as soon as the invalidation is complete, stays there."""
+    card, domain = rig.cards[0], rig.domain(rig.cards[0], 5)
+    publisher = rig.guest.remote.publisher
+    assert publisher is not None
+    flush, ram, noted = publisher.flush_ats, rig.guest.memory.view, [0]
+
+    def flush_and_note() -> OSError | None:
+        (device,) = publisher._known()
+        deadline = time.monotonic() + 0.05
+        while not any(count & 1 for count in device.snapshot()) and time.monotonic() < deadline:
+            pass  # it is to be in the middle of it
+        error = flush()
+        ram[noted[0] : noted[0] + 8] = b"complete"
+        return error
+
+    monkeypatch.setattr(publisher, "flush_ats", flush_and_note)
+    iova, frames = IOVA & -LARGE, (DATA, DATA + LARGE)
+    rig.driver.map(domain, iova, frames[0], LARGE, level=2)
+    card.do(OPEN, pasid=5)
+    rig.armed(card)
+    assert card.do(BURST, addr=iova, length=SECTION_BYTES, value=0xAAAA_AAAA_AAAA_AAAA) == 0
+    for turn in range(100):
         before = card.get(COUNT)
-        rig.until(lambda before=before: card.get(COUNT) > before)
-        rig.driver.unmap(domain, IOVA, PAGE)
-        old = frames[turn % 2]
-        rig.cpu.write_memory(old, bytes(PAGE))
-        rig.driver.map(domain, IOVA, frames[(turn + 1) % 2], PAGE)
-        card.get(COUNT)
-        assert rig.cpu.read_memory(old, PAGE) == bytes(PAGE), "a write after the invalidation was complete"
+        rig.until(lambda before=before: card.get(COUNT) > before)  # type: ignore[misc]
+        noted[0] = frames[turn % 2] + SECTION_BYTES - 8
+        rig.driver.unmap(domain, iova, LARGE)
+        assert bytes(ram[noted[0] : noted[0] + 8]) == b"complete", "a write after the invalidation was complete"
+        rig.driver.map(domain, iova, frames[(turn + 1) % 2], LARGE, level=2)
     assert card.do(STOP) == 0 and rig.driver.faults() == []
 
 
@@ -224,7 +257,7 @@ def test_a_device_that_does_not_follow_is_a_time_out_and_the_guest_goes_on(
     card = rig.cards[0]
     domain = opened(rig, card)
     if how == "stopped":
-        card.do(BURST, addr=IOVA, value=1)
+        card.do(BURST, addr=IOVA, length=PAGE, value=1)
         stop_inside(rig, card)
     else:
         card.put(command=HANG)
@@ -247,7 +280,7 @@ def test_a_device_that_does_not_follow_is_a_time_out_and_the_guest_goes_on(
 def test_a_device_that_was_killed_has_acknowledged(rig: AtsRig) -> None:
     card = rig.cards[0]
     domain = opened(rig, card)
-    card.do(BURST, addr=IOVA, value=1)
+    card.do(BURST, addr=IOVA, length=PAGE, value=1)
     card.served.kill()
     rig.driver.unmap(domain, IOVA, PAGE)
     assert not rig.driver.registers.read(regs.FSTS) & ITE
