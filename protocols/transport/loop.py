@@ -245,11 +245,12 @@ class Loop:
 
     def wakes_fd(self, fd: int, milliseconds: int) -> bool:
         """As :meth:`wakes` for a source by its descriptor: whether it is the only one that then has something."""
+        ready = self._look_served()
         if self._zmq:
-            if zmq_poll(self._polled_in_waits, milliseconds) != [(self._served_fd, _POLLIN)]:
+            if zmq_poll(self._polled_in_waits, 0 if ready else milliseconds) != [(self._served_fd, _POLLIN)]:
                 return False
-            milliseconds = 0
-        return (self._look_served() or self._served.poll(milliseconds / 1000)) == [(fd, _EPOLLIN)]
+            milliseconds, ready = 0, []
+        return (ready or self._served.poll(milliseconds / 1000)) == [(fd, _EPOLLIN)]
 
     def expect(self) -> None:
         """Something is likely to come within microseconds: the next turn looks for it before it sleeps (see

@@ -12,6 +12,7 @@ import zmq
 
 from protocols.port import messages
 from protocols.transport.channel import DealerChannel, RouterChannel
+from protocols.transport.kernel import EventFd
 from protocols.transport.loop import Loop
 from protocols.transport.runtime import RoleLock, check_private
 from protocols.transport.zmq import DealerClient, RouterServer, Sent, ipc_address
@@ -182,3 +183,20 @@ def test_every_socket_gives_its_descriptors_back(loop: Loop, runtime: Path) -> N
     for _ in range(5):
         once()
     loop.serve_until(lambda: count() <= before, 10, "libzmq's reaper", "closing")
+
+
+def test_a_descriptor_that_wakes_alone_is_told_from_one_beside_a_message(
+    loop: Loop, server: Server, client: Client
+) -> None:
+    bell = EventFd()
+    loop.register(server, lambda: None, served=True)
+    loop.register(bell, bell.drain, served=True)
+    assert not loop.wakes_fd(bell.fd, 1)
+    bell.ring()
+    assert loop.wakes_fd(bell.fd, 1)
+    client.send(messages.Ping(5))
+    assert server.zmq_socket.poll(10_000)
+    assert not loop.wakes_fd(bell.fd, 1)
+    loop.unregister(bell)
+    loop.unregister(server)
+    bell.close()
