@@ -13,6 +13,7 @@ from vfio_model.devices.e1000.device import E1000Device
 from vfio_model.devices.edu.device import EduDevice
 from vfio_model.devices.iommu_testdev.device import IOMMUTestDevice
 from vfio_model.devices.nvme.device import NvmeDevice
+from vfio_model.devices.svm.device import SvmDevice
 from vfio_model.pci.device import PCIDevice
 
 DEVICES: Mapping[str, type[PCIDevice]] = {
@@ -26,4 +27,6 @@ DEVICES: Mapping[str, type[PCIDevice]] = {
     "e1000": E1000Device,
     # NVM Express with one namespace on a disk in memory or in a file, as QEMU's nvme.
     "nvme": NvmeDevice,
+    # A device that works on a process's own addresses: ATS, page requests, PASIDs.
+    "svm": SvmDevice,
 }

@@ -151,6 +151,11 @@ class VtdDriver:
         count = (self.levels if stage is Stage.SECOND else 4) if levels is None else levels
         return Domain(did, PageTable(self._cpu, self._pages, stage, count))
 
+    def shared_domain(self, table: PageTable) -> Domain:
+        """A new domain of a first-stage ``table`` that somebody else keeps: a process's."""
+        did, self._next_did = self._next_did, self._next_did + 1
+        return Domain(did, table)
+
     def map(self, domain: Domain, iova: int, gpa: int, size: int, perm: int = READ | WRITE, *, level: int = 1) -> None:
         """Map ``size`` bytes by pages of ``level`` (1: 4 KiB); nothing was mapped there."""
         domain.table.map(iova, gpa, size, perm, level=level)

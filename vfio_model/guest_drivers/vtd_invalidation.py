@@ -151,13 +151,14 @@ class QueuedInvalidation:
         registers.write(regs.IQT, 0, 8)
         registers.write(regs.IQA, self._queue | (regs.IQA_DW if wide else 0), 8)
 
-    def submit(self, *descriptors: tuple[int, int]) -> None:
-        """Put ``descriptors`` and a wait into the queue, and wait.
+    def submit(self, *descriptors: tuple[int, int], drain: bool = False) -> None:
+        """Put ``descriptors`` and a wait into the queue, and wait; with ``drain`` for page requests on their way, too.
 
         :raise DriverError: the queue stopped at an error, or does not answer.
         """
         self._expected = self._expected % 0xFFFF_FFFF + 1
         wait = regs.DescriptorType.WAIT | regs.WAIT_SW | regs.WAIT_DATA.put(self._expected)
+        wait |= regs.WAIT_PD if drain else 0
         for low, high in (*descriptors, (wait, self._status)):
             words = (low, high, 0, 0)[: self._size // 8]
             self._cpu.write_memory(self._queue + self._tail, b"".join(word.to_bytes(8, "little") for word in words))
@@ -219,6 +220,23 @@ class QueuedInvalidation:
         """See :class:`Invalidation`."""
         low = regs.PASID_DEV_SID.put(sid) | regs.PASID_DEV_PASID.put(pasid)
         self.submit((regs.DescriptorType.PASID_DEVICE_TLB | low, _device_range(iova, size, regs.PASID_DEV_S)))
+
+    def page_group_response(self, sid: int, pasid: int, prgi: int, code: int) -> None:
+        """Answer page request group ``prgi`` of function ``sid`` and ``pasid``."""
+        low = regs.RESPONSE_PP | regs.RESPONSE_CODE.put(code)
+        low |= regs.RESPONSE_RID.put(sid) | regs.RESPONSE_PASID.put(pasid)
+        self.submit((regs.DescriptorType.PAGE_GROUP_RESPONSE | low, regs.RESPONSE_PRGI.put(prgi)))
+
+    def drain_page_requests(self, sid: int, did: int, pasid: int) -> None:
+        """What is cached for ``pasid``, here and by function ``sid``, goes, and with it page requests on their way."""
+        pasid_field = regs.PASID_TLB_PASID.put(pasid)
+        device = regs.PASID_DEV_SID.put(sid) | regs.PASID_DEV_PASID.put(pasid)
+        self.submit(
+            (regs.DescriptorType.WAIT | regs.WAIT_FN, 0),
+            (regs.DescriptorType.PASID_IOTLB | regs.TLB_G.put(PASID_ALL) | regs.TLB_DID.put(did) | pasid_field, 0),
+            (regs.DescriptorType.PASID_DEVICE_TLB | device, _device_range(0, U64_MAX + 1, regs.PASID_DEV_S)),
+            drain=True,
+        )
 
 
 def _device_range(iova: int, size: int, s_bit: int) -> int:

@@ -1,0 +1,1 @@
+"""svm: a device that shares the address space of a process."""
