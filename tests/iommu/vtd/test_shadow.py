@@ -63,6 +63,8 @@ def test_replay_tells_all_that_is_mapped_after_an_unmap_of_the_range() -> None:
     rig, table, follower = followed()
     rig.tables_for(table, 4, 0x40_0000, 0x60_0081, level=2)
     rig.tables_for(table, 4, 0x8000_0000, 0x4000_0083, level=3)
+    rig.translation.invalidate_iotlb(DOMAIN, 5)
+    rig.tables_for(table, 4, 0x1000, 0)
     later = Follower(rig.space().region)
     rig.space().region.replay(later.notifier)
     assert later.take() == [

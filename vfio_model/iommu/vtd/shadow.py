@@ -9,11 +9,11 @@ without MAP keeps no copy; it is told of the whole range that was invalidated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
+from vfio_model.iommu.vtd.leaves import Leaves, Mapped
 from vfio_model.iommu.vtd.spaces import VtdSpace
 from vfio_model.iommu.vtd.structures import Binding, TableType
-from vfio_model.iommu.vtd.walk import Walker, page_mask
+from vfio_model.iommu.vtd.walk import page_mask
 from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBEvent
 from vfio_model.memory.iotlb import IOMMUTLBRun
 from vfio_model.memory.space import Space
@@ -27,19 +27,11 @@ _PROBES = 512
 """Up to so many frames are looked up one by one, more by going through all that is known."""
 
 
-class Mapped(NamedTuple):
-    """A page that followers have: its level, address and permission."""
-
-    level: int
-    page: int
-    perm: int
-
-
 class Shadow:
     """The copy that the followers of one space have."""
 
-    def __init__(self, space: VtdSpace, walker: Walker, system: Space) -> None:
-        self._space, self._walker, self._system = space, walker, system
+    def __init__(self, space: VtdSpace, leaves: Leaves, system: Space) -> None:
+        self._space, self._leaves, self._system = space, leaves, system
         self.pages: dict[int, Mapped] = {}
         """By iova."""
 
@@ -72,36 +64,34 @@ class Shadow:
     def _compared(self, binding: Binding | None, first: int, last: int) -> tuple[dict[int, Mapped], dict[int, Mapped]]:
         """What of the copy is gone or another, and what is new; pages that the range only touches are whole."""
         while True:
-            had = dict(self._known(first, last))
-            now = self._walked(binding, first, last)
-            wider = min([first, *had, *now])
-            longer = max([last, *(iova | page_mask(had[iova].level) for iova in had)])
-            longer = max([longer, *(iova | page_mask(now[iova].level) for iova in now)])
+            had, now = self._known(first, last), self._walked(binding, first, last)
+            if had == now:
+                return {}, {}
+            wider, longer = _bounds(first, last, had, now)
             if (wider, longer) == (first, last):
                 break
             first, last = wider, longer
         gone = {iova: was for iova, was in had.items() if now.get(iova) != was}
         return gone, {iova: page for iova, page in now.items() if had.get(iova) != page}
 
-    def _known(self, first: int, last: int) -> Iterable[tuple[int, Mapped]]:
+    def _known(self, first: int, last: int) -> dict[int, Mapped]:
+        if last - first == U64_MAX:
+            return self.pages
         if last - first >> 12 >= min(_PROBES, len(self.pages)):
-            return [
-                (iova, was) for iova, was in self.pages.items() if iova <= last and first <= iova | page_mask(was.level)
-            ]
+            return {iova: was for iova, was in self.pages.items() if iova <= last and first <= iova | page_mask(was[0])}
         candidates = {first & ~page_mask(level) for level in (2, 3)} | set(range(first & ~0xFFF, last + 1, 0x1000))
         known = ((iova, self.pages.get(iova)) for iova in sorted(candidates))
-        return [(iova, was) for iova, was in known if was is not None and first <= iova | page_mask(was.level)]
+        return {iova: was for iova, was in known if was is not None and first <= iova | page_mask(was[0])}
 
     def _walked(self, binding: Binding | None, first: int, last: int) -> dict[int, Mapped]:
         if binding is None or binding.type is not TableType.SECOND:
             return {}
-        found = self._walker.leaves(binding, first, last)
-        return {iova: Mapped(leaf.level, leaf.page, leaf.perm) for iova, leaf in found}
+        return self._leaves.mapped(binding, first, last)
 
     # -- telling -------------------------------------------------------------------------------------------------
 
     def _unmap(self, iova: int, was: Mapped) -> None:
-        entry = IOMMUTLBEntry(self._system, iova, was.page, page_mask(was.level), _NONE, self._space.pasid)
+        entry = IOMMUTLBEntry(self._system, iova, was[1], page_mask(was[0]), _NONE, self._space.pasid)
         event = IOMMUTLBEvent(_UNMAP, entry)
         for notifier in tuple(self._space.region.notifiers):
             if notifier.flags & _MAP:
@@ -111,12 +101,12 @@ class Shadow:
         """``pages`` by ascending iova; neighbours of one size and permission in one run."""
         run: list[int] = []
         start, end, shape = 0, -1, (0, 0)
-        for iova, page in pages:
-            if iova != end or (page.level, page.perm) != shape:
+        for iova, (level, page, perm) in pages:
+            if iova != end or (level, perm) != shape:
                 self._map_run(start, run, shape, followers)
-                start, run, shape = iova, [], (page.level, page.perm)
-            run.append(page.page)
-            end = iova + page_mask(page.level) + 1
+                start, run, shape = iova, [], (level, perm)
+            run.append(page)
+            end = iova + page_mask(level) + 1
         self._map_run(start, run, shape, followers)
 
     def _map_run(self, iova: int, run: list[int], shape: tuple[int, int], followers: list[IOMMUNotifier]) -> None:
@@ -137,19 +127,22 @@ class Shadow:
             deliver(notifier)
 
     def replay(self, binding: Binding | None, notifier: IOMMUNotifier) -> None:
-        """``notifier`` is told of all that is mapped, having been told to forget what it had; the others of what
-        changed."""
+        """``notifier`` is told of all that is mapped, having been told to forget what it had. Where others follow, that
+        is what they know; what the guest changed since comes to all with its invalidation."""
         region = self._space.region
         region.unmap_range(notifier)
         if not notifier.flags & _MAP:
             return
-        gone, now = self._compared(binding, 0, U64_MAX)
-        others = [each for each in region.notifiers if each is not notifier and each.flags & _MAP]
-        for iova, was in gone.items():
-            entry = IOMMUTLBEntry(self._system, iova, was.page, page_mask(was.level), _NONE, self._space.pasid)
-            for other in others:
-                other.deliver(IOMMUTLBEvent(_UNMAP, entry))
-            del self.pages[iova]
-        self.pages.update(now)
-        self._map(now.items(), others)
+        if not any(each.flags & _MAP for each in region.notifiers if each is not notifier):
+            self.pages = self._walked(binding, 0, U64_MAX)
         self._map(sorted(self.pages.items()), [notifier])
+
+
+def _bounds(first: int, last: int, *parts: dict[int, Mapped]) -> tuple[int, int]:
+    """``first``..``last``, and all of the pages in ``parts``."""
+    if last - first == U64_MAX:
+        return first, last
+    for pages in parts:
+        for iova, (level, _, _) in pages.items():
+            first, last = min(first, iova), max(last, iova | page_mask(level))
+    return first, last

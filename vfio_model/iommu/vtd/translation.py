@@ -14,6 +14,7 @@ from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.ats import PageRequestSink, VtdOps
 from vfio_model.iommu.vtd.batch import BatchWalker
 from vfio_model.iommu.vtd.caches import Page
+from vfio_model.iommu.vtd.leaves import Leaves
 from vfio_model.iommu.vtd.lookup import Lookup
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.ports import RID, FaultSink, Granularity
@@ -50,6 +51,7 @@ class Translation:
         self.ops = VtdOps(options, self.lookup, self)
         self._batch = BatchWalker(options, self.lookup)
         self._spaces = self.lookup.spaces
+        self._leaves = Leaves(options, self.lookup.memory)
         self._shadows: dict[VtdSpace, Shadow] = {}
         """Of the spaces that have followers."""
         self._lingers = options.has(quirks.PASS_THROUGH_LINGERS)
@@ -234,7 +236,7 @@ class Translation:
     def _shadow(self, space: VtdSpace) -> Shadow:
         found = self._shadows.get(space)
         if found is None:
-            found = self._shadows[space] = Shadow(space, self.lookup.walker, self.system)
+            found = self._shadows[space] = Shadow(space, self._leaves, self.system)
         return found
 
     def _binding(self, space: VtdSpace) -> Binding | None:
