@@ -500,10 +500,15 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
 
     @classmethod
     def prepare(cls, document: object) -> None:
-        """What a file leaves out and the schema needs: the type of the machine."""
-        machine = document.get("machine") if isinstance(document, dict) else None
-        if isinstance(machine, dict):
-            machine.setdefault("type", "pseries")
+        """What a file leaves out: the type of the machine, and of a PC's host what is not as a pseries' is."""
+        if not isinstance(document, dict):
+            return
+        machine = document.get("machine")
+        if isinstance(machine, dict) and machine.setdefault("type", "pseries") == "q35":
+            host = document.setdefault("host", {})
+            if isinstance(host, dict):
+                host.setdefault("page_size", 4096)
+                host.setdefault("containers", ["type1v2", "type1"])
 
     @property
     def pseries(self) -> Pseries:

@@ -22,6 +22,7 @@ from vfio_model.pci.device import PCIDevice
 
 MACHINE_TYPE: Final = "pc-q35-11.1-machine"
 IOAPIC_PINS: Final = 24
+_PAGE: Final = 4096
 _UNATTACHED: Final = {0xF8: "device[2]", 0xFA: "device[12]", 0xFB: "device[13]"}
 """What QEMU calls them in QOM, where no device comes by default."""
 TYPES: Final[Mapping[str, tuple[str, bool]]] = {
@@ -162,6 +163,7 @@ def _regions(space: AddressSpace) -> list[IOMMUMemoryRegion]:
 
 def explain(walk: Walk, system: AddressSpace, space: AddressSpace, iova: int) -> None:
     """The steps from the address space to RAM."""
+    walk.page_size = _PAGE
     if space is system:
         walk.step("address space", "memory: no IOMMU is in between")
         walk.reach(system, iova, 3)

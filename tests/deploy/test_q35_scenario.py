@@ -28,10 +28,17 @@ devices:
   - {id: near, model: edu, addr: 02.0}
   - {id: behind, model: edu, bus: rp1, addr: 00.0}
   - {id: beyond, model: edu, bus: rp2, addr: 00.0}
+  - {id: elsewhere, model: edu, addr: 03.0, attach: remote}
+  - {id: asking, model: edu, addr: 04.0, attach: remote, dma: message}
+  - {id: given, model: edu, addr: 06.0, attach: assigned, group: 7}
 steps:
   - dma: {device: near, iova: 0x10000, gpa: 0x10000}
   - dma: {device: behind, iova: 0x20000, gpa: 0x20000, direction: read}
   - dma: {device: beyond, iova: 0x30000, gpa: 0x30000}
+  - dma: {device: elsewhere, iova: 0x40000, gpa: 0x40000}
+  - dma: {device: asking, iova: 0x50000, gpa: 0x50000}
+  - dma: {device: given, iova: 0x60000, gpa: 0x60000}
+  - explain: {device: given, iova: 0x60000}
   - expect: {role: guestd, key: devices_lost, equals: 0}
 """
 
@@ -44,6 +51,13 @@ def parsed(text: str) -> Scenario:
 def test_devices_move_data_behind_every_bridge(inline: bool, tmp_path: Path) -> None:
     verdict = run.run(parsed(PC), tmp_path, None, lambda *_: None, inline=inline)
     assert verdict.passed, verdict.reason
+
+
+def test_a_pcs_host_is_a_pcs() -> None:
+    host = parsed(PC).host
+    assert (host.page_size, host.containers) == (4096, ["type1v2", "type1"])
+    assert parsed(PC.replace("steps:", "host: {page_size: 64K}\nsteps:")).host.page_size == 65536
+    assert parsed("name: a").host.containers == ["spapr-v2", "spapr-v1"]
 
 
 def test_guestd_is_told_the_same() -> None:
