@@ -115,6 +115,8 @@ class Campaign:
     kinds: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
     """Reasons in fault records, and error bits of the status register, that QEMU showed."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """As :attr:`.generator.Generator.left_out`."""
     differences: list[Difference] = field(default_factory=list)
 
     @classmethod
@@ -136,6 +138,7 @@ class Campaign:
             while done < operations:
                 generator = Generator(variant, rng)
                 program = generator.program(LENGTH)
+                self.left_out += generator.left_out
                 found = compare(variant, machines, program)
                 if isinstance(found, Difference):
                     self.differences.append(shrink(machines, found, generator.prologue))
@@ -161,6 +164,7 @@ class Campaign:
         return [
             f"VT-d: VFIO_MODEL_INTEROP_SEED={self.seed}, {self.done} operations: {kinds}",
             f"faults that were looked at: {seen}",
+            f"left out: {', '.join(f'{name} {count}' for name, count in sorted(self.left_out.items()))}",
             f"differences: {len(self.differences)}",
         ]
 

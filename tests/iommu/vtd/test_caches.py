@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.iommu.vtd.rig import NONE, RO, RW, TABLES, WO, Rig
-from vfio_model.iommu.vtd.caches import MAX_FRAMES, MAX_PAGES
-from vfio_model.iommu.vtd.ports import Granularity
+from vfio_model.iommu.vtd.caches import MAX_FRAMES, MAX_PAGES, Iotlb, Page
+from vfio_model.iommu.vtd.ports import RID, Granularity
 
 GLOBAL, DOMAIN, SELECTIVE = Granularity.GLOBAL, Granularity.DOMAIN, Granularity.SELECTIVE
 CONTEXT = TABLES + 0x1180
@@ -247,6 +247,25 @@ def test_pasid_cache_invalidations(granularity: Granularity, pasid: int, moved: 
     assert [each for each in slots if rig.translate(0, RO, each)[1] == 0x2345_6000] == moved
 
 
+@pytest.mark.parametrize("by_source", [False, True])
+@pytest.mark.parametrize("levels", [(1, 2, 3), (3, 2, 1), (2, 1, 3)])
+def test_the_smallest_page_is_found(by_source: bool, levels: tuple[int, ...]) -> None:
+    iotlb = Iotlb(by_source, lambda: None)
+    pages = {level: Page(0, level, level << 30, 3, 0, True, 5, RID, False) for level in levels}
+    for level in levels:
+        iotlb.add(RID, pages[level])
+    assert [iotlb.find(5, RID, addr) for addr in (0, 0x1000, 0x20_0000)] == [pages[1], pages[2], pages[3]]
+
+
+def test_a_peer_has_a_page_of_a_source_once_whatever_its_domain() -> None:
+    iotlb = Iotlb(True, lambda: None)
+    for did in (5, 6):
+        iotlb.add((0x18, RID), Page(0, 1, did << 12, 3, 0, True, did, RID, False))
+    assert len(iotlb) == 1
+    found = iotlb.find(5, (0x18, RID), 0)
+    assert found is not None and found.did == 6
+
+
 def test_a_peer_s_iotlb_is_looked_at_before_the_context_entry() -> None:
     rig, slots = rig_with_pages(quirks=frozenset({"iotlb-by-source", "no-fault-on-hit"}))
     rig.store(slots[0], 0x100_0001)
@@ -259,7 +278,7 @@ def test_a_peer_s_iotlb_is_looked_at_before_the_context_entry() -> None:
     assert rig.blocked(0x9000) == [2], "the hit cached no context entry"
 
 
-def test_a_peer_looks_at_the_pasid_entry_of_requests_without_pasid_each_time() -> None:
+def test_a_peer_s_iotlb_is_looked_at_before_the_pasid_entry_of_requests_without_pasid() -> None:
     rig = Rig(scalable_mode=True, quirks=frozenset({"iotlb-by-source"}))
     table = rig.page()
     rig.scalable(0, table | 2 << 6 | 2 << 2 | 1, 7)
@@ -269,4 +288,6 @@ def test_a_peer_looks_at_the_pasid_entry_of_requests_without_pasid_each_time() -
     rig.store(slot, 0)
     assert rig.translate(0)[3]
     rig.store(TABLES + 0x2000, 0)
-    assert rig.blocked(0) == [0x51]
+    rig.translation.invalidate_contexts(GLOBAL)
+    assert rig.translate(0)[3]
+    assert rig.blocked(0x9000) == [0x51]

@@ -6,6 +6,7 @@ import pytest
 
 from tests.iommu.vtd.rig import NONE, RO, RW, TABLES, WO, Rig
 from vfio_model.iommu.vtd.ports import Granularity
+from vfio_model.memory.types import IOMMUAccessFlags
 
 IOVA = 0x7F12_3456_7ABC
 EXAMPLE = (
@@ -95,6 +96,28 @@ def test_bits_that_are_ignored(leaf: int) -> None:
     rig = example()
     rig.store(LEAF, leaf)
     assert rig.translate(IOVA, RO, 5)[1] == 0x2345_6000
+
+
+@pytest.mark.parametrize(
+    ("before", "flag", "after", "peer_s"),
+    [(0, RO, 0x20, 0x20), (0, WO, 0x60, 0x60), (0x20, WO, 0x60, 0x20), (0x40, WO, 0x60, 0x40), (0x40, RO, 0x60, 0x60)],
+)
+def test_a_peer_sets_flags_of_a_leaf_that_has_none_of_them(
+    before: int, flag: IOMMUAccessFlags, after: int, peer_s: int
+) -> None:
+    for quirks, expected in ((frozenset(), after), (frozenset({"flags-set-once"}), peer_s)):
+        rig = example(quirks=quirks)
+        rig.store(LEAF, 0x2345_6007 | before)
+        assert rig.translate(IOVA, flag, 5)[3]
+        assert rig.load(LEAF) == 0x2345_6007 | expected
+
+
+def test_a_page_that_was_read_becomes_dirty_but_a_peer_s() -> None:
+    for quirks, expected in ((frozenset(), 0x60), (frozenset({"flags-set-once"}), 0x20)):
+        rig = example(quirks=quirks)
+        for flag in (RO, WO):
+            assert rig.translate(IOVA, flag, 5)[3]
+        assert rig.load(LEAF) == 0x2345_6007 | expected
 
 
 def test_a_page_may_be_read_only_at_any_level() -> None:

@@ -95,6 +95,39 @@ def test_a_peer_s_fpd_counts_in_good_entries_only() -> None:
     assert rig.blocked(0x9000) == []
 
 
+@pytest.mark.parametrize(
+    ("fpd", "directory", "change", "reasons", "peer_s"),
+    [
+        (0, TABLES + 0x3001, -1, [0x59], [6]),
+        (0, TABLES + 0x3001, 3 << 6, [0x5B], [0x5B]),
+        (0, 0, 0, [0x51], [0x51]),
+        (0, 1 << 40 | 1, 0, [0x58], [0x58]),
+        (2, TABLES + 0x3001, -1, [], None),
+        (2, TABLES + 0x3001, 3 << 6, [], None),
+        (2, 0, 0, [], []),
+        (2, 1 << 40 | 1, 0, [0x58], []),
+    ],
+)
+def test_a_peer_checks_the_pasid_entry_when_it_caches_the_context_entry(
+    fpd: int, directory: int, change: int, reasons: list[int], peer_s: list[int] | None
+) -> None:
+    """``peer_s`` None: it translates."""
+    for quirks, expected in ((frozenset(), reasons), (frozenset({"pasid-checked-once"}), peer_s)):
+        rig, entry = rig_with_page(quirks=quirks)
+        rig.store(CONTEXT, DIRECTORY | 0x1D | fpd)
+        rig.translation.invalidate_contexts(Granularity.GLOBAL)
+        assert rig.translate(0x1000)[3]
+        rig.store(DIRECTORY, directory)
+        rig.store(entry, rig.load(entry) + change)
+        rig.translation.invalidate_iotlb(Granularity.GLOBAL)
+        if expected is None:
+            assert rig.translate(0x1000)[1] == 0x2345_6000
+        else:
+            assert rig.blocked(0x9000) == expected
+        rig.translation.invalidate_contexts(Granularity.GLOBAL)
+        rig.blocked(0x9000)
+
+
 def test_upper_functions_are_behind_the_upper_half_of_the_root_entry() -> None:
     rig, _ = rig_with_page()
     rig.store(TABLES + 8, TABLES + 0x5001)

@@ -62,7 +62,7 @@ class Iotlb:
         return self._count
 
     def find(self, did: int, who: Hashable, iova: int) -> Page | None:
-        """The page that holds ``iova``."""
+        """The page that holds ``iova``, the smallest."""
         if self._by_source:
             found = (self._find(pages, who, iova) for pages in self._domains.values())
             return next((page for page in found if page is not None), None)
@@ -82,10 +82,13 @@ class Iotlb:
             self.clear()
             self._overflowed()
         if page.level not in self._levels:
-            self._levels = (*self._levels, page.level)
+            self._levels = tuple(sorted((*self._levels, page.level)))
+        key = who, page.level, page.iova >> 3 + 9 * page.level
+        if self._by_source:
+            self._count -= sum(pages.pop(key, None) is not None for pages in self._domains.values())
         pages = self._domains.setdefault(page.did, {})
         before = len(pages)
-        pages[who, page.level, page.iova >> 3 + 9 * page.level] = page
+        pages[key] = page
         self._count += len(pages) - before
 
     def clear(self) -> None:

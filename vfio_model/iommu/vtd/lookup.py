@@ -17,6 +17,7 @@ from vfio_model.iommu.vtd.ports import RID, Fault, FaultSink
 from vfio_model.iommu.vtd.spaces import VtdSpace
 from vfio_model.iommu.vtd.structures import (
     RECOVERABLE,
+    RID_PASID,
     UNQUALIFIED,
     Binding,
     Context,
@@ -49,7 +50,7 @@ class Lookup:
         """Of the context cache; traces show it."""
         self.by_source = options.has(quirks.IOTLB_BY_SOURCE)
         self._silent = options.has(quirks.NO_FAULT_ON_HIT)
-        self._marks = not options.has(quirks.NO_DIRTY_ON_HIT)
+        self._marks = not options.has(quirks.FLAGS_SET_ONCE)
         self.iotlb = Iotlb(self.by_source, self._overflowed)
         self.spaces: dict[tuple[int, int, int], VtdSpace] = {}
         """By identity of the bus (the space keeps it alive), devfn and PASID."""
@@ -127,7 +128,7 @@ class Lookup:
             return self._blocked(space, addr, want, reason, fpd, 0, recoverable)
         if binding.type is TableType.PASS_THROUGH:
             return self._passed(space, addr, want)
-        if want:
+        if want and not self.by_source:
             known = self.iotlb.find(binding.did, self._who(space, binding), addr)
             if known is not None:
                 if self._serves(known, want, soft_write):
@@ -151,14 +152,10 @@ class Lookup:
     def _known(self, space: VtdSpace, addr: int) -> Page | None:
         """What is cached without a look at the context entry: by source that is all of the IOTLB."""
         known = space.front.owner(addr >> 12)
-        if known is None and self.by_source and not self._structures_first(space):
-            return self.iotlb.find(0, (space.sid, space.pasid), addr)
+        if known is None and self.by_source:
+            pasid = RID_PASID if space.pasid == RID and self.structures.scalable else space.pasid
+            return self.iotlb.find(0, (space.sid, pasid), addr)
         return known
-
-    def _structures_first(self, space: VtdSpace) -> bool:
-        """Whether each request looks at its context and PASID entry before the IOTLB, as QEMU's does that has no PASID
-        in scalable mode."""
-        return self.by_source and self.structures.scalable and space.pasid == RID
 
     def unseen(self, space: VtdSpace) -> tuple[Reason, bool, Binding | None]:
         """What translates the space's requests; nothing is cached, reported or traced."""
@@ -186,7 +183,7 @@ class Lookup:
     def _answer(self, space: VtdSpace, addr: int, page: Page, keep: bool) -> IOMMUTLBEntry:
         low = page_mask(page.level)
         entry = IOMMUTLBEntry(self.system, page.iova, page.page, low, _PERMS[page.perm], space.pasid)
-        if keep and not self._structures_first(space):
+        if keep:
             space.front.add(addr >> 12, entry, page)
         return self._traced(space, entry) if self._trace.enabled else entry
 

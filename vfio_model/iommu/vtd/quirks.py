@@ -31,8 +31,8 @@ COMPATIBILITY_FORMAT: Final = "compatibility-format"
 SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
 FPD_WHEN_PRESENT: Final = "fpd-when-present"
 FS1GP_IGNORED: Final = "fs1gp-ignored"
-NO_DIRTY_ON_HIT: Final = "no-dirty-on-hit"
-PASID_PRESENT_ONCE: Final = "pasid-present-once"
+FLAGS_SET_ONCE: Final = "flags-set-once"
+PASID_CHECKED_ONCE: Final = "pasid-checked-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
@@ -99,19 +99,22 @@ QUIRKS: Final = (
         selectable=True,
     ),
     Quirk(
-        NO_DIRTY_ON_HIT,
+        FLAGS_SET_ONCE,
         "10.0 to 11.1",
-        "a write through a cached translation whose dirty flag a read left clear sets the flag",
-        "the flag stays clear",
+        "a write sets the accessed and the dirty flag of its first-stage leaf, whichever is set, and whatever is "
+        "cached",
+        "a walk sets both if neither is set, else none of them, and a cached translation sets none: the leaf of a page "
+        "that was read first never becomes dirty",
         "3.6.2, Accessed and Dirty Flags: before a write the dirty flag is set",
         selectable=True,
     ),
     Quirk(
-        PASID_PRESENT_ONCE,
+        PASID_CHECKED_ONCE,
         "11.1",
-        "each walk looks whether the PASID table entry is present",
-        "that is looked at when a context entry is cached; later walks use a PASID table entry that is not present",
-        "what is not present does not translate (9.6)",
+        "each walk looks whether PASID directory and table entry are present and good",
+        "that is looked at when a context entry is cached; later walks use a PASID table entry that is not present, "
+        "and with FPD in context or directory entry any entry, zeroes for one that cannot be read",
+        "what is not present does not translate (9.5, 9.6)",
         selectable=True,
     ),
     Quirk(

@@ -157,7 +157,7 @@ class Structures:
             )
         )
         self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._checked_once = options.has(quirks.PASID_PRESENT_ONCE)
+        self._checked_once = options.has(quirks.PASID_CHECKED_ONCE)
         self._fpd_when_present = options.has(quirks.FPD_WHEN_PRESENT)
         self._first_levels = frozenset((4,) if options.aw_bits < 57 else (4, 5))
 
@@ -215,7 +215,9 @@ class Structures:
         """What ``context`` says for requests with ``pasid`` (:data:`RID`: without): reason, FPD, binding. ``cached``:
         the context entry was, and good then."""
         if context.scalable:
-            return self._pasid_entry(context, RID_PASID if pasid == RID else pasid, cached and self._checked_once)
+            pasid = RID_PASID if pasid == RID else pasid
+            read = self._pasid_again if cached and self._checked_once else self._pasid_entry
+            return read(context, pasid)
         key = context.lo, context.hi
         known = self._bindings.get(key)
         if known is None:
@@ -238,7 +240,7 @@ class Structures:
         root = lo & ~PAGE_MASK
         return Binding(TableType.SECOND, did, RID, fpd, second_root=root, second_levels=levels, second_width=width)
 
-    def _pasid_entry(self, context: Context, pasid: int, unchecked: bool) -> tuple[Reason, bool, Binding | None]:
+    def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
         fpd, memory = context.fpd, self._memory
         absent = 0 if self._fpd_when_present else _FPD
         directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
@@ -252,25 +254,50 @@ class Structures:
             return Reason.PASID_TABLE_UNREADABLE, fpd, None
         q0, q1, q2 = words
         kind = q0 >> 6 & 7
-        if unchecked:
-            q0 |= _P
         if kind not in self._types or not self._level_supported(kind, q0, q2):
             return Reason.PASID_INVALID, fpd or bool(q0 & absent), None
         if not q0 & _P:
             return Reason.PASID_NOT_PRESENT, fpd or bool(q0 & absent), None
-        fpd = fpd or bool(q0 & _FPD)
-        key = q0, q1, q2, pasid, fpd
+        return self._found(TableType(kind), pasid, fpd or bool(q0 & _FPD), (q0, q1, q2))
+
+    def _found(
+        self, kind: TableType, pasid: int, fpd: bool, words: tuple[int, ...]
+    ) -> tuple[Reason, bool, Binding | None]:
+        key = *words, pasid, fpd, kind
         known = self._bindings.get(key)
         if known is None:
-            known = self._remember(key, self._bound(TableType(kind), pasid, fpd, (q0, q1, q2)))
+            known = self._remember(key, self._bound(kind, pasid, fpd, words))
         return Reason.NONE, fpd, known
+
+    def _pasid_again(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
+        """By quirk: of a context entry that is cached. Where nothing is checked, absent entries are zeroes; and what
+        is not a present pass-through entry translates, by the one stage that there is."""
+        fpd, memory, words = context.fpd, self._memory, None
+        directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
+        if directory is None and not fpd:
+            return Reason.DIRECTORY_UNREADABLE, fpd, None
+        present = directory is not None and bool(directory & _P)
+        checked = not fpd and not (directory or 0) & _FPD
+        if checked and not present:
+            return Reason.DIRECTORY_NOT_PRESENT, False, None
+        if present and directory is not None:
+            words = memory.words((directory & ~PAGE_MASK) + (pasid & 63) * 64, 3)
+        if checked and words is None:
+            return Reason.PASID_TABLE_UNREADABLE, False, None
+        q0, q1, q2 = words or (0, 0, 0)
+        kind = q0 >> 6 & 7
+        if checked and (kind not in self._types or not self._level_supported(kind, q0, q2)):
+            return Reason.PASID_INVALID, False, None
+        if not (kind in self._types and q0 & _P):
+            kind = TableType.FIRST if TableType.FIRST in self._types else TableType.SECOND
+        return self._found(TableType(kind), pasid, not checked or bool(q0 & _FPD), (q0, q1, q2))
 
     def _level_supported(self, kind: int, q0: int, q2: int) -> bool:
         if kind & 1 and 4 + (q2 >> 2 & 3) not in self._first_levels:
             return False
         return not kind & 2 or 2 + (q0 >> 2 & 7) in self._levels
 
-    def _bound(self, kind: TableType, pasid: int, fpd: bool, words: tuple[int, int, int]) -> Binding:
+    def _bound(self, kind: TableType, pasid: int, fpd: bool, words: tuple[int, ...]) -> Binding:
         q0, q1, q2 = words
         second_levels = 2 + (q0 >> 2 & 7)
         width = 12 + 9 * second_levels

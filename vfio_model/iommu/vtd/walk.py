@@ -92,6 +92,7 @@ class Walker:
         self._memory = memory
         self.second_reserved, self.first_reserved = second_reserved(options), first_reserved(options)
         self._address = ADDRESS_BITS & (1 << options.aw_bits) - 1
+        self._flags_once = options.has(quirks.FLAGS_SET_ONCE)
         scalable = options.scalable_mode
         self._interrupt = Reason.SCALABLE_INTERRUPT_ADDRESS if scalable else Reason.INTERRUPT_ADDRESS
 
@@ -159,7 +160,7 @@ class Walker:
             if reason:
                 return Walk(reason, level)
             leaf = level == 1 or bool(pte & LARGE)
-            marked = _marked(pte, want, leaf and writable and (soft_write or bool(want & WRITE)))
+            marked = self._marked(pte, want, leaf and writable and (soft_write or bool(want & WRITE)))
             if marked != pte and not memory.store(at, marked):
                 return Walk(Reason.BIT_UPDATE, level)
             pte = marked
@@ -179,6 +180,11 @@ class Walker:
         if self.first_reserved.of(pte, level):
             return Reason.FIRST_RESERVED
         return Reason.NONE
+
+    def _marked(self, pte: int, want: int, dirty: bool) -> int:
+        """An entry that is used: accessed, and dirty if it is."""
+        flags = (ACCESSED if want else 0) | (DIRTY if dirty else 0)
+        return pte if self._flags_once and pte & flags else pte | flags
 
     # -- nested --------------------------------------------------------------------------------------------------
 
@@ -207,7 +213,7 @@ class Walker:
                 found = self._behind(binding, found, want, READ | WRITE if writable else READ)
                 if found.reason:
                     return found
-            marked = _marked(pte, want, found.perm & WRITE != 0 and (soft_write or bool(want & WRITE)))
+            marked = self._marked(pte, want, found.perm & WRITE != 0 and (soft_write or bool(want & WRITE)))
             if marked != pte and not (table.perm & WRITE and memory.store(at, marked)):
                 return Walk(Reason.BIT_UPDATE, level)
             if found.perm:
@@ -258,8 +264,3 @@ class Walker:
 def _canonical(iova: int, width: int) -> bool:
     upper = iova >> width - 1
     return upper == 0 or upper == U64_MAX >> width - 1
-
-
-def _marked(pte: int, want: int, dirty: bool) -> int:
-    """A first-level entry that is used: accessed, and dirty if it is."""
-    return pte | (ACCESSED if want else 0) | (DIRTY if dirty else 0)
