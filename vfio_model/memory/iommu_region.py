@@ -41,6 +41,9 @@ class IOMMUMemoryRegion(MemoryRegion):
     cache_events = IOMMUNotifierFlag.IOTLB_EVENTS
     """The events that somebody who caches translations has to hear of. An IOMMU that never gives a translated page
     another meaning without an UNMAP needs no MAP here."""
+    whole_space = False
+    """Whether it is all that a function can address, and not a window that the guest asked for: nobody needs to be able
+    to map all of it, and the guest does not hear of what cannot be mapped."""
     marks_writes = False
     """Whether a translation for a write leaves a mark in a table (a dirty bit): one for a read is not to write by."""
 

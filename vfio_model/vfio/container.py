@@ -90,8 +90,8 @@ class Tracker(Protocol):
     def unmap(self, iova: int, size: int) -> None:
         """Unmap, in the queue's place. :raise OSError: as the host does."""
 
-    def mapped(self) -> None:
-        """What was queued to be mapped is mapped; entries that were overwritten lead elsewhere now."""
+    def mapped(self, maps: memoryview) -> None:
+        """These ``struct vfio_iommu_type1_dma_map`` are mapped; entries that were overwritten lead elsewhere now."""
 
 
 class MappingQueue:
@@ -137,24 +137,40 @@ class MappingQueue:
             iova, size = Iova(iova + half), half
         self._append(_UNMAP, _pack_unmap(DmaUnmap.SIZE, 0, iova, size), 1)
 
-    def flush(self) -> OSError | None:
+    def flush(self, *, go_on: bool = False) -> OSError | None:
         """Send everything queued and wait for the answers.
 
-        :returns: None, or the host's first error; what was queued behind it is dropped, what came before stays done. A
-            host that is gone is not an error (see the module text).
+        :param go_on: leave out what the host refuses, and do the rest; without it what was queued behind is dropped,
+            for a caller that undoes the whole. What came before stays done.
+        :returns: None, or the host's first error. A host that is gone is not an error (see the module text).
         """
         pending, self._pending = self._pending, []
-        if self.lost:
-            return None
+        first: OSError | None = None
         try:
             for cmd, args, count in pending:
-                self._send(cmd, args, count)
-        except BatchError as error:
-            self._trace("vfio_dma_error", errno=errno.errorcode.get(error.errno or 0, "?"), done=error.done)
-            return error
-        except PeerLost as error:
-            self.gone(error)
-        return None
+                error = None if self.lost else self._send_all(cmd, memoryview(args), count, go_on)
+                first = first or error
+                if error is not None and not go_on:
+                    break
+        except PeerLost as gone:
+            self.gone(gone)
+        return first
+
+    def _send_all(self, cmd: int, args: memoryview, count: int, go_on: bool) -> OSError | None:
+        size, done = len(args) // count, 0
+        first: OSError | None = None
+        while done < count:
+            try:
+                self._send(cmd, args[done * size :], count - done)
+            except BatchError as error:
+                self._trace("vfio_dma_error", errno=errno.errorcode.get(error.errno or 0, "?"), done=error.done)
+                first = first or error
+                done += error.done + 1
+            else:
+                break
+            if not go_on:
+                break
+        return first
 
     def _send(self, cmd: int, args: bytes | bytearray | memoryview, count: int) -> None:
         if self.tracker is None:
@@ -162,8 +178,13 @@ class MappingQueue:
         elif cmd == _UNMAP:
             self._unmap_tracked(self.tracker, args, count)
         else:
-            self._port.ioctl_many(self._handle, cmd, args, count)
-            self.tracker.mapped()
+            maps = memoryview(args)
+            try:
+                self._port.ioctl_many(self._handle, cmd, args, count)
+            except BatchError as error:
+                self.tracker.mapped(maps[: error.done * DmaMap.SIZE])
+                raise
+            self.tracker.mapped(maps[: count * DmaMap.SIZE])
 
     @staticmethod
     def _unmap_tracked(tracker: Tracker, args: bytes | bytearray | memoryview, count: int) -> None:

@@ -4,6 +4,8 @@ Who tracks writes (:mod:`vfio_model.vfio.dirty_source`) knows bus addresses, the
 the guest's translations: this listener follows them as the mapping listener does, and remembers each until it was
 unmapped on the host, or another took its place there. For while writes are tracked an unmap collects what was written
 until it took effect; that belongs to the RAM that the entry led to, which the guest's table does not know any more.
+Of an IOMMU that translates all that a function can address, what the host carried out is followed instead
+(:mod:`.host_maps`).
 
 Source: QEMU's ``docs/devel/migration/vfio.rst`` ("System memory dirty pages tracking when vIOMMU is enabled").
 """
@@ -20,9 +22,11 @@ from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import RAMRegion
 from vfio_model.memory.types import IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.ranges import U64_MAX, Gpa, Range
+from vfio_model.uapi.vfio import DmaMap
 from vfio_model.vfio.container import MappingBackend
 from vfio_model.vfio.dirty_source import DirtySource
-from vfio_model.vfio.ram_span import ram_span
+from vfio_model.vfio.host_maps import HostMaps
+from vfio_model.vfio.ram_span import RAMSpan, ram_span
 
 Mark = Callable[[RAMBlock, int, int], None]
 """``mark(block, offset, size)``: these bytes were written."""
@@ -99,8 +103,13 @@ class _Followed:
         """Whether the page at a bus address leads somewhere now."""
         return bool(self.words[self._index(page)] & _RW)
 
-    def gpa(self, iova: int) -> int | None:
-        """Where the host's mapping of ``iova`` leads."""
+    def ram(self, iova: int, system: AddressSpace) -> RAMSpan | None:
+        """The RAM that the host's mapping of ``iova`` leads to, as far as one page goes."""
+        gpa = self._gpa(iova)
+        span = ram_span(system, Gpa(gpa)) if gpa is not None else None
+        return span and span._replace(size=min(span.size, self.page - (iova & self.page - 1)))
+
+    def _gpa(self, iova: int) -> int | None:
         page, within = iova & -self.page, iova & self.page - 1
         found = self.going.get(page)
         if found is None:
@@ -122,13 +131,19 @@ class DirtySync(MemoryListener):
         self._source, self._backend = source, backend
         self._space, self._system, self._mark = space, system, mark
         self._followed: list[_Followed] = []
+        self._whole: list[HostMaps] = []
+        self._started = False
         self._ram: list[MemoryRegionSection] = []
 
     def start(self) -> None:
         """Every write from now on will be reported. :raise OSError, PeerLost: tracking cannot start."""
+        for each in self._space.view.ranges:
+            if isinstance(each.region, IOMMUMemoryRegion):
+                each.region.flush()
         self._source.start()
         self._space.register_listener(self)
         self._backend.queue.tracker = self
+        self._started = True
 
     def stop(self) -> None:
         """Report nothing more; what was not asked for is forgotten. :raise OSError: as the host does."""
@@ -139,7 +154,11 @@ class DirtySync(MemoryListener):
 
     def region_add(self, section: MemoryRegionSection) -> None:
         """Follow a section."""
-        if isinstance(section.mr, IOMMUMemoryRegion):
+        if isinstance(section.mr, IOMMUMemoryRegion) and section.mr.whole_space:
+            self._whole.append(HostMaps(section))
+            if not self._started:
+                self._whole[-1].learn(self._system)
+        elif isinstance(section.mr, IOMMUMemoryRegion):
             followed = _Followed(section, section.mr)
             self._followed.append(followed)
             section.mr.register_notifier(followed.notifier)
@@ -152,6 +171,7 @@ class DirtySync(MemoryListener):
         for followed in [f for f in self._followed if f.section == section]:
             self._followed.remove(followed)
             followed.region.unregister_notifier(followed.notifier)
+        self._whole = [maps for maps in self._whole if maps.section != section]
         if section in self._ram:
             self._ram.remove(section)
 
@@ -160,6 +180,9 @@ class DirtySync(MemoryListener):
         for followed in self._followed:
             for first, size in followed.known(followed.section.range.start, followed.section.range.last):
                 self._report(followed, first, self._source.query(first, size))
+        for maps in self._whole:
+            for first, size in maps.stretches(maps.section.range.start, maps.section.range.last, _LONGEST):
+                self._report(maps, first, self._source.query(first, size))
         for section in self._ram:
             for part in _populated(section):
                 self._report_ram(section, part, self._source.query(_to_bus(section, part), part.size))
@@ -173,6 +196,10 @@ class DirtySync(MemoryListener):
                 self._report(followed, first, self._source.unmap(first, length))
             for page in going:
                 del followed.going[page]
+        for maps in self._whole:
+            for first, length in list(maps.stretches(iova, iova + size - 1, _LONGEST)):
+                self._report(maps, first, self._source.unmap(first, length))
+            maps.unmapped(iova, iova + size - 1)
         for section in self._ram:
             met = section.range.intersect(Range.sized(iova, size))
             if met is not None:
@@ -180,10 +207,14 @@ class DirtySync(MemoryListener):
                 self._report_ram(section, part, self._source.unmap(met.start, met.size))
         self._backend.container.unmap_dma(iova, size)
 
-    def mapped(self) -> None:
+    def mapped(self, maps: memoryview) -> None:
         """Entries that were overwritten in place (sPAPR) lead elsewhere now. What is written at their addresses from
         now on cannot be told from what was written before: both pages count.
         """
+        for whole in self._whole:
+            for _, flags, vaddr, iova, size in DmaMap.FORMAT.iter_unpack(maps):
+                if whole.section.range.start <= iova <= whole.section.range.last:
+                    whole.mapped(iova, size, flags & _RW, vaddr)
         for followed in self._followed:
             overwritten = [page for page in followed.going if followed.leads(page)]
             for first, length in _stretches(overwritten, followed.page):
@@ -193,16 +224,15 @@ class DirtySync(MemoryListener):
                     del followed.going[page]
                 self._report(followed, first, bitmap)
 
-    def _report(self, followed: _Followed, first: int, bitmap: bytes) -> None:
+    def _report(self, followed: _Followed | HostMaps, first: int, bitmap: bytes) -> None:
         page = self._source.page
         for number, count in _runs(bitmap):
             iova, end = first + number * page, first + (number + count) * page
             while iova < end:
-                size = min(end, (iova | followed.page - 1) + 1) - iova
-                gpa = followed.gpa(iova)
-                span = ram_span(self._system, Gpa(gpa)) if gpa is not None else None
+                span = followed.ram(iova, self._system)
+                size = min(end - iova, span.size if span is not None else page)
                 if span is not None:
-                    self._mark(span.block, span.offset, min(size, span.size))
+                    self._mark(span.block, span.offset, size)
                 iova += size
 
     def _report_ram(self, section: MemoryRegionSection, part: Range, bitmap: bytes) -> None:

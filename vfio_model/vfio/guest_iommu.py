@@ -75,7 +75,6 @@ class VFIOGuestIOMMU:
         section: MemoryRegionSection,
         system: AddressSpace,
         *,
-        refused: OSError | None = None,
         trace: Trace = NULL_TRACE,
     ) -> None:
         region = section.mr
@@ -83,7 +82,7 @@ class VFIOGuestIOMMU:
         self.section = section
         self.iommu_mr = region
         self.iommu_offset = (section.offset_within_address_space - section.offset_within_region) & U64_MAX
-        self.refused = refused
+        self.refused: OSError | None = None
         """Set when the host gave no window for this section: nothing is mapped, and every flush says so."""
         self._backend, self._system, self._trace = backend, system, trace
         self._mapped = _MappedChunks(region.get_min_page_size())
@@ -107,7 +106,7 @@ class VFIOGuestIOMMU:
         self.notifier.in_kernel = linked
 
     def _flush(self) -> OSError | None:
-        return self.refused or self._backend.queue.flush()
+        return self.refused or self._backend.queue.flush(go_on=self.iommu_mr.whole_space)
 
     def _map_notify(self, _notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:
         if self.refused:

@@ -136,30 +136,36 @@ class VFIOListener(MemoryListener):
             self._map_ram(section)
 
     def _add_iommu(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> None:
-        refused: OSError | None = None
-        linked = False
+        giommu = VFIOGuestIOMMU(self._backend, section, self._system, trace=self._trace)
         try:
             self._backend.add_window(section)
-            linked = self._linked(section, region)
+            giommu.linked = self._linked(section, region)
         except OSError as error:
-            refused = error
-            self._failed(error)
+            giommu.refused = error
+        if not self._backend.whole_windows:
+            self._register(giommu)
+        if giommu.refused is not None:
+            self._failed(giommu.refused)
         self._trace(
             "vfio_listener_region_add_iommu",
             start=section.range.start,
             end=section.range.last,
-            refused=str(refused) if refused else "",
+            refused=str(giommu.refused) if giommu.refused else "",
         )
-        giommu = VFIOGuestIOMMU(self._backend, section, self._system, refused=refused, trace=self._trace)
-        giommu.linked = linked
         self._guest_iommus.append(giommu)
-        if self._backend.whole_windows:
-            return
-        region.register_notifier(giommu.notifier)
-        if refused is None:
+        if giommu.refused is None and not self._backend.whole_windows:
             region.replay(giommu.notifier)
-            if failed := self._backend.queue.flush():
+            if failed := giommu.notifier.flush():
                 self._failed(failed)
+
+    def _register(self, giommu: VFIOGuestIOMMU) -> None:
+        """One whose IOMMU tells nobody of what is mapped is refused, as one without a window is."""
+        try:
+            giommu.iommu_mr.register_notifier(giommu.notifier)
+        except OSError as error:
+            if giommu.refused is None:
+                self._backend.del_window(giommu.section)
+                giommu.refused = error
 
     def _linked(self, section: MemoryRegionSection, region: IOMMUMemoryRegion) -> bool:
         """:raise OSError: KVM does not link the table; the window is gone again then."""
@@ -193,7 +199,7 @@ class VFIOListener(MemoryListener):
         if giommu is None:
             return
         self._guest_iommus.remove(giommu)
-        if not self._backend.whole_windows:
+        if giommu.notifier in section.mr.notifiers:
             section.mr.unregister_notifier(giommu.notifier)
         if giommu.refused is None:
             self._backend.queue.unmap(Iova(section.range.start), section.size)

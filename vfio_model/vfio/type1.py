@@ -140,13 +140,14 @@ class Type1:
         return value
 
     def add_window(self, section: MemoryRegionSection) -> None:
-        """Make sure that ``section`` can be mapped.
+        """Make sure that ``section`` can be mapped. Of a whole space no more than what the guest maps there has to be.
 
         :raise OSError: EINVAL when it leaves the host's IOVA ranges, or its IOMMU has smaller pages than the host.
         """
         if self.queue.lost:
             return
-        if self.windows.lookup(section.range) is None:
+        whole = isinstance(section.mr, IOMMUMemoryRegion) and section.mr.whole_space
+        if not whole and self.windows.lookup(section.range) is None:
             raise OSError(errno.EINVAL, f"the container can't map {section.range}: outside the host's IOVA ranges")
         smallest = self.pgsizes & -self.pgsizes
         if isinstance(section.mr, IOMMUMemoryRegion) and section.mr.get_min_page_size() < smallest:

@@ -65,6 +65,7 @@ class VtdRegion(IOMMUMemoryRegion):
     """Everything that a function can address, translated."""
 
     cache_events = IOMMUNotifierFlag.UNMAP
+    whole_space = True
     marks_writes = True
 
     def __init__(self, space: VtdSpace, resolver: Resolver, trace: Trace) -> None:
