@@ -9,7 +9,6 @@ how large this one is; level 0: the walk never began.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from vfio_model.iommu.vtd import quirks
@@ -232,33 +231,6 @@ class Walker:
         level = min(leaf.level, second.level)
         page = (second.page | gpa & page_mask(second.level)) & ~page_mask(level)
         return Walk(Reason.NONE, level, page, second.perm & perm, leaf.pte)
-
-    # -- all that is mapped --------------------------------------------------------------------------------------
-
-    def leaves(self, binding: Binding, first: int, last: int) -> Iterator[tuple[int, Walk]]:
-        """Every page with a permission in ``first``..``last`` (inclusive), with its iova, in order: second level."""
-        top = (1 << binding.second_width) - 1
-        if first <= top:
-            yield from self._below(binding.second_root, binding.second_levels, 0, first, min(last, top), READ | WRITE)
-
-    def _below(self, table: int, level: int, base: int, first: int, last: int, perm: int) -> Iterator[tuple[int, Walk]]:
-        shift = 3 + 9 * level
-        words = self._memory.words(table, 512)
-        if words is None:
-            return
-        low = max(first - base, 0) >> shift
-        high = min(last - base >> shift, 511)
-        for number, pte in enumerate(words[low : high + 1].tolist(), low):
-            granted = perm & pte
-            if not pte & (READ | WRITE) or self.second_reserved.of(pte, level):
-                continue
-            iova = base + (number << shift)
-            if level == 1 or pte & LARGE:
-                page = pte & self._address & ~page_mask(level)
-                if granted and not (page <= INTERRUPT_LAST and page | page_mask(level) >= INTERRUPT_FIRST):
-                    yield iova, Walk(Reason.NONE, level, page, granted, pte)
-            elif granted:
-                yield from self._below(pte & self._address, level - 1, iova, first, last, granted)
 
 
 def _canonical(iova: int, width: int) -> bool:
