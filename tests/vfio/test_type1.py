@@ -19,9 +19,11 @@ from vfio_model.iommu.spapr.ddw import DmaOptions
 from vfio_model.machine.pseries import PseriesMachine, PseriesOptions
 from vfio_model.memory.lane import Lane
 from vfio_model.memory.ram import RAMBlock
+from vfio_model.ranges import Iova
 from vfio_model.trace import ListTrace
 from vfio_model.uapi.containers import ContainerKind
 from vfio_model.uapi.vfio import Ioctl
+from vfio_model.vfio import type1
 from vfio_model.vfio.connect import connect_container
 from vfio_model.vfio.direct import DirectPort
 from vfio_model.vfio.dirty import DirtySync
@@ -210,6 +212,37 @@ def test_dirty_pages_are_asked_for_by_bus_address() -> None:
     assert backend.unmap_dirty_bitmap(0, 16 * 4096) == bytes([16]) + bytes(7)
     backend.set_dirty_page_tracking(False)
     assert chain.host_view() == {}
+
+
+@pytest.mark.parametrize("first", [0, 5, 16])
+def test_a_mapping_that_is_longer_than_one_question_is_never_cut(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    monkeypatch.setattr(type1, "_BITMAP_PAGES", 16)
+    chain = Type1Chain()
+    assert chain.container is not None
+    backend, page = chain.container.backend, 4096
+    assert isinstance(backend, Type1)
+    backend.queue.map(Iova(first * page), 64 * page, HVA, readonly=False)
+    assert backend.queue.flush() is None
+    driver = chain.host.groups[26].container.driver  # type: ignore[union-attr]
+    assert isinstance(driver, Type1Container)
+    sizes = [block.bytes // page for block in driver.mappings]
+    assert sum(sizes) == 64 and max(sizes) == 16
+    backend.set_dirty_page_tracking(True)
+    token = chain.container.groups["/dev/vfio/26"].get_device_fd(DEVICE)
+    noted = bytearray(64 * MIB)
+    chain.host.set_dirty_map(token, memoryview(noted))
+    place = chain.direct.mm.find(HVA).segment.hpa  # type: ignore[union-attr]
+
+    def note(*pages: int) -> int:
+        for number in pages:
+            noted[(place.to_hpa(number * page) - (1 << 32)) >> 12] = 1
+        return sum(1 << number for number in pages)
+
+    wanted = note(0, 10, 11, 15, 31, 63)
+    assert int.from_bytes(backend.query_dirty_bitmap(first * page, 64 * page), "little") == wanted
+    wanted = note(1, 12, 62)
+    assert int.from_bytes(backend.unmap_dirty_bitmap(first * page, 64 * page), "little") == wanted
+    assert not list(driver.mappings)
 
 
 class Tracked:

@@ -12,7 +12,7 @@ counts as written. So does memory beyond the end of the maps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from vfio_model.batch.lazy import lazy_numpy
@@ -64,23 +64,42 @@ def extents(table: IoPageTable, blocks: Iterable[Block]) -> Iterator[Extent]:
                     yield Extent(block, at << PAGE_SHIFT, count, 0, tces)
 
 
-def collect(found: Iterable[Extent], writers: Iterable[Writer], page: int, first: int, bitmap: bytearray) -> None:
-    """Set a bit of ``bitmap`` for every page of ``page`` bytes in ``found`` that was written; bit 0 stands for the page
-    at bus address ``first``, which is not above any of them. What was seen is clear from now on.
+class Collection:
+    """What ``writers()`` have written of extents that are given one after another, in ``bitmap``: a bit for every page
+    of ``page`` bytes, of which bit 0 stands for the page at bus address ``first``, which is not above any of them. What
+    was seen is clear from then on.
     """
-    maps = [writer.dirty for writer in writers if writer.open_count]
-    known = [m for m in maps if m is not None]
-    blocks: dict[int, Block] = {}
-    for extent in found:
+
+    def __init__(self, writers: Callable[[], Iterable[Writer]], page: int, first: int, bitmap: bytearray) -> None:
+        self._writers, self._page, self._first, self._bitmap = writers, page, first, bitmap
+        self._blocks: dict[int, Block] = {}
+
+    def take(self, extent: Extent) -> None:
+        """Look at one."""
+        maps = [writer.dirty for writer in self._writers() if writer.open_count]
+        known = [m for m in maps if m is not None]
         everything = extent.block.dirty or len(known) < len(maps)
         written = (
             _written_leaves(extent, known, everything) if extent.entry else _written(extent.tces, known, everything)
         )
         if written is not None:
-            _or_bits(bitmap, (extent.iova - first) // page, written.reshape(-1, page >> PAGE_SHIFT).any(1))
-        blocks[id(extent.block)] = extent.block
-    for block in blocks.values():
-        block.dirty = False
+            at = (extent.iova - self._first) // self._page
+            _or_bits(self._bitmap, at, written.reshape(-1, self._page >> PAGE_SHIFT).any(1))
+        self._blocks[id(extent.block)] = extent.block
+
+    def end(self) -> None:
+        """Everything was looked at."""
+        for block in self._blocks.values():
+            block.dirty = False
+
+
+def collect(found: Iterable[Extent], writers: Iterable[Writer], page: int, first: int, bitmap: bytearray) -> None:
+    """A :class:`Collection` of all of ``found`` at once."""
+    writers = list(writers)
+    collection = Collection(lambda: writers, page, first, bitmap)
+    for extent in found:
+        collection.take(extent)
+    collection.end()
 
 
 def _written(tces: Any, maps: list[memoryview], everything: bool) -> Any:

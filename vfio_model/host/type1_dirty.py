@@ -1,6 +1,8 @@
 """``VFIO_IOMMU_DIRTY_PAGES``, and the dirty bitmap of an unmap.
 
 Switching tracking on is a revocation: a section that began before it notes nothing, and must be over before the answer.
+Looking at what was written goes in slices, as all work that may be long; that of an unmap waits for its end, and is as
+long as one question.
 Sources: ``include/uapi/linux/vfio.h``, ``VFIO_IOMMU_DIRTY_PAGES`` and ``VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP``.
 """
 
@@ -10,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from errno import EFAULT, EINVAL
 
 from vfio_model.host.container import copy_in
-from vfio_model.host.dirty import Extent, collect, extents
+from vfio_model.host.dirty import Collection, Extent, collect, extents
 from vfio_model.host.group import Group, HostDevice
-from vfio_model.host.pending import Revocation
+from vfio_model.host.pending import Revocation, Work
 from vfio_model.host.type1_mappings import Block, Mappings
 from vfio_model.host.type1_table import IoPageTable
 from vfio_model.ranges import U64_MAX
@@ -31,6 +33,9 @@ _START, _STOP, _GET = (
     int(DirtyPagesFlags.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP),
     int(DirtyPagesFlags.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP),
 )
+
+_PAGES_OF_AN_ENTRY = 2
+"""Shift: so many pages of 4 KiB are looked at in the time that storing an entry of a table takes."""
 
 
 class DirtyTracking:
@@ -89,11 +94,22 @@ class DirtyTracking:
     def _start(self, revocation: Revocation) -> None:
         self.on = True
         self._closes = _closes(self.groups)
-        for block in self.mappings:  # what was noted when tracking was on before
-            collect(extents(self.table, [block]), self._devices(), self.page, block.iova, bytearray(self._bytes(block)))
+        revocation.run(self._begin(revocation))
+        revocation.later(self._lanes, lambda: None)
+
+    def _begin(self, revocation: Revocation) -> Work:
+        for block in list(self.mappings):  # what was noted when tracking was on before
+            yield from self._collect([block], block.iova, bytearray(self._bytes(block)), revocation)
         for group in self.groups:
             group.set_dirty(True)
-        revocation.later(self._lanes, lambda: None)
+
+    def _collect(self, blocks: Iterable[Block], first: int, bits: bytearray, revocation: Revocation) -> Work:
+        collection = Collection(self._devices, self.page, first, bits)
+        for extent in extents(self.table, blocks):
+            collection.take(extent)
+            if revocation.spend((extent.pages >> _PAGES_OF_AN_ENTRY) + 1):
+                yield
+        collection.end()
 
     def stop(self) -> None:
         """Note nothing any more. Harmless twice."""
@@ -130,11 +146,17 @@ class DirtyTracking:
         self._look_for_closed()
         bits = bytearray(arg[bitmap.data : bitmap.data + bitmap.size])
         self.mappings.split(wanted.iova, last)
-        blocks = self.mappings.overlapping(wanted.iova, last)
-        collect(extents(self.table, blocks), self._devices(), self.page, wanted.iova, bits)
-        answer = arg[: bitmap.data] + bits + arg[bitmap.data + bitmap.size :]
+        blocks, closes = list(self.mappings.overlapping(wanted.iova, last)), self._closes
+        revocation.run(self._collect(blocks, wanted.iova, bits, revocation))
+
+        def answer() -> bytes:
+            if _closes(self.groups) != closes:  # between two slices, and what it wrote it may not have noted
+                self._look_for_closed()
+                collect(extents(self.table, blocks), self._devices(), self.page, wanted.iova, bits)
+            return arg[: bitmap.data] + bits + arg[bitmap.data + bitmap.size :]
+
         # The barrier between clearing the bytes that were seen, and copying the pages.
-        revocation.answer_later(self._lanes, lambda: answer)
+        revocation.answer_later(self._lanes, answer)
 
     def collect_later(
         self, blocks: Sequence[Block], first: int, bitmap: Bitmap, answer: bytes, revocation: Revocation

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable, Iterator
 
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.listener import MemoryRegionSection
-from vfio_model.ranges import U64_MAX
+from vfio_model.ranges import U64_MAX, Hva, Iova
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.uapi.containers import IOMMU_TYPES, ContainerKind
 from vfio_model.uapi.vfio import (
@@ -45,11 +46,33 @@ _MAP, _UNMAP = int(Ioctl.VFIO_IOMMU_MAP_DMA), int(Ioctl.VFIO_IOMMU_UNMAP_DMA)
 _DEFAULT_PGSIZES = 1 << 12
 _IN_THE_WAY = (errno.EEXIST, errno.EBUSY)
 _BITMAP_PAGES = 1 << 22
-"""Pages that one question asks for: a bitmap of 512 KiB, which fits one message of the port."""
+"""Pages that one question asks for: a bitmap of 512 KiB, which fits one message of the port. Questions begin and end
+at multiples of so many pages, and so does every mapping that is larger: none of them is cut by one.
+"""
+
+
+def _parts(iova: int, size: int, longest: int) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of the parts of a range between multiples of ``longest`` bytes; one that leaves the 64 bits stays
+    one, to be refused.
+    """
+    end = iova + size
+    while iova < end:
+        edge = iova - iova % longest + longest
+        part = (end if edge > U64_MAX else min(end, edge)) - iova
+        yield iova, part
+        iova += part
 
 
 class Type1Queue(MappingQueue):
     """A queue that unmaps what is in the way of a mapping."""
+
+    longest = 0
+    """Bytes: no mapping crosses a multiple of so many, if not 0."""
+
+    def map(self, iova: Iova, size: int, vaddr: Hva, *, readonly: bool, writeonly: bool = False) -> None:
+        """See ``MappingQueue``; a large one is several."""
+        for at, part in _parts(iova, size, self.longest) if self.longest else ((iova, size),):
+            super().map(Iova(at), part, Hva(vaddr + at - iova), readonly=readonly, writeonly=writeonly)
 
     def _send(self, cmd: int, args: bytes | bytearray | memoryview, count: int) -> None:
         done = retried = 0
@@ -88,7 +111,11 @@ class Type1:
     ) -> None:
         self.container, self.host_page_size, self.kind = container, host_page_size, kind
         self.windows = HostWindows()
-        self.queue: MappingQueue = Type1Queue(container.port, container.handle, trace=trace)
+        self._queue = Type1Queue(container.port, container.handle, trace=trace)
+        self.queue: MappingQueue = self._queue
+        self._longest = _BITMAP_PAGES * host_page_size
+        if kind == "type1v2":
+            self._queue.longest = self._longest
         self.dma_max_mappings = DMA_MAX_MAPPINGS
         self.coalesces = False
         self.write_only = self.whole_windows = False
@@ -172,14 +199,16 @@ class Type1:
         """One bit for each host page of ``size`` bytes from ``iova``, least significant first: written since it was
         last asked. What is not mapped is clean.
 
-        A range that is asked for in parts must have no mapping across their ends.
-
         :raise OSError: EINVAL when an end lies inside a mapping, or tracking is off.
         """
-        found, step = bytearray(), _BITMAP_PAGES * self.host_page_size
-        for first in range(iova, iova + size, step):
-            found += self._query(first, min(step, iova + size - first))
-        return bytes(found)
+        return self._in_parts(self._query, iova, size)
+
+    def _in_parts(self, ask: Callable[[int, int], bytes], iova: int, size: int) -> bytes:
+        """The bitmap of the whole; a part may begin in the middle of a byte of it."""
+        found, page = 0, self.host_page_size
+        for first, part in _parts(iova, size, self._longest):
+            found |= int.from_bytes(ask(first, part), "little") << (first - iova) // page
+        return found.to_bytes(dirty_bitmap_bytes(size // page), "little")
 
     def _query(self, iova: int, size: int) -> bytes:
         count = dirty_bitmap_bytes(size // self.host_page_size)
@@ -189,11 +218,12 @@ class Type1:
         return self._ioctl(Ioctl.VFIO_IOMMU_DIRTY_PAGES, head + bytes(count))[at:]
 
     def unmap_dirty_bitmap(self, iova: int, size: int) -> bytes:
-        """Unmap, and the bitmap of what was written until then; no write is lost in between. At most as long a range as
-        one message holds.
-        """
+        """Unmap, and the bitmap of what was written until then; no write is lost in between."""
         if failed := self.queue.flush():
             raise failed
+        return self._in_parts(self._unmap, iova, size)
+
+    def _unmap(self, iova: int, size: int) -> bytes:
         count, at = dirty_bitmap_bytes(size // self.host_page_size), DmaUnmap.SIZE + Bitmap.SIZE
         flag = DmaUnmapFlags.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
         arg = DmaUnmap(at, flag, iova, size).pack() + Bitmap(self.host_page_size, count, at).pack()
