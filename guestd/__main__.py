@@ -49,7 +49,7 @@ from vfio_model.errors import VfioModelError
 def main(
     directory: Path, config: Path, port: Path | None, notifier: str | None, clock: str, die_with_parent: bool
 ) -> None:
-    """Run a guest machine: a pseries model with a virtual IOMMU, its devices in this and other processes.
+    """Run a guest machine: a pseries or q35 model with a virtual IOMMU, its devices in this and other processes.
 
     Everything is done over the control socket guestd.ctl in the runtime directory; see `vfio-model --help` for the
     commands that use it.

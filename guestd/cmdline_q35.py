@@ -12,10 +12,10 @@ from guestd.cmdline_devices import DeviceWords, Globals, MachineAsked, MachineWo
 from guestd.device_options import place as place_of
 from guestd.device_options import written
 from guestd.machine_config import ANONYMOUS, BridgeConfig, IntelIommuConfig, Q35Config
-from guestd.machines.q35_info import IOMMU_PROPERTIES
+from guestd.machines.q35_info import BUS_TYPES, IOMMU_PROPERTIES
 from guestd.machines.q35_places import add_bridge, root_places
 from guestd.option_syntax import number, size, switch
-from guestd.places import EXPANDER, Occupant
+from guestd.places import EXPANDER, PORTS, Occupant
 from vfio_model.errors import ConfigError
 
 IOMMU: Final = "intel-iommu"
@@ -45,20 +45,21 @@ _RESERVE: Final[Mapping[str, str]] = {
     **{"bus-reserve": "uint32", "io-reserve": "size", "mem-reserve": "size", "pref32-reserve": "size"},
     "pref64-reserve": "size",
 }
+_SLOT: Final[Mapping[str, str]] = {
+    **{"aer_log_max": "uint16", "chassis": "uint8", "hotplug": "bool", "port": "uint8", "slot": "uint16"},
+    **{"power_controller_present": "bool", "x-do-not-expose-native-hotplug-cap": "bool"},
+}
 _BRIDGES: Final[Mapping[str, Mapping[str, str]]] = {
-    "pcie-root-port": {
-        **{"aer_log_max": "uint16", "chassis": "uint8", "hotplug": "bool", "port": "uint8", "slot": "uint16"},
-        **{"power_controller_present": "bool", "x-do-not-expose-native-hotplug-cap": "bool"},
-        **{"x-speed": "str", "x-width": "str"},
-        **_RESERVE,
-    },
+    "pcie-root-port": {**_SLOT, "x-speed": "str", "x-width": "str", **_RESERVE},
+    "ioh3420": _SLOT,
+    "x3130-upstream": {"aer_log_max": "uint16", "port": "uint8"},
+    "xio3130-downstream": _SLOT,
     "pcie-pci-bridge": {"msi": "OnOffAuto"},
     "i82801b11-bridge": {},
     "pci-bridge": {"chassis_nr": "uint8", "msi": "OnOffAuto", "shpc": "bool", **_RESERVE},
     EXPANDER: {"bus_nr": "uint8", "bypass_iommu": "bool", "numa_node": "uint16"},
 }
 """Properties of their own, by driver, with types."""
-_BUS_TYPES: Final = {"pcie-root-port": "pcie", EXPANDER: "pxb-pcie-bus"}
 
 
 def _help(properties: Mapping[str, str]) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ class Q35Words(MachineWords):
         self.buses.check(bus, devfn, Occupant(driver, shown, several), False)
         self._check_numbers(driver, props)
         place = {"bus": bus.name, "addr": written(devfn), "multifunction": several}
-        bus_name = None if shown else self._free_name(_BUS_TYPES.get(driver, "pci"))
+        bus_name = None if shown else self._free_name(BUS_TYPES.get(driver, "PCI").lower())
         fields = {"driver": driver, "id": name, **place, "bus_name": bus_name, "props": props}
         bridge = msgspec.convert(fields, BridgeConfig)
         add_bridge(self.buses, bridge)
@@ -205,7 +206,7 @@ class Q35Words(MachineWords):
 
     def _check_numbers(self, driver: str, props: Mapping[str, object]) -> None:
         """Chassis and bus numbers are somebody's."""
-        if driver == "pcie-root-port":
+        if driver in PORTS:
             key = (props.get("chassis", 0), props.get("slot", 0))
             if key in self._chassis:
                 raise ConfigError("Can't add chassis slot, error -16")

@@ -184,7 +184,16 @@ class BridgeConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     it.
     """
 
-    driver: Literal["pcie-root-port", "pcie-pci-bridge", "i82801b11-bridge", "pci-bridge", "pxb-pcie"]
+    driver: Literal[
+        "pcie-root-port",
+        "ioh3420",
+        "x3130-upstream",
+        "xio3130-downstream",
+        "pcie-pci-bridge",
+        "i82801b11-bridge",
+        "pci-bridge",
+        "pxb-pcie",
+    ]
     id: str
     bus: str = ROOT_BUS
     addr: str

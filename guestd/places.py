@@ -74,7 +74,7 @@ def check_pc(bus: Slots, devfn: int, device: Occupant, plugged: bool) -> None:
         raise ConfigError("PCI: Only PCI/PCIe bridges can be plugged into pxb-pcie")
     slot, function = devfn >> 3, devfn & 7
     other, zero = bus.devices.get(devfn), bus.devices.get(0 if bus.below_port else devfn & ~7)
-    if other is not None and not plugged:
+    if other is not None:
         raise ConfigError(
             f"PCI: slot {slot} function {function} not available for {device.driver}, in use by "
             f"{other.driver},id={other.id or '(null)'}"
@@ -109,7 +109,9 @@ class Buses:
 
 
 EXPANDER: Final = "pxb-pcie"
-BRIDGES: Final = ("pcie-root-port", "pcie-pci-bridge", "i82801b11-bridge", "pci-bridge")
+PORTS: Final = ("pcie-root-port", "ioh3420", "xio3130-downstream")
+"""Bridges whose bus is a link, with a slot."""
+BRIDGES: Final = (*PORTS, "x3130-upstream", "pcie-pci-bridge", "i82801b11-bridge", "pci-bridge")
 
 
 def check_functions(bus: Slots, devfn: int, device: Occupant) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Final
 
 from guestd.config import DeviceConfig
 from guestd.device_space import DeviceSpace
-from guestd.machine_config import ROOT_BUS, BridgeConfig, Q35Config
+from guestd.machine_config import ANONYMOUS, ROOT_BUS, BridgeConfig, Q35Config
 from guestd.machines import q35_info
 from guestd.machines.board import Board, Bridge, InfoLines, Parts, Plugged, shown_id, slots_of
 from guestd.machines.q35_places import add_bridge, root_places
@@ -111,10 +111,10 @@ class Q35Board(Board):
     def check_own(self, name: str) -> None:
         """The IOMMU and bridges."""
         iommu = self.config.iommu
-        if iommu is not None and name in (iommu.id, f"/machine/peripheral/{iommu.id}"):
+        if iommu is not None and _names(iommu.id, name):
             raise ConfigError(f"Device '{IOMMU}' does not support hotplugging")
         for bridge in self.config.bridges:
-            if name in (bridge.id, f"/machine/peripheral/{bridge.id}"):
+            if _names(bridge.id, name):
                 if not self._own_places().slots[bridge.bus].hotplug:
                     raise ConfigError(f"Bus '{bridge.bus}' does not support hotplugging")
                 raise ConfigError(f"Device '{bridge.driver}' does not support hotplugging")
@@ -193,3 +193,10 @@ class Q35Board(Board):
     def port_write(self, port: int, size: int, value: int) -> None:
         """OUT."""
         self.machine.port_write(port, size, value)
+
+
+def _names(own: str, name: str) -> bool:
+    """Whether ``name`` is the id ``own``, or the path of what is called so."""
+    if own.startswith(ANONYMOUS):
+        return name == f"/machine/peripheral-anon/{own}"
+    return name in (own, f"/machine/peripheral/{own}")

@@ -13,6 +13,7 @@ from guestd.machines.followers import follower
 from guestd.machines.q35_places import CHIPSET
 from guestd.machines.qom import TYPE_NAMES, QomObject, QomTree, Value
 from guestd.machines.walk import PERMS, Walk
+from guestd.places import EXPANDER, PORTS
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.types import IOMMUAccessFlags
@@ -43,6 +44,9 @@ TYPES: Final[Mapping[str, tuple[str, bool]]] = {
     "pcie-slot": ("pcie-port", True),
     "pcie-root-port-base": ("pcie-slot", True),
     "pcie-root-port": ("pcie-root-port-base", False),
+    "ioh3420": ("pcie-root-port-base", False),
+    "x3130-upstream": ("pcie-port", False),
+    "xio3130-downstream": ("pcie-slot", False),
     "pcie-pci-bridge": ("pci-bridge-base", False),
     "pci-bridge": ("pci-bridge-base", False),
     "i82801b11-bridge": ("pci-bridge-base", False),
@@ -51,7 +55,7 @@ TYPES: Final[Mapping[str, tuple[str, bool]]] = {
 }
 
 
-BUS_TYPES: Final = {"pcie-root-port": "PCIE", "pxb-pcie": "pxb-pcie-bus"}
+BUS_TYPES: Final = {**dict.fromkeys((*PORTS, "x3130-upstream"), "PCIE"), EXPANDER: "pxb-pcie-bus"}
 """Of the buses that bridges make; of others: PCI."""
 IOMMU_PROPERTIES: Final[Mapping[str, str]] = {
     **{"aw-bits": "uint8", "caching-mode": "bool", "device-iotlb": "bool", "dma-translation": "bool"},

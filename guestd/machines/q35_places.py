@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from guestd.machine_config import ROOT_BUS, BridgeConfig
-from guestd.places import EXPANDER, Buses, Occupant, Slots, check_pc
+from guestd.places import EXPANDER, PORTS, Buses, Occupant, Slots, check_pc
 from vfio_model.pci.address import PCIAddress
 
 CHIPSET: Final = {0x00: "mch", 0xF8: "ICH9-LPC", 0xFA: "ich9-ahci", 0xFB: "ICH9-SMB"}
 """Functions of the root bus that are always there, by devfn."""
-_NO_HOTPLUG: Final = (EXPANDER, "i82801b11-bridge")
 
 
 def root_places() -> Buses:
@@ -25,9 +24,9 @@ def add_bridge(buses: Buses, bridge: BridgeConfig) -> None:
     occupant = Occupant(bridge.driver, bridge.named_id, bridge.multifunction)
     buses.slots[bridge.bus].devices[devfn] = occupant
     below = Slots(bridge.bus_below)
-    below.hotplug = bridge.driver not in _NO_HOTPLUG and bool(bridge.props.get("hotplug", True))
-    below.below_port = bridge.driver == "pcie-root-port"
     below.bridges_only = bridge.driver == EXPANDER
+    below.hotplug = not below.bridges_only and bool(bridge.props.get("hotplug", True))
+    below.below_port = bridge.driver in PORTS
     buses.slots[below.name] = below
     if below.bridges_only:
         buses.default = below.name

@@ -45,6 +45,11 @@ LAST_DEVICE_REFUSED = [
         "-device pcie-root-port,id=a -device edu,bus=a,addr=0 -device edu,bus=a,addr=0",
         "PCI: slot 0 function 0 not available for edu, in use by edu,id=(null)",
     ),
+    (
+        "-device pcie-root-port,id=a,chassis=2 -device ioh3420,id=b,chassis=2",
+        "Can't add chassis slot, error -16",
+    ),
+    ("-device x3130-upstream,id=a,chassis=1", "Property 'x3130-upstream.chassis' not found"),
     ("-device pci-bridge,id=a", _CHASSIS),
     ("-device pci-bridge,id=a,chassis_nr=0", _CHASSIS),
     ("-device pcie-pci-bridge,id=a,chassis_nr=1", "Property 'pcie-pci-bridge.chassis_nr' not found"),
@@ -87,6 +92,8 @@ REFUSED = [
     ("-machine pseries", UNKNOWN_MACHINE.format("pseries")),
 ]
 TAKEN = [
+    "-device ioh3420,id=r -device x3130-upstream,id=u,bus=r -device xio3130-downstream,id=d,bus=u,chassis=3 "
+    "-device edu,bus=d",
     "-machine q35,kernel-irqchip=split -device intel-iommu,intremap=on,eim=on",
     "-machine q35,default-bus-bypass-iommu=on,hpet=off,pit=off,sata=on,smm=off,acpi=off,vmport=off",
     "-M pc-q35-11.0 -smp 4 -cpu max -vga none",

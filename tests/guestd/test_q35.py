@@ -169,6 +169,13 @@ def test_what_comes_with_the_machine_stays(tree: Machine) -> None:
     assert tree.refusal("device_add", driver="pcie-root-port", id="z", bus="pcie.0")[1] == root
 
 
+def test_what_comes_without_an_id_is_known_by_its_path(make: Rig) -> None:
+    machine = make("-m 16M -device intel-iommu -device pcie-root-port")
+    said = [machine.refusal("device_del", id=f"/machine/peripheral-anon/device[{n}]")[1] for n in range(2)]
+    assert said == ["Device 'intel-iommu' does not support hotplugging", "Bus 'pcie.0' does not support hotplugging"]
+    assert machine.refusal("device_del", id="device[0]")[0] == "DeviceNotFound"
+
+
 def test_objects_have_qemus_paths(tree: Machine) -> None:
     def get(path: str, name: str) -> object:
         path = path if "/" in path else f"/machine/peripheral/{path}"

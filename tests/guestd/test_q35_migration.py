@@ -8,11 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.guestd.qtest_client import SECONDS, Qtest, running
-
-pytestmark = pytest.mark.machine
 
 PROGRAM = (sys.executable, "-c", "import sys; from guestd.system import run; sys.exit(run('x-x86_64', sys.argv[1:]))")
 MACHINE = ("-machine", "q35", "-m", "64M", "-accel", "qtest", "-nodefaults", "-display", "none")

@@ -124,6 +124,8 @@ def plugging(asked: Asked) -> None:
     asked.qmp("device_add", driver="edu", id="x")
     for driver in ("intel-iommu", "pcie-root-port"):
         asked.qmp("device_add", driver=driver, id="z")
+    asked.qmp("device_add", driver="edu", id="x", bus="rp1", addr="0")
+    asked.qmp("device_add", driver="edu", id="y", bus="dmi", addr="2")
     asked.qmp("device_add", driver="edu", id="x", bus="rp2")
     asked.qmp("device_add", driver="edu", id="x", bus="rp2")
     for name in ("e4", "rp1", "unit", "nope"):
