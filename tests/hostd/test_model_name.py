@@ -115,7 +115,7 @@ def test_a_module_that_lacks_another_is_not_taken_for_missing(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"needs_more\.py:1: ModuleNotFoundError: .*not_there_at_all"):
         find_class("needs_more:Mine")
-    with pytest.raises(ConfigError, match="a file is named with its .py"):
+    with pytest.raises(ConfigError, match=r"a file is named with its \.py"):
         find_class("nowhere.at.all:Mine")
 
 

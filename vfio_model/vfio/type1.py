@@ -52,8 +52,8 @@ at multiples of so many pages, and so does every mapping that is larger: none of
 
 
 def _parts(iova: int, size: int, longest: int) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of the parts of a range between multiples of ``longest`` bytes; one that leaves the 64 bits stays
-    one, to be refused.
+    """(address, bytes) of the parts of a range between multiples of ``longest`` bytes; one that leaves the 64 bits
+    stays one, to be refused.
     """
     end = iova + size
     while iova < end:
