@@ -67,14 +67,14 @@ class AtsInvalidations(Protocol):
 
 
 class FunctionIommu:
-    """For ``function``, whose translations are known as ``as_id`` in ``invalidations``; ``post(answer)`` sends a page
-    response, without waiting.
+    """For ``function``, whose translations are known as ``as_id`` in ``invalidations``, or to nobody: then each of its
+    translated requests comes here. ``post(answer)`` sends a page response, without waiting.
     """
 
     def __init__(
         self,
         function: IommuServices,
-        invalidations: AtsInvalidations,
+        invalidations: AtsInvalidations | None,
         as_id: int,
         post: Callable[[PageAnswer], None],
     ) -> None:
@@ -195,7 +195,8 @@ class FunctionIommu:
             last = min(entry.last, U64_MAX)
             self._stamp += 1
             self._recent.append((pasid, entry.iova, last))
-            self._invalidations.append(self._as_id, entry.iova, last, flags)
+            if self._invalidations is not None:
+                self._invalidations.append(self._as_id, entry.iova, last, flags)
 
         notifier = IOMMUNotifier(invalidated, IOMMUNotifierFlag.DEVIOTLB_UNMAP, 0, U64_MAX, flush=self.flush)
         self._function.register_iotlb_notifier(pasid, notifier)
@@ -208,7 +209,7 @@ class FunctionIommu:
 
     def flush(self) -> OSError | None:
         """See :meth:`AtsInvalidations.flush_ats`."""
-        return None if self._closed else self._invalidations.flush_ats()
+        return None if self._closed or self._invalidations is None else self._invalidations.flush_ats()
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class FunctionIommu:
         before = self._open
         self._set_gate()
         if before and not self._open:
-            self._invalidations.flush_ats()
+            self.flush()
 
     def _look_again(self) -> None:
         """A request got through: what was missing before is there now, which nothing has to announce."""
@@ -235,7 +236,7 @@ class FunctionIommu:
         self._open = self._lets_through and self._function.may_translate and not self._closed
         if self.gate.fd >= 0:
             set_gate(self.gate.words, self._open)
-        if before and not self._open:
+        if before and not self._open and self._invalidations is not None:
             self._invalidations.want_revoke()
 
     # -- page responses ----------------------------------------------------------------------------------------------

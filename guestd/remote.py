@@ -57,9 +57,9 @@ PGSIZES: Final = 1 << 12 | 1 << 16 | 1 << 21 | 1 << 24 | 1 << 30
 """Pages that guestd can map for a server."""
 
 
-def capabilities(*, ats: bool, twin: bool = False) -> Capabilities:
+def capabilities(*, ats: bool, twin: bool = False, iommu: bool = False) -> Capabilities:
     """What guestd proposes; without ``ats`` the device's DMA goes through maps, or by message, or not here at all.
-    ``twin``: a second socket for what the device asks.
+    ``twin``: a second socket for what the device asks. ``iommu``: it may ask for what the IOMMU offers.
     """
     return Capabilities(
         max_msg_fds=16,
@@ -67,7 +67,7 @@ def capabilities(*, ats: bool, twin: bool = False) -> Capabilities:
         write_multiple=True,
         migration=MigrationCapability(),
         twin_socket=TwinSocket(True) if twin else None,
-        extensions=Extensions(ats=ats, clock=True, notifier=ats, iommu=ats),
+        extensions=Extensions(ats=ats, clock=True, notifier=ats, iommu=iommu),
     )
 
 

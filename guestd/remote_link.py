@@ -134,7 +134,7 @@ class RemoteLink:
 
     def _connect(self) -> VfioUserEndpoint:
         ats = self.config.dma == "shared"
-        return connect(self.config.socket, self.config.id, capabilities(ats=ats, twin=True))
+        return connect(self.config.socket, self.config.id, capabilities(ats=ats, twin=True, iommu=True))
 
     def _connection(self, endpoint: VfioUserEndpoint, seconds: float) -> VfioUserDevice:
         """:raise PeerLost: it is gone."""
@@ -204,9 +204,9 @@ class RemoteLink:
         """Let the device ask what the IOMMU offers to those that cache translations, if it offers anything and the
         device has a use for it.
         """
-        invalidations = self._around.invalidations
-        if self._services is None or invalidations is None or device.ats is None or not connection.iommu_services:
+        if self._services is None or device.ats is None or not connection.iommu_services:
             return
+        invalidations = self._around.invalidations if connection.extensions.ats else None
         try:
             function = FunctionIommu(device, invalidations, self.device_space.as_id, connection.page_response)
         except OSError:

@@ -113,6 +113,7 @@ class InlineGuest(Guest):
             space.address_space,
             self.machine.system,
             lambda: device is not None and device.bus_master,
+            cacheable=lambda: self._hears_all(space),
             trace=self._trace,
         )
         unit = InlineDevice(config.id, config.model, config.props, self._log.trace(config.id), self.clock.now_ns)
@@ -121,7 +122,12 @@ class InlineGuest(Guest):
         unit.start(MessageDma(asking(call)) if by_message else self._cached(unit, call, space))
         self.remotes[config.id] = unit
         device = self._plug(config, devfn, InlineConnection(unit, self._loop.call_soon, lambda: self._end(unit)))
+        unit.around.iommu = device.host.iommu
         return device
+
+    def _hears_all(self, space: DeviceSpace) -> bool:
+        follower = self._followers.get(space.as_id)
+        return follower is not None and follower.complete
 
     def _cached(self, unit: InlineDevice, call: Call, space: DeviceSpace) -> DMAImpl:
         if self._notifier is None:
@@ -139,6 +145,7 @@ class InlineGuest(Guest):
     def _end(self, unit: InlineDevice) -> None:
         self.remotes.pop(unit.name, None)
         unit.stop()
+        unit.around.iommu = None
         if self._notifier is not None:
             self._notifier.unsubscribe(unit.name)
 
