@@ -70,7 +70,7 @@ class Guest:
         port_path = Path(config.port) if config.port else host / "hostd.zmq"
         self.host = HostLink(
             HostOptions(host, port_path, name, config.memlock_bytes, config.host_page, config.container),
-            GuestSide((self.ram,), self.machine.system, self._device_as, self.clock),
+            GuestSide((self.ram,), self.machine.system, self._device_as, self._check_assignment, self.clock),
             loop,
             trace,
         )
@@ -92,6 +92,11 @@ class Guest:
 
     def _device_as(self, device: DeviceConfig) -> AddressSpace:
         return self.board.device_space(device).address_space
+
+    def _check_assignment(self, device: DeviceConfig, host_bits: int) -> None:
+        devfn = PCIAddress.parse(device.addr).devfn
+        if why := self.board.bus_of(device).refuses_assignment(devfn, host_bits):
+            raise OSError(errno.ENOTSUP, f"Failed to set vIOMMU: {why}")
 
     def _eeh(self, address_space: AddressSpace) -> EehPort | None:
         space = self.host.containers.get(address_space)
@@ -165,7 +170,11 @@ class Guest:
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
         connection = self.host.open_device(config)
-        device = self._plug(config, devfn, connection)
+        try:
+            device = self._plug(config, devfn, connection)
+        except (OSError, PeerLost, ConfigError):
+            self.host.leave(config)
+            raise
         self.host.follow(config, device)
         return device
 

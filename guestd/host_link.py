@@ -13,6 +13,7 @@ handed every section and every mapping, which rebuilds the host's tables; then t
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from vfio_model.vfio.ioctl import VfioPort
 from vfio_model.vfio.kinds import ContainerChoice
 from vfio_model.vfio.kvm import KvmAccelerator, KvmPort
 from vfio_model.vfio.pci import VFIOPCIDevice
+from vfio_model.vfio.region import DeviceConnection
 
 RETRY_NS: Final = 100_000_000
 
@@ -65,6 +67,8 @@ class GuestSide:
     system: AddressSpace
     device_as: Callable[[DeviceConfig], AddressSpace]
     """The address space that a device's DMA is translated in."""
+    check_assignment: Callable[[DeviceConfig, int], None]
+    """Whether a device of a host with addresses of so many bits can be there. Raises OSError."""
     clock: GuestClock
 
 
@@ -145,18 +149,34 @@ class HostLink:
         if self.port is None:
             self._connect_port()
         assert self.port is not None, "connected above"
-        path, self._opening = config.group_path, config.id
-        space = self._guest.device_as(config)
-        containers = self.containers_of(space, self.port)
-        containers.add_group(path)
-        device = containers.get_device(path, config.host)
+        self._opening = config.id
+        device = self.open_at(config, self.port)
         assert isinstance(device, VfioUserDevice), "the wire port makes these"
         try:
             self._guest.clock.attach(device)
         except (OSError, PeerLost):
             device.close()
+            self.leave(config)
             raise
         return device
+
+    def open_at(self, config: DeviceConfig, port: VfioPort) -> DeviceConnection:
+        """The device at the host behind ``port``; its group joins the container of its address space.
+
+        :raise OSError: EINVAL: the group is in another one; ENOTSUP: the guest's IOMMU takes no devices of a host; and
+            what the host refuses. The group is out again then. :raise PeerLost: the host went away.
+        """
+        space, path = self._guest.device_as(config), config.group_path
+        if any(other is not space and known.has_group(path) for other, known in self.containers.items()):
+            raise OSError(errno.EINVAL, f"group {path.rpartition('/')[2]} used in multiple address spaces")
+        containers = self.containers_of(space, port)
+        try:
+            containers.add_group(path)
+            self._guest.check_assignment(config, containers.address_bits)
+            return containers.get_device(path, config.host)
+        except (OSError, PeerLost):
+            self.leave(config)
+            raise
 
     def containers_of(self, space: AddressSpace, port: VfioPort) -> VFIOAddressSpace:
         """The containers that follow ``space``, a device's; those that are to come are reached over ``port``."""
@@ -175,8 +195,11 @@ class HostLink:
     def forget(self, name: str) -> None:
         """The device was unplugged and is closed; the last of a group takes the group out of the container."""
         config, _ = self.devices.pop(name, (None, None))
-        if config is None:
-            return
+        if config is not None:
+            self.leave(config)
+
+    def leave(self, config: DeviceConfig) -> None:
+        """There is no such device (any more): where no other is of its group, that leaves the container."""
         space, path = self._guest.device_as(config), config.group_path
         containers = self.containers.get(space)
         if containers is None or containers.lost:
@@ -186,7 +209,7 @@ class HostLink:
         try:
             containers.remove_group(path)
         except (OSError, PeerLost) as error:
-            self._trace("vfio_error", reason=f"{name}: its group did not leave the container: {error}")
+            self._trace("vfio_error", reason=f"{config.id}: its group did not leave the container: {error}")
 
     def _connect_port(self) -> None:
         options = self._options

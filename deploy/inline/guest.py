@@ -99,10 +99,7 @@ class InlineGuest(Guest):
     # -- assigned devices ----------------------------------------------------------------------------------------
 
     def _assigned(self, config: DeviceConfig, devfn: int) -> PCIDevice:
-        path = config.group_path
-        containers = self.host.containers_of(self._device_as(config), self._host.port)
-        containers.add_group(path)
-        return self._plug(config, devfn, containers.get_device(path, config.host))
+        return self._plug(config, devfn, self.host.open_at(config, self._host.port))
 
     # -- remote devices ------------------------------------------------------------------------------------------
 

@@ -270,6 +270,12 @@ class PCIBus:
         who = self.requester(devfn)
         return who.ops.get_address_space(who.bus, who.devfn) if who is not None else self.system
 
+    def refuses_assignment(self, devfn: int, host_bits: int) -> str:
+        """Why a device of a host cannot be function ``devfn``, see
+        :meth:`~vfio_model.pci.iommu_ops.PCIIOMMUOps.refuses_assignment`; empty: it can."""
+        who = self.requester(devfn)
+        return who.ops.refuses_assignment(who.bus, who.devfn, host_bits) if who is not None else ""
+
     def iommu_port(self, devfn: int) -> IommuPort | None:
         """What the IOMMU offers function ``devfn`` beside address spaces; None without an IOMMU."""
         who = self.requester(devfn)

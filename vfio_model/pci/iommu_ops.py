@@ -148,6 +148,12 @@ class PCIIOMMUOps(ABC):
     def get_address_space(self, bus: RequesterBus, devfn: int) -> AddressSpace:
         """The DMA address space of the function; the same object each time."""
 
+    def refuses_assignment(self, bus: RequesterBus, devfn: int, host_bits: int) -> str:
+        """Why the function cannot be a device of a host whose IOMMU takes addresses of ``host_bits`` bits: as this one
+        is configured, it does not tell the host all that it has to know. Empty: it can (QEMU's ``set_iommu_device``).
+        """
+        return ""
+
     def get_iotlb_info(self, bus: RequesterBus, devfn: int) -> IotlbInfo:
         """:raise OSError: ENODEV."""
         raise _absent("translation caches in devices")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vfio_model.memory.address_space import AddressSpace
+from vfio_model.ranges import U64_MAX
 from vfio_model.trace import NULL_TRACE, Trace
 from vfio_model.vfio.connect import VFIOContainer, connect_container
 from vfio_model.vfio.host_window import VFIOHostDMAWindow
@@ -52,6 +53,16 @@ class VFIOAddressSpace:
     def windows(self) -> list[VFIOHostDMAWindow]:
         """The host windows of every container."""
         return [window for container in self.containers for window in container.backend.windows]
+
+    @property
+    def address_bits(self) -> int:
+        """Of the addresses that every container can map; 64 as long as there is none."""
+        last = [max((window.max_iova for window in each.backend.windows), default=U64_MAX) for each in self.containers]
+        return min(last, default=U64_MAX).bit_length()
+
+    def has_group(self, path: str) -> bool:
+        """Whether one of the containers has the group at ``path``."""
+        return self._container_of(path) is not None
 
     def add_group(self, path: str) -> VFIOContainer:
         """The container that the group at ``path`` is in, from now on if it was in none.

@@ -107,6 +107,18 @@ class VtdOps(PCIIOMMUOps):
         """Set by the unit when it has a page request queue."""
         self._translated: dict[VtdSpace, AddressSpace] = {}
 
+    def refuses_assignment(self, bus: RequesterBus, devfn: int, host_bits: int) -> str:
+        """See :class:`PCIIOMMUOps`. Without caching mode nobody hears of new mappings; first-stage tables are not
+        followed. In QEMU's words."""
+        options = self._options
+        if not options.caching_mode:
+            return "Device assignment is not allowed without enabling caching-mode=on for Intel IOMMU."
+        if options.snoop_control:
+            return "Snoop Control with vhost or VFIO is not supported"
+        if options.aw_bits > host_bits:
+            return f"aw-bits {options.aw_bits} > host aw-bits {host_bits}"
+        return "Need IOMMUFD backend when fsts=on" if options.fsts else ""
+
     def get_address_space(self, bus: RequesterBus, devfn: int) -> AddressSpace:
         """See :class:`PCIIOMMUOps`."""
         return self._spaces.space(bus, devfn, RID).address_space
