@@ -158,7 +158,8 @@ class IntelIommuConfig(Struct, kw_only=True, forbid_unknown_fields=True, rename=
     nested: bool = False
     """Nested translation of a guest's own tables; QEMU has none."""
     invalidation: Literal["sync", "async"] = "sync"
-    """Whether the queue waits for devices at each invalidation, or at wait descriptors."""
+    """When a wait descriptor completes: as it is fetched, before the store to the tail returns, as QEMU does; or later,
+    while the guest goes on, as hardware does. In either case no device uses any more what was invalidated."""
     quirks: list[str] = []
     """What QEMU does otherwise than the specification and this unit is to do, too, by name, or ``qemu`` for all."""
 

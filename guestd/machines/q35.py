@@ -15,6 +15,7 @@ from guestd.machines.qom import QomTree
 from guestd.machines.walk import Walk
 from guestd.places import EXPANDER, Buses, Occupant
 from vfio_model.errors import ConfigError
+from vfio_model.iommu.vtd.queue import InvalidationQueue
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.pci.address import PCIAddress
@@ -44,10 +45,22 @@ class Q35Board(Board):
             bus_options=BusOptions(idle=parts.idle),
             trace=parts.trace,
         )
+        if self.machine.iommu is not None:
+            self._completes_later(self.machine.iommu.queue, parts)
         self._buses: dict[str, PCIBus] = {ROOT_BUS: self.machine.root_bus}
         self._bridges: dict[str, PCIDevice] = {}
         for bridge in config.bridges:
             self._add_bridge(bridge)
+
+    @staticmethod
+    def _completes_later(queue: InvalidationQueue, parts: Parts) -> None:
+        """A wait descriptor that is not completed as it is fetched (``invalidation=async``) is when the loop turns."""
+
+        def go_on() -> bool:
+            queue.step()
+            return False
+
+        queue.on_pending = lambda: parts.idle(go_on)
 
     def _add_bridge(self, bridge: BridgeConfig) -> None:
         model = BRIDGES[bridge.driver]

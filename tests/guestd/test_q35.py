@@ -235,3 +235,26 @@ def test_the_process(runtime_dir: Path) -> None:
         assert qtest.value("readl 0xe0000000") == 0x0100_00ED
         qtest.socket.sendall(b"writel 0xe0000060 0x1\n")
         assert qtest.line().startswith("IRQ raise ") and qtest.line() == "OK"
+
+
+@pytest.mark.parametrize(("when", "at_once"), [("sync", True), ("async", False)])
+def test_a_wait_descriptor_completes_at_once_or_when_the_loop_turns(
+    make: Rig, loop: Loop, when: str, at_once: bool
+) -> None:
+    ask = qtest_of(make(f"-m 16M -device intel-iommu,invalidation={when}"))
+    queue, status = 0x10_0000, 0x10_1000
+    commands = (
+        *(f"writel {VTD + 0x88:#x} 0", f"writeq {VTD + 0x90:#x} {queue:#x}", f"writel {VTD + 0x18:#x} {1 << 26:#x}"),
+        *(
+            f"writeq {queue:#x} 0x12",
+            f"writeq {queue + 16:#x} {7 << 32 | 0x25:#x}",
+            f"writeq {queue + 24:#x} {status:#x}",
+        ),
+    )
+    assert all(ask(command) == "OK" for command in (*commands, f"writel {VTD + 0x88:#x} 0x20"))
+    done = "OK 0x0000000000000007"
+    assert (ask(f"readl {status:#x}") == done) is at_once
+    loop.call_soon(lambda: loop.call_soon(loop.stop))
+    loop.run()
+    assert ask(f"readl {status:#x}") == done
+    assert ask(f"readl {VTD + 0x80:#x}") == "OK 0x0000000000000020"
