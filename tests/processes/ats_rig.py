@@ -8,7 +8,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from guestd.config import DeviceConfig, GuestConfig
 from guestd.function_iommu import FunctionIommu
@@ -38,6 +38,7 @@ IOVA = 0x7F12_3456_7000
 NO_PASID = (1 << 20) - 1
 """In the register: requests without one."""
 SECONDS = 20.0
+Dma = Literal["shared", "mapped", "message"]
 
 PASID, ADDR, LENGTH, VALUE, COMMAND, RESULT, COUNT, RESPONSES = range(0, 64, 8)
 OPEN, CLOSE, FILL, WRITE, READ, BURST, STOP, HANG, ASK_PAGE, PLAIN_WRITE, PLAIN_READ = range(1, 12)
@@ -202,7 +203,7 @@ class Card:
 class AtsRig:
     """``count`` devices; PASID n of card m is a first-stage domain of its own. Everything ends with the ``with``."""
 
-    def __init__(self, directory: Path, served: list[ServedDevice]) -> None:
+    def __init__(self, directory: Path, served: list[ServedDevice], dma: Dma) -> None:
         self.loop, self.trace = Loop(), ListTrace()
         devices = [
             DeviceConfig(
@@ -210,6 +211,7 @@ class AtsRig:
                 attach="remote",
                 addr=f"{number + 2:02x}.0",
                 socket=str(one.path),
+                dma=dma,
                 reconnect_ms=0,
             )
             for number, one in enumerate(served)
@@ -248,9 +250,10 @@ class AtsRig:
         return domain
 
     def armed(self, card: Card) -> None:
-        """Return when the device follows the ring, and not messages alone."""
+        """Return when the device follows the ring, if it is to follow one."""
         publisher = self.guest.remote.publisher
-        assert publisher is not None
+        if publisher is None:
+            return
         self.until(lambda: len(publisher.status()["subscribers"]) == len(self.cards))  # type: ignore[arg-type]
         card.get(COUNT)
 
@@ -276,14 +279,14 @@ class AtsRig:
 
 
 @contextlib.contextmanager
-def running(directory: Path, count: int = 1) -> Iterator[AtsRig]:
+def running(directory: Path, count: int = 1, *, dma: Dma = "shared") -> Iterator[AtsRig]:
     """A guest with ``count`` cards."""
     with contextlib.ExitStack() as stack:
         served = [
             stack.enter_context(device_server(AtsProbe, socket=directory / f"card{number}.sock"))
             for number in range(count)
         ]
-        rig = AtsRig(directory, served)
+        rig = AtsRig(directory, served, dma)
         try:
             yield rig
         finally:

@@ -58,6 +58,13 @@ def rig(runtime_dir: Path) -> Iterator[AtsRig]:
         yield rig
 
 
+@pytest.fixture(params=["shared", "mapped", "message"])
+def any_rig(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[AtsRig]:
+    """Whichever way its DMA travels."""
+    with running(runtime_dir, dma=request.param) as rig:
+        yield rig
+
+
 def opened(rig: AtsRig, card: Card, pasid: int = 5) -> Domain:
     """A domain with one page, its cache filled."""
     domain = rig.domain(card, pasid)
@@ -68,7 +75,8 @@ def opened(rig: AtsRig, card: Card, pasid: int = 5) -> Domain:
     return domain
 
 
-def test_a_translation_is_used_until_the_guest_invalidates_it(rig: AtsRig) -> None:
+def test_a_translation_is_used_until_the_guest_invalidates_it(any_rig: AtsRig) -> None:
+    rig = any_rig
     card = rig.cards[0]
     domain = opened(rig, card)
     assert card.write(IOVA + 8, 0x1234) == OK and rig.word(DATA + 8) == 0x1234
@@ -99,7 +107,8 @@ def test_what_may_be_read_may_not_be_written(rig: AtsRig) -> None:
     assert card.write(IOVA, 1) == MISS and rig.word(DATA) == 0
 
 
-def test_a_pasid_of_another_process_is_another_space(rig: AtsRig) -> None:
+def test_a_pasid_of_another_process_is_another_space(any_rig: AtsRig) -> None:
+    rig = any_rig
     card = rig.cards[0]
     domain = opened(rig, card)
     assert card.do(CLOSE) == 0
@@ -126,14 +135,16 @@ def test_what_the_guest_has_not_enabled_is_refused(rig: AtsRig) -> None:
     assert card.do(OPEN) == ERROR | errno.EPERM
 
 
-def test_bus_mastering_that_is_taken_away_blocks_the_cache(rig: AtsRig) -> None:
+def test_bus_mastering_that_is_taken_away_blocks_the_cache(any_rig: AtsRig) -> None:
+    rig = any_rig
     card = rig.cards[0]
     opened(rig, card)
     rig.config.write(card.devfn, COMMAND, 2, COMMAND_MEMORY)
     assert card.write(IOVA, 1) == FAILED and rig.word(DATA) == 0
 
 
-def test_a_context_that_forbids_translated_requests_blocks_them_with_a_fault(rig: AtsRig) -> None:
+def test_a_context_that_forbids_translated_requests_blocks_them_with_a_fault(any_rig: AtsRig) -> None:
+    rig = any_rig
     card = rig.cards[0]
     opened(rig, card)
     entry = rig.driver._root.entry(card.devfn)
@@ -148,7 +159,8 @@ def test_a_context_that_forbids_translated_requests_blocks_them_with_a_fault(rig
     assert card.write(IOVA, 2) == OK and rig.word(DATA) == 2
 
 
-def test_a_page_request_is_queued_and_its_response_comes_back(rig: AtsRig) -> None:
+def test_a_page_request_is_queued_and_its_response_comes_back(any_rig: AtsRig) -> None:
+    rig = any_rig
     card = rig.cards[0]
     opened(rig, card)
     queue = rig.pages.take(16)
