@@ -60,9 +60,6 @@ class RemoteDoorbells:
         self._bells: dict[tuple[int, int], list[_Bell]] = {}
         self._events: list[EventFd] = []
 
-    def __len__(self) -> int:
-        return sum(map(len, self._bells.values()))
-
     def add(self, info: RegionIoFds, size: int, fds: Sequence[int]) -> None:
         """Use what ``info`` offers of a region of ``size`` bytes. The descriptors are taken over."""
         events = [EventFd(fd) if is_eventfd(fd) else None for fd in fds]
@@ -79,7 +76,8 @@ class RemoteDoorbells:
 
     def are_rung(self, index: int, offset: int, data: bytes) -> bool:
         """Whether a write of ``data`` is a signal."""
-        return any(bell.matches(data) for bell in self._bells.get((index, offset), ()))
+        bells = self._bells.get((index, offset))
+        return bells is not None and any(bell.matches(data) for bell in bells)
 
     def ring(self, index: int, offset: int, data: bytes) -> bool:
         """Do it; False: it has to be written."""

@@ -87,7 +87,7 @@ def test_over_tcp_with_events_to_a_machine_that_runs_at_once(start_host: Callabl
         assert told == [("MIGRATION", {"status": "active"}), ("MIGRATION", {"status": "completed"}), ("RESUME", {})]
         assert target.state == "running" and source.state == "postmigrate"
         info = source.ask("query-migrate")
-        assert {"status", "total-time", "setup-time", "downtime", "ram"} == set(info)
+        assert {"status", "total-time", "setup-time", "downtime", "ram", "vfio"} == set(info)
         ram = info["ram"]
         assert ram["total"] == 64 << 20 and 0 < ram["transferred"] < 8 << 20 and ram["remaining"] == 0
         assert "completed" in str(source.ask("human-monitor-command", command_line="info migrate"))
