@@ -44,10 +44,13 @@ from vfio_model.memory.ring import RecordFlags, pasid_flags
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUNotifierFlag
 from vfio_model.pci.iommu_ops import AtsRequest, PageRequest
 from vfio_model.pci.services import IommuServices
+from vfio_model.pci.translation_caps import MAX_PASID_WIDTH
 from vfio_model.ranges import U64_MAX
 
-MAX_PASIDS: Final = 64
-"""Of one function, whose invalidations are followed at a time."""
+MAX_FOLLOWED: Final = 64
+"""PASIDs of one function whose invalidations are followed at a time."""
+MAX_PASIDS: Final = 1024
+"""PASIDs that one function may ever speak of: the IOMMU keeps something for each."""
 RECENT: Final = 256
 """Invalidations that are remembered for requests that are on their way."""
 _PERMISSIONS: Final = 0x3F
@@ -87,6 +90,7 @@ class FunctionIommu:
         init_gate(self.gate.words)
         self._notifiers: dict[int, IOMMUNotifier] = {}
         self._listening: set[int] = set()
+        self._met: set[int] = set()
         self._stamp = 0
         """Invalidations so far."""
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT)
@@ -102,6 +106,8 @@ class FunctionIommu:
 
     def serve(self, request: Payload) -> Payload:
         """The answer. :raise OSError: a refusal."""
+        if isinstance(request, AtsQuery | PageQuery | PasidControl):
+            self._meet(request.pasid)
         match request:
             case AtsQuery():
                 return self._translate(request)
@@ -112,6 +118,15 @@ class FunctionIommu:
             case PasidControl():
                 return self._control(request)
         raise OSError(errno.ENOTSUP, type(request).__name__)
+
+    def _meet(self, pasid: int) -> None:
+        if pasid in self._met:
+            return
+        if pasid >= 1 << MAX_PASID_WIDTH and pasid != PCI_NO_PASID:
+            raise OSError(errno.EINVAL, f"PASID {pasid:#x}")
+        if len(self._met) >= MAX_PASIDS:
+            raise OSError(errno.ENOSPC, f"{MAX_PASIDS} PASIDs are enough")
+        self._met.add(pasid)
 
     def _translate(self, query: AtsQuery) -> AtsAnswer:
         request = AtsRequest(
@@ -187,8 +202,8 @@ class FunctionIommu:
         known = self._notifiers.pop(pasid, None)
         if known is not None:  # unless a reset has forgotten it, for nothing
             self._function.drop_iotlb_notifier(pasid, known)
-        if len(self._notifiers) >= MAX_PASIDS:
-            raise OSError(errno.ENOSPC, f"{MAX_PASIDS} PASIDs are followed already")
+        if len(self._notifiers) >= MAX_FOLLOWED:
+            raise OSError(errno.ENOSPC, f"{MAX_FOLLOWED} PASIDs are followed already")
         flags = pasid_flags(pasid, RecordFlags.ATS)
 
         def invalidated(_notifier: IOMMUNotifier, entry: IOMMUTLBEntry) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guestd.function_iommu import MAX_FOLLOWED, MAX_PASIDS
 from tests.conformance.atcs import (
     PAGE,
     PASID,
@@ -469,6 +470,22 @@ def test_a_client_that_goes_leaves_caches_that_fail() -> None:
     with pytest.raises(OSError):
         rig.remote.open_atc(PASID)
     assert rig.iommu.notifiers == [] and rig.iommu.gates == []
+
+
+def test_a_process_that_speaks_of_every_pasid_there_is_gets_no_further() -> None:
+    rig = RemoteRig()
+    with pytest.raises(OSError) as caught:
+        for pasid in range(MAX_FOLLOWED + 1):
+            rig.open(pasid)
+    assert caught.value.errno == errno.ENOSPC and len(rig.iommu.notifiers) == MAX_FOLLOWED
+    with pytest.raises(OSError) as caught:
+        for pasid in range(MAX_PASIDS + 1):
+            rig.remote.ats_request_translation(ask(pasid=pasid))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError) as caught:
+        rig.remote.ats_request_translation(ask(pasid=1 << 20))
+    assert caught.value.errno == errno.EINVAL
+    rig.close()
 
 
 # -- page requests and invalidations, as a device may hear of them itself

@@ -19,11 +19,15 @@ from protocols.transport.loop import Loop
 from protocols.transport.notifier import NotifierServer
 from protocols.transport.shm import create_memory, map_memory
 from protocols.transport.unix import SeqpacketConnection
+from tests.memory.fakes import DictIOMMU, system_memory
 from tests.vfio.direct_chain import Chain
 from vfio_model.errors import PeerLost
+from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.lane import LANES_SIZE, Lane, init_lanes
+from vfio_model.memory.region import AliasRegion, MemoryRegion, transaction
 from vfio_model.memory.revoke import NoFence
-from vfio_model.memory.ring import RingReader
+from vfio_model.memory.ring import RecordFlags, RingReader, pasid_flags
+from vfio_model.memory.types import PCI_NO_PASID, IOMMUNotifierFlag
 
 pytestmark = pytest.mark.machine
 
@@ -209,6 +213,52 @@ def test_a_window_that_goes_is_invalidated_when_nobody_is_given_its_translations
     phb.dma.tables[0].disable()
     assert answers == [0]
     phb.address_space.unregister_listener(follower)
+
+
+class DeafIommu(DictIOMMU):
+    """One that tells nobody of anything."""
+
+    def notify_flag_changed(self, old: IOMMUNotifierFlag, new: IOMMUNotifierFlag) -> None:
+        raise OSError(errno.ENOTSUP, "no followers")
+
+
+def test_a_space_whose_iommu_tells_nobody_is_known_as_such(publisher: Publisher, subscriber: Subscriber) -> None:
+    system, _ = system_memory(1 << 16)
+    root = MemoryRegion("root", 1 << 32)
+    root.add_subregion(0, DeafIommu(system))
+    space = AddressSpace("device", root)
+    follower = SpaceFollower(publisher, AS_ID)
+    space.register_listener(follower)
+    assert not follower.complete
+    space.unregister_listener(follower)
+    assert follower.complete
+
+
+def test_memory_that_is_no_longer_shown_as_it_is_is_invalidated(publisher: Publisher, subscriber: Subscriber) -> None:
+    system, _ = system_memory(1 << 16)
+    assert system.root is not None
+    root = MemoryRegion("root", 1 << 32)
+    passed, translated = AliasRegion("passed", system.root, 0, 1 << 32), DictIOMMU(system)
+    root.add_subregion(0, passed)
+    space = AddressSpace("device", root)
+    space.register_listener(SpaceFollower(publisher, AS_ID))
+    with transaction():
+        passed.set_enabled(False)
+        root.add_subregion(0, translated)
+    assert subscriber.drained() == [(AS_ID, 0, 0xFFFF)]
+
+
+def test_who_was_late_for_an_invalidation_of_caches_is_told_of_once(
+    publisher: Publisher, subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch, loop: Loop
+) -> None:
+    monkeypatch.setattr(guestd.notifier, "LANE_SECONDS", 0.01)
+    monkeypatch.setattr(Pidfd, "send_signal", lambda self, number: subscriber.lane.leave())
+    for flags, late in ((pasid_flags(5, RecordFlags.ATS), True), (pasid_flags(PCI_NO_PASID), False)):
+        subscriber.lane.enter()
+        publisher.append(AS_ID, 0, 0xFFF, flags)
+        error = publisher.flush_ats()
+        assert (error is not None and error.errno == errno.ETIMEDOUT) is late
+        assert publisher.flush_ats() is None and not subscriber.lane.inside
 
 
 def test_a_new_hub_numbers_anew_and_whom_the_old_one_introduced_is_still_waited_for(
