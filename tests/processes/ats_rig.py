@@ -203,7 +203,7 @@ class Card:
 class AtsRig:
     """``count`` devices; PASID n of card m is a first-stage domain of its own. Everything ends with the ``with``."""
 
-    def __init__(self, directory: Path, served: list[ServedDevice], dma: Dma) -> None:
+    def __init__(self, directory: Path, served: list[ServedDevice], dma: Dma, reconnect_ms: int) -> None:
         self.loop, self.trace = Loop(), ListTrace()
         devices = [
             DeviceConfig(
@@ -212,7 +212,7 @@ class AtsRig:
                 addr=f"{number + 2:02x}.0",
                 socket=str(one.path),
                 dma=dma,
-                reconnect_ms=0,
+                reconnect_ms=reconnect_ms,
             )
             for number, one in enumerate(served)
         ]
@@ -279,14 +279,14 @@ class AtsRig:
 
 
 @contextlib.contextmanager
-def running(directory: Path, count: int = 1, *, dma: Dma = "shared") -> Iterator[AtsRig]:
+def running(directory: Path, count: int = 1, *, dma: Dma = "shared", reconnect_ms: int = 0) -> Iterator[AtsRig]:
     """A guest with ``count`` cards."""
     with contextlib.ExitStack() as stack:
         served = [
             stack.enter_context(device_server(AtsProbe, socket=directory / f"card{number}.sock"))
             for number in range(count)
         ]
-        rig = AtsRig(directory, served, dma)
+        rig = AtsRig(directory, served, dma, reconnect_ms)
         try:
             yield rig
         finally:

@@ -14,6 +14,7 @@ import pytest
 
 import guestd.notifier
 from guestd.remote_peer import RemotePeer
+from hostd.serve import device_server
 from tests.processes.ats_rig import (
     ADDR,
     ASK_PAGE,
@@ -36,11 +37,13 @@ from tests.processes.ats_rig import (
     RESPONSES,
     RESULT,
     STOP,
+    AtsProbe,
     AtsRig,
     Card,
     running,
 )
-from vfio_model.guest_drivers.pci import DriverError
+from vfio_model.guest_drivers.pc import mmio_window
+from vfio_model.guest_drivers.pci import DriverError, bring_up_bus
 from vfio_model.guest_drivers.vtd import Domain
 from vfio_model.guest_drivers.vtd_tables import READ
 from vfio_model.iommu.vtd import regs
@@ -141,6 +144,20 @@ def test_bus_mastering_that_is_taken_away_blocks_the_cache(any_rig: AtsRig) -> N
     opened(rig, card)
     rig.config.write(card.devfn, COMMAND, 2, COMMAND_MEMORY)
     assert card.write(IOVA, 1) == FAILED and rig.word(DATA) == 0
+
+
+def test_a_reset_closes_caches_and_what_is_opened_afterwards_works(rig: AtsRig) -> None:
+    card = rig.cards[0]
+    opened(rig, card)
+    function = rig.guest.devices["card0"][1]
+    function.reset()
+    rig.functions = bring_up_bus(rig.config, mmio_window())
+    assert card.write(IOVA, 1) == FAILED and card.do(FILL, addr=IOVA) == ERROR | errno.EPERM
+    card.enable()
+    assert card.write(IOVA, 1) == FAILED, "what was open before the reset is closed"
+    assert card.do(OPEN, pasid=5) == 0
+    assert card.do(FILL, addr=IOVA, length=PAGE) == 1
+    assert card.write(IOVA, 2) == OK and rig.word(DATA) == 2
 
 
 def test_a_context_that_forbids_translated_requests_blocks_them_with_a_fault(any_rig: AtsRig) -> None:
@@ -296,6 +313,23 @@ def test_a_device_that_was_killed_has_acknowledged(rig: AtsRig) -> None:
     card.served.kill()
     rig.driver.unmap(domain, IOVA, PAGE)
     assert not rig.driver.registers.read(regs.FSTS) & ITE
+
+
+def test_a_device_that_comes_back_knows_what_the_guest_has_enabled(runtime_dir: Path) -> None:
+    with running(runtime_dir, reconnect_ms=200) as rig:
+        card = rig.cards[0]
+        domain = opened(rig, card)
+        card.served.kill()
+        link = rig.guest.remote.links["card0"]
+        rig.until(lambda: link.connection is not None and link.connection.lost is not None)
+        rig.driver.unmap(domain, IOVA, PAGE)
+        rig.driver.map(domain, IOVA, DATA + PAGE, PAGE)
+        Path(card.served.path).unlink()
+        with device_server(AtsProbe, socket=card.served.path):
+            rig.until(lambda: link.connection is not None and link.connection.lost is None)
+            assert card.do(OPEN, pasid=5) == 0
+            assert card.do(FILL, addr=IOVA, length=PAGE) == 1
+            assert card.write(IOVA, 2) == OK and rig.word(DATA + PAGE) == 2
 
 
 def test_an_invalidation_sends_no_message_to_a_device(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
