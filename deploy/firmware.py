@@ -12,10 +12,12 @@ from deploy.system import DmaDriver, GuestCpu
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
-from vfio_model.guest_drivers.pc import PortConfig, mmio_window
+from vfio_model.guest_drivers.pc import PortConfig, enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
 from vfio_model.guest_drivers.pci_bridges import SECONDARY_BUS, BusTree
+from vfio_model.guest_drivers.svm_kernel import SvmKernel
 from vfio_model.iommu.spapr import regs
+from vfio_model.machine.q35 import regs as q35_regs
 from vfio_model.pci.address import PCIAddress
 
 ToCpu = Callable[[int], int]
@@ -70,6 +72,7 @@ class Firmware:
     """The functions of ``machine``, once :meth:`bring_up` has run."""
 
     def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._firmware = _PseriesFirmware(machine) if isinstance(machine, Pseries) else _PcFirmware(machine)
 
     def bring_up(self, cpu: GuestCpu) -> None:
@@ -90,6 +93,19 @@ class Firmware:
             raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")
         function, to_cpu = self._function(device)
         return DmaBurstDriver(cpu, to_cpu(function.bars[0].address))
+
+    def svm(self, cpu: GuestCpu, device: Device) -> SvmKernel:
+        """A kernel for ``device``, an svm. It is booted once.
+
+        :raise ConfigError: it is none, or not on the root bus of a q35.
+        """
+        if device.model != "svm":
+            raise ConfigError(f"{device.id}: a {device.model} shares no address space", hint="use an svm")
+        function, to_cpu = self._function(device)
+        if not isinstance(self._machine, Q35) or function.bus:
+            raise ConfigError(f"{device.id}: its driver looks for it on {ROOT_BUS} of a q35")
+        low = min(int(self._machine.ram), q35_regs.LOW_RAM_SPLIT)
+        return SvmKernel.boot(cpu, enable_ecam(cpu), function.devfn, to_cpu(function.bars[0].address), low)
 
     def _function(self, device: Device) -> tuple[PciFunction, ToCpu]:
         found = self._firmware.find(device)

@@ -26,6 +26,7 @@ from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.svm_kernel import SvmKernel
 
 A = TypeVar("A")
 _LOOK_SECONDS = 0.02
@@ -134,6 +135,7 @@ class LiveSystem:
         self.cpu = ControlCpu(self._link("guestd"))
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
+        self._kernels: dict[str, SvmKernel] = {}
 
     def bring_up(self) -> None:
         """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
@@ -165,6 +167,13 @@ class LiveSystem:
         """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
         config = next(each for each in self._scenario.devices if each.id == device)
         return self._firmware.burst(self.cpu, config)
+
+    def svm(self, device: str) -> SvmKernel:
+        """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
+        if device not in self._kernels:
+            config = next(each for each in self._scenario.devices if each.id == device)
+            self._kernels[device] = self._firmware.svm(self.cpu, config)
+        return self._kernels[device]
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """Whether the guest has moved to another guestd, and how it ended in words."""

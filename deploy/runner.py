@@ -25,6 +25,7 @@ from deploy.scenario import Scenario, Step
 from deploy.system import System
 from vfio_model.devices.dma_burst import regs as dma_burst
 from vfio_model.errors import ConfigError, VfioModelError
+from vfio_model.guest_drivers import svm_program
 from vfio_model.guest_drivers.pseries_ddw import PseriesDdw
 from vfio_model.iommu.spapr import regs
 from vfio_model.pci.address import PCIAddress
@@ -64,6 +65,8 @@ class Runner:
         """CLOCK_MONOTONIC when the first DMA had gone through."""
         self._probers: dict[str, Prober] = {}
         self._pending: list[PendingSignal] = []
+        self._svm_commands = 0
+        """Of svm devices, that were counted."""
         self._handlers: dict[str, Callable[[Any], Outcome]] = {
             "replay": self._replay,
             "linux_ddw": self._linux_ddw,
@@ -82,6 +85,7 @@ class Runner:
             "arm": self._arm,
             "burst": self._burst,
             "migrate": self._migrate,
+            "svm": self._svm,
         }
 
     def run(self) -> str:
@@ -308,6 +312,25 @@ class Runner:
     def _migrate(self, wanted: schema.Migrate) -> Outcome:
         moved, text = self._system.migrate(wanted)
         return Outcome(text, "" if moved == (wanted.expect == "completed") else f"{text}, expected {wanted.expect}")
+
+    def _svm(self, wanted: schema.Svm) -> Outcome:
+        kernel = self._system.svm(wanted.device)
+        result = svm_program.run(wanted.test, kernel.cpu, kernel.frames, kernel.driver)
+        done = self._system.log().named("svm_done")
+        cached = max((each.number("cached") or 0 for each in done[self._svm_commands :]), default=0)
+        commands, self._svm_commands = len(done) - self._svm_commands, len(done)
+        facts: dict[str, int | str | bool | float] = {
+            "commands": commands,
+            "page_requests": result.page_requests,
+            "page_faults": result.page_faults,
+            "invalidations": result.invalidations,
+            "most_cached": cached,
+        }
+        text = (
+            f"{result.name}: as expected; {commands} command(s), {result.page_requests:,} page request(s), "
+            f"{result.invalidations:,} invalidation(s), at most {cached} translation(s) cached"
+        )
+        return Outcome(text, result.reason and f"{result.name}: {result.reason}", facts)
 
     def _arm(self, _: schema.Arm) -> Outcome:
         self._system.arm()

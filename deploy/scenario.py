@@ -20,6 +20,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from deploy.quantity import UNLIMITED, Limit, Seconds, Size
 from protocols.interpose import Rule, errno_number
 from vfio_model.errors import ConfigError
+from vfio_model.guest_drivers.svm_program import TESTS
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.ranges import is_aligned
 from vfio_model.uapi.containers import DRIVERS
@@ -423,6 +424,17 @@ class Migrate(Struct, forbid_unknown_fields=True, kw_only=True):
     seconds: Seconds = Seconds(60)
 
 
+class Svm(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One of the ten tests of :mod:`vfio_model.guest_drivers.svm_program` with ``device``, an svm."""
+
+    device: Name
+    test: str
+
+    def __post_init__(self) -> None:
+        if self.test not in TESTS:
+            raise ValueError(f"test must be one of {', '.join(TESTS)}, not {self.test}")
+
+
 class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     """One step: exactly one of these keys, besides ``only``: the kinds of container that it is for, all by default."""
 
@@ -443,6 +455,7 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     arm: Arm | UnsetType = UNSET
     burst: Burst | UnsetType = UNSET
     migrate: Migrate | UnsetType = UNSET
+    svm: Svm | UnsetType = UNSET
     only: list[ContainerKind] | UnsetType = UNSET
 
     def __post_init__(self) -> None:

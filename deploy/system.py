@@ -15,6 +15,7 @@ from deploy.explain import DeviceInfo, Explanation
 from deploy.scenario import At, Migrate, Wait
 from vfio_model.guest_drivers.cpu import PcCpu, PseriesCpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.svm_kernel import SvmKernel
 from vfio_model.trace import Trace
 
 
@@ -58,6 +59,9 @@ class System(Protocol):
 
     def burst(self, device: str) -> DmaBurstDriver:
         """The driver of ``device``, which writes without pause. :raise ConfigError: when it is no dma-burst."""
+
+    def svm(self, device: str) -> SvmKernel:
+        """The kernel that drives ``device``, booted at first use. :raise ConfigError: when it is no svm."""
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """Whether the guest has moved to another guestd, and how it ended in words."""

@@ -28,6 +28,7 @@ from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
+from vfio_model.guest_drivers.svm_kernel import SvmKernel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,6 +167,7 @@ class InlineSystem:
         self._guest: InlineGuest | None = None
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
+        self._kernels: dict[str, SvmKernel] = {}
         try:
             self.host, self.guest = self._start()
         except VfioModelError:
@@ -212,6 +214,13 @@ class InlineSystem:
         """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
         config = next(each for each in self._scenario.devices if each.id == device)
         return self._firmware.burst(self.cpu, config)
+
+    def svm(self, device: str) -> SvmKernel:
+        """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
+        if device not in self._kernels:
+            config = next(each for each in self._scenario.devices if each.id == device)
+            self._kernels[device] = self._firmware.svm(self.cpu, config)
+        return self._kernels[device]
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """:func:`check` has refused it."""

@@ -6,22 +6,16 @@ from tests.guest_drivers.vtd_rig import MovableCpu
 from tests.machine.q35_boards import ram_block
 from vfio_model.devices.svm import regs
 from vfio_model.devices.svm.device import SvmDevice
-from vfio_model.guest_drivers.frames import Frames
-from vfio_model.guest_drivers.mm import KernelSpace, Mm
+from vfio_model.guest_drivers.mm import Mm
 from vfio_model.guest_drivers.pc import enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import bring_up_bus, find_function
-from vfio_model.guest_drivers.svm import SvmDriver
+from vfio_model.guest_drivers.svm_kernel import SvmKernel
 from vfio_model.guest_drivers.svm_program import Process
-from vfio_model.guest_drivers.vtd import VtdDriver
-from vfio_model.guest_drivers.vtd_sva import Sva
-from vfio_model.guest_drivers.vtd_tables import PageAllocator
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.trace import ListTrace
 
 SVM = 0x18
-MAILBOX = 0x8_0000
-TABLES, FRAMES = 0x10_0000, 0x80_0000
 OPTIONS = VtdOptions(device_iotlb=True, scalable_mode=True, fsts=True, pasid_bits=8, svm=True)
 
 
@@ -38,14 +32,9 @@ class SvmRig:
         self.config = enable_ecam(self.cpu)
         functions = bring_up_bus(self.config, mmio_window())
         bar = find_function(functions, regs.VENDOR_ID, regs.DEVICE_ID).bars[0].address
-        pages = PageAllocator(self.cpu, TABLES, FRAMES)
-        self.vtd = VtdDriver(self.cpu, pages, scalable=True, device_tlb=True)
-        self.vtd.start()
-        self.vtd.attach_pass_through(SVM)
-        self.sva = Sva(self.cpu, self.vtd, pages, order=order)
-        self.frames = Frames(self.cpu, FRAMES, ram)
-        self.kernel = KernelSpace(self.cpu, self.frames)
-        self.driver = SvmDriver(self.cpu, self.config, SVM, bar, self.sva, self.kernel, MAILBOX)
+        self.kernel = SvmKernel.boot(self.cpu, self.config, SVM, bar, ram, order=order)
+        self.vtd, self.frames, self.driver = self.kernel.vtd, self.kernel.frames, self.kernel.driver
+        self.sva = self.kernel.sva
 
     def process(self) -> Process:
         """A new one, with the device open."""
@@ -55,4 +44,4 @@ class SvmRig:
 
     def mm(self) -> Mm:
         """An address space of nobody's."""
-        return Mm(self.cpu, self.frames, self.kernel)
+        return Mm(self.cpu, self.frames, self.driver.kernel)

@@ -68,6 +68,7 @@ def test_everything_is_given_back() -> None:
     process.exit()
     assert rig.frames.taken == taken
     rig.frames.check()
+    rig.cpu.clock_step(10_000)
     assert rig.device.cached == 0
 
 

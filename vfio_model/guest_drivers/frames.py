@@ -16,6 +16,7 @@ CHUNK = 1 << 18
 """Bytes that are moved at a time."""
 _LOOKED_AT = 512
 """Pages of the largest block that is filled and looked at."""
+_KEPT = 64
 
 
 class Frames(PageAllocator):
@@ -47,8 +48,8 @@ class Frames(PageAllocator):
         return at
 
     def _keep_gap(self, at: int) -> None:
-        """What alignment skips can be had as single pages."""
-        gap = range(self._next, at, PAGE)[:_LOOKED_AT]
+        """The first of what alignment skips can be had as single pages."""
+        gap = range(self._next, at, PAGE)[:_KEPT]
         for page in gap:
             self._fill(page, 1, POISON)
         self._free.setdefault(1, []).extend(gap)

@@ -87,6 +87,61 @@ class Area:
         return rest
 
 
+class ProcessTable(PageTable):
+    """A process's, whose kernel knows where its own tables are: a leaf of 4 KiB is one access away."""
+
+    def __init__(self, cpu: Cpu, frames: Frames) -> None:
+        super().__init__(cpu, frames, Stage.FIRST, LEVELS)
+        self._frames = frames
+        self._last: dict[int, int] = {}
+        """Tables of the last level, by the number of their 2 MiB."""
+
+    def slot(self, iova: int, level: int = 1) -> int:
+        """See :class:`PageTable`."""
+        number = iova >> shift_of(2)
+        if level > 1:
+            return super().slot(iova, level)
+        if number not in self._last:
+            self._last[number] = super().slot(number << shift_of(2))
+        return self._last[number] + self._index(iova, 1) * 8
+
+    def find(self, iova: int) -> tuple[int, int] | None:
+        """See :class:`PageTable`."""
+        table = self._last.get(iova >> shift_of(2))
+        if table is None:
+            return super().find(iova)
+        at = table + self._index(iova, 1) * 8
+        return (at, 1) if self.word(at) & PRESENT else None
+
+    def take_out(self, iova: int, level: int) -> int | None:
+        """The table, with nothing in it, that was where a page of ``level`` is to be."""
+        at = self.slot(iova, level)
+        entry = self.word(at)
+        if not entry & PRESENT or entry & LARGE:
+            return None
+        self._cpu.mmio_write(at, 8, 0)
+        first, count = iova >> shift_of(2), 1 << shift_of(level) - shift_of(2)
+        self._last = {number: table for number, table in self._last.items() if not first <= number < first + count}
+        return entry & ADDRESS
+
+    def give(self, table: int, level: int) -> None:
+        """``table`` and what is below, which nobody uses any more; its entries are of ``level``."""
+        self._give(table, level, ENTRIES)
+
+    def close(self) -> None:
+        """Nothing is mapped, and nobody uses it any more."""
+        self._last.clear()
+        self._give(self.root, LEVELS, _KERNEL_HALF)
+
+    def _give(self, table: int, level: int, entries: int) -> None:
+        if level > 1:
+            words = memoryview(self._cpu.read_memory(table, entries * 8)).cast("Q")
+            for word in words:
+                if word & PRESENT and not word & LARGE:
+                    self._give(word & ADDRESS, level - 1, ENTRIES)
+        self._frames.give(table)
+
+
 class KernelSpace:
     """The upper half, which every process has and none may touch."""
 
@@ -124,7 +179,7 @@ class Mm:
 
     def __init__(self, cpu: Cpu, frames: Frames, kernel: KernelSpace) -> None:
         self._cpu, self._frames, self._kernel = cpu, frames, kernel
-        self.table = PageTable(cpu, frames, Stage.FIRST, LEVELS)
+        self.table = ProcessTable(cpu, frames)
         kernel.share(self.table.root)
         self.areas: list[Area] = []
         self.on_invalidate: list[OnInvalidate] = []
@@ -195,22 +250,35 @@ class Mm:
     def _unmap(self, area: Area, first: int, last: int) -> None:
         """Clear what is present, then let everyone forget it."""
         if [*self.table.unmap(first, last - first)]:
-            for told in tuple(self.on_invalidate):
-                told(first, last - first)
+            self._tell(first, last - first)
+
+    def _tell(self, addr: int, size: int) -> None:
+        for told in tuple(self.on_invalidate):
+            told(addr, size)
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
     def fault(self, addr: int, *, write: bool) -> bool:
         """Bring in the page of ``addr``; False when that is not the process's, or not to be written."""
+        return self._page(addr, write=write) is not None
+
+    def _page(self, addr: int, *, write: bool) -> tuple[int, int] | None:
+        """Where the page of ``addr`` is now, and its bytes; None as :meth:`fault`."""
         area = self.area(addr)
         if area is None or (write and not area.writable):
-            return False
-        page = addr & ~(area.step - 1)
-        if self.table.find(page) is None:
-            self.faults += 1
-            perm = READ | (WRITE if area.writable else 0)
-            self.table.map(page, self._frame(area, page), area.step, perm, level=area.level)
-        return True
+            return None
+        page, step = addr & ~(area.step - 1), area.step
+        found = self.table.find(page)
+        if found is not None:
+            return self.table.word(found[0]) & ADDRESS, step
+        self.faults += 1
+        table = self.table.take_out(page, area.level) if area.level > 1 else None
+        if table is not None:
+            self._tell(page, step)
+            self.table.give(table, area.level - 1)
+        frame = self._frame(area, page)
+        self.table.map(page, frame, step, READ | (WRITE if area.writable else 0), level=area.level)
+        return frame, step
 
     def _frame(self, area: Area, page: int) -> int:
         if area.file is not None:
@@ -231,14 +299,13 @@ class Mm:
         """
         end = addr + size
         while addr < end:
-            if not self.fault(addr, write=write):
+            found = self._page(addr, write=write)
+            if found is None:
                 raise OSError(errno.EFAULT, f"{'write' if write else 'read'} at {addr:#x}")
-            found = self.table.find(addr)
-            assert found is not None, "it was brought in"
-            step = 1 << shift_of(found[1])
+            frame, step = found
             within = addr & step - 1
             piece = min(end - addr, step - within, CHUNK)
-            yield (self.table.word(found[0]) & ADDRESS) + within, piece
+            yield frame + within, piece
             addr += piece
 
     def read(self, addr: int, size: int) -> bytes:
@@ -275,12 +342,4 @@ class Mm:
         areas, self.areas = self.areas, []
         for area in areas:
             self._forget(area)
-        self._give_tables(self.table.root, LEVELS, _KERNEL_HALF)
-
-    def _give_tables(self, table: int, level: int, entries: int) -> None:
-        if level > 1:
-            words = memoryview(self._cpu.read_memory(table, entries * 8)).cast("Q")
-            for word in words:
-                if word & PRESENT and not word & LARGE:
-                    self._give_tables(word & ADDRESS, level - 1, ENTRIES)
-        self._frames.give(table)
+        self.table.close()

@@ -30,6 +30,8 @@ from vfio_model.pci.translation_caps import (
     CAP_ID_ATS,
     CAP_ID_PASID,
     CAP_ID_PRI,
+    MAX_PASID_WIDTH,
+    PAGE_REQUEST_GROUPS,
     AtsCapability,
     AtsSpec,
     PasidCapability,
@@ -149,8 +151,12 @@ class IommuServices:
                     port.pri_unregister_notifier(pasid)
 
     def _check_pasid(self, pasid: int) -> None:
-        if pasid != PCI_NO_PASID and not self.pasid_enabled:
+        if pasid == PCI_NO_PASID:
+            return
+        if not self.pasid_enabled:
             raise OSError(errno.EPERM, "a request with PASID while PASID is disabled")
+        if not 0 <= pasid < 1 << MAX_PASID_WIDTH:
+            raise OSError(errno.EINVAL, f"PASID {pasid:#x}")
 
     def _check_request(self, pasid: int) -> None:
         if not self._may_master:
@@ -269,11 +275,13 @@ class IommuServices:
     def pri_request_page(self, request: PageRequest) -> None:
         """Ask for a page; the response comes to the notifier.
 
-        :raise OSError: EPERM, ENODEV; what :meth:`PCIIOMMUOps.pri_request_page` says.
+        :raise OSError: EPERM, ENODEV; EINVAL: no such group or PASID; what :meth:`PCIIOMMUOps.pri_request_page` says.
         """
         self._check_request(request.pasid)
         if not self.pri_enabled:
             raise OSError(errno.EPERM, "page requests are disabled")
+        if not 0 <= request.prgi < PAGE_REQUEST_GROUPS:
+            raise OSError(errno.EINVAL, f"page request group {request.prgi:#x}")
         self._port().pri_request_page(request)
 
 

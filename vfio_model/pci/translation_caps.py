@@ -33,6 +33,8 @@ PASID_WIDTH_SHIFT = 8
 PASID_ENABLE = 1
 PASID_CONTROL = 7
 MAX_PASID_WIDTH = 20
+PAGE_REQUEST_GROUPS = 512
+"""Page request group indices have 9 bits."""
 
 
 def _check(holds: bool, what: str, where: str) -> None:

@@ -22,6 +22,7 @@ from typing import Final, Protocol
 from vfio_model.devices.svm import regs
 from vfio_model.memory.types import IOMMUAccessFlags
 from vfio_model.pci.iommu_ops import Atc, AtcOutcome, AtsCompletion, AtsRequest, PageRequest, PageResponse
+from vfio_model.pci.translation_caps import PAGE_REQUEST_GROUPS
 from vfio_model.ranges import U64_MAX
 
 MAX_ENTRIES: Final = 512
@@ -32,7 +33,6 @@ SLICE: Final = 1 << 20
 """Bytes between two looks at the rest of the process."""
 MAX_REPEATS: Final = 64
 """How often a page is requested that was said to be there and is not."""
-PRGI_COUNT: Final = 512
 _LATER: Final = (errno.ENOSPC, errno.EDEADLK)
 """A page request that cannot be taken now."""
 
@@ -163,7 +163,7 @@ class Command:
         services = self._services
         if last:
             self.phase, self._group = Phase.WAIT, services.prgi
-            services.prgi = (services.prgi + 1) % PRGI_COUNT
+            services.prgi = (services.prgi + 1) % PAGE_REQUEST_GROUPS
         request = PageRequest(
             address, self._pasid, self._group if last else services.prgi, last, not self.write, self.write, self.priv
         )

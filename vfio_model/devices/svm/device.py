@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfio_model.devices.svm import regs
-from vfio_model.devices.svm.command import PRGI_COUNT, Command, Phase
+from vfio_model.devices.svm.command import Command, Phase
 from vfio_model.errors import VMStateError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec
 from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice
 from vfio_model.pci.express import ExpressSpec
 from vfio_model.pci.iommu_ops import Atc, PageRequest, PageResponse
-from vfio_model.pci.translation_caps import AtsSpec, PasidSpec, PriSpec
+from vfio_model.pci.translation_caps import PAGE_REQUEST_GROUPS, AtsSpec, PasidSpec, PriSpec
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
 
@@ -47,6 +47,7 @@ class SvmDevice(PCIDevice):
             Field("status"),
             Field("prgi"),
             Field("command"),
+            Field("command_crc", Type.U64),
             Field("command_address", Type.U64),
             Field("command_size", Type.U64),
             Field("command_privileged", Type.BOOL),
@@ -59,9 +60,14 @@ class SvmDevice(PCIDevice):
         super().__init__(host, **props)
         self.prgi = 0
         self._pasid = regs.PASID_DISABLE
+        """As it is set."""
+        self._joined = regs.PASID_DISABLE
+        """The one whose responses are heard and whose translations are cached; what is set, unless that is stale."""
+        self._stale = False
         self._caches: dict[bool, Atc] = {}
-        """By whether requests are privileged; empty while no PASID is set, or what follows it has to be set up yet."""
+        """By whether requests are privileged; empty while no PASID is served."""
         self._command: Command | None = None
+        self._expected_crc = 0
         self._scheduled = False
         self._clear()
 
@@ -92,39 +98,43 @@ class SvmDevice(PCIDevice):
 
     # -- the address space -------------------------------------------------------------------------------------------
 
-    @property
-    def pasid_in_use(self) -> int | None:
-        """The PASID of requests, if one is set."""
-        return None if self._pasid == regs.PASID_DISABLE else self._pasid
-
     def _set_pasid(self, pasid: int) -> None:
+        """A command that is under way fails. The rest is done in between: it asks others."""
         if pasid > regs.PASID_DISABLE or pasid == self._pasid == regs.PASID_DISABLE:
             return
+        if self._command is not None:
+            self._command.end()
+        self._pasid, self._stale = pasid, True
+        self._schedule()
+
+    def _renew(self) -> None:
+        """Serve the PASID that is set, and no other. It may be another one, or a reset may have been, when this is
+        over; then it is done again.
+        """
+        self._stale = False
         self._leave()
+        pasid = self._pasid
         if pasid != regs.PASID_DISABLE:
-            with contextlib.suppress(OSError):
+            try:
                 self._join(pasid)
+            except OSError:
+                self._leave()
+                if self._pasid == pasid:
+                    self._pasid = regs.PASID_DISABLE
+        self._stale = self._stale or self._pasid != self._joined
 
     def _join(self, pasid: int) -> None:
         """:raise OSError: the guest has not enabled what it takes, or there is no IOMMU that has it."""
+        self._joined = pasid
         self.pri_register_notifier(pasid, self._responded)
-        self._pasid = pasid
-        try:
-            for priv in (False, True):
-                self._caches[priv] = self.open_atc(pasid, priv=priv)
-        except OSError:
-            self._leave()
-            raise
+        for priv in (False, True):
+            self._caches[priv] = self.open_atc(pasid, priv=priv)
 
     def _leave(self) -> None:
-        """A command that is under way fails."""
-        if self._command is not None:
-            self._command.end()
-            self._schedule()
-        if self._pasid != regs.PASID_DISABLE:
+        if self._joined != regs.PASID_DISABLE:
+            joined, self._joined = self._joined, regs.PASID_DISABLE
             with contextlib.suppress(OSError):  # an IOMMU that has gone has forgotten it already
-                self.pri_unregister_notifier(self._pasid)
-            self._pasid = regs.PASID_DISABLE
+                self.pri_unregister_notifier(joined)
         caches, self._caches = self._caches, {}
         for atc in caches.values():
             atc.close()
@@ -151,6 +161,7 @@ class SvmDevice(PCIDevice):
         write, priv = command == regs.COMMAND_WRITE, bool(self._parameters[regs.OPTIONS] & regs.OPTION_PRIVILEGED)
         address, size = self._parameters[regs.ADDRESS], self._parameters[regs.SIZE]
         self._command = Command(self, self._pasid, address, size, write=write, priv=priv)
+        self._expected_crc = self._parameters[regs.EXPECTED_CRC]
         self.host.trace("svm_command", pasid=self._pasid, address=address, size=size, write=write, priv=priv)
         self._schedule()
 
@@ -160,21 +171,20 @@ class SvmDevice(PCIDevice):
             self.run_when_idle(self._slice)
 
     def _slice(self) -> bool:
-        if self._pasid != regs.PASID_DISABLE and not self._caches:
-            with contextlib.suppress(OSError):
-                self._join(self._pasid)
         command = self._command
-        if command is not None and not command.over:
+        if self._stale:
+            self._renew()
+        elif command is not None and not command.over:
             command.advance()
         if command is not None and command is self._command and command.over:
             self._finish(command)
-        self._scheduled = self._command is not None and not self._command.waits
+        self._scheduled = self._stale or (self._command is not None and not self._command.waits)
         return self._scheduled
 
     def _finish(self, command: Command) -> None:
         ok = command.phase is Phase.DONE
         if ok and not command.write:
-            ok = command.crc == self._parameters[regs.EXPECTED_CRC]
+            ok = command.crc == self._expected_crc
         self._status = regs.STATUS_OK if ok else regs.STATUS_ERROR
         self._command = None
         self.host.trace("svm_done", status=self._status, moved=command.moved, crc=command.crc, cached=self.cached)
@@ -201,7 +211,7 @@ class SvmDevice(PCIDevice):
     def reset_enter(self) -> None:
         """A command ends without a trace; nothing is cached."""
         self._command = None
-        self._pasid = regs.PASID_DISABLE
+        self._pasid = self._joined = regs.PASID_DISABLE
         super().reset_enter()
         self._caches = {}
 
@@ -228,6 +238,7 @@ class SvmDevice(PCIDevice):
             "status": self._status,
             "prgi": self.prgi,
             "command": 0 if command is None else regs.COMMAND_WRITE if command.write else regs.COMMAND_READ,
+            "command_crc": self._expected_crc,
             "command_address": 0 if command is None else command.address,
             "command_size": 0 if command is None else command.size,
             "command_privileged": command is not None and command.priv,
@@ -238,7 +249,7 @@ class SvmDevice(PCIDevice):
     def check_state(self, state: Mapping[str, Any], *, where: str) -> None:
         """Numbers that a device can have."""
         super().check_state(state, where=where)
-        possible = state["pasid"] <= regs.PASID_DISABLE and state["prgi"] < PRGI_COUNT
+        possible = state["pasid"] <= regs.PASID_DISABLE and state["prgi"] < PAGE_REQUEST_GROUPS
         possible &= state["command"] <= regs.COMMAND_READ and state["status"] <= regs.STATUS_ERROR
         if not possible or state["moved"] > state["command_size"]:
             raise VMStateError("a state that no svm device can be in", where=where)
@@ -251,7 +262,9 @@ class SvmDevice(PCIDevice):
             if each.offset in self._parameters:
                 self._parameters[each.offset] = state[each.name]
         self._pasid, self._status = state["pasid"], state["status"]
-        self.prgi = (state["prgi"] + 1) % PRGI_COUNT
+        self._stale = self._pasid != regs.PASID_DISABLE
+        self._expected_crc = state["command_crc"]
+        self.prgi = (state["prgi"] + 1) % PAGE_REQUEST_GROUPS
         if state["command"]:
             self._command = Command(
                 self,
