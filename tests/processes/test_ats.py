@@ -209,6 +209,27 @@ def test_requests_without_pasid_are_translated_too_and_fault_where_nothing_is(ri
     assert card.write(0x40_0000, 7) == OK and rig.word(DATA) == 7
 
 
+def test_requests_without_pasid_follow_domains_and_the_unit_itself(rig: AtsRig) -> None:
+    """What the process keeps of them goes with every way in which a guest takes it away."""
+    card, iova = rig.cards[0], 0x40_0000
+    first = rig.domain(card, None)
+    rig.driver.map(first, iova, DATA, PAGE)
+    rig.armed(card)
+    assert card.do(PLAIN_WRITE, addr=iova, value=1) == 0 and rig.word(DATA) == 1
+    rig.driver.detach(first, card.devfn)
+    assert card.do(PLAIN_WRITE, addr=iova, value=2) != 0 and rig.word(DATA) == 1
+    second = rig.domain(card, None)
+    rig.driver.map(second, iova, DATA + PAGE, PAGE)
+    assert card.do(PLAIN_WRITE, addr=iova, value=3) == 0
+    assert (rig.word(DATA), rig.word(DATA + PAGE)) == (1, 3)
+    rig.driver.stop()
+    assert card.do(PLAIN_WRITE, addr=iova, value=4) == 0, "translation is off: addresses are those of memory"
+    assert (rig.word(iova), rig.word(DATA + PAGE)) == (4, 3)
+    rig.driver.start()
+    assert card.do(PLAIN_WRITE, addr=iova, value=5) == 0
+    assert (rig.word(iova), rig.word(DATA + PAGE)) == (4, 5)
+
+
 def test_what_was_read_is_not_marked_as_written(rig: AtsRig) -> None:
     """A translation that the process keeps for reads sets no dirty bit, and lets no write go past it."""
     card = rig.cards[0]
