@@ -1,9 +1,9 @@
 """QEMU's trace lines about sPAPR DMA windows, as records.
 
-The formats are those of QEMU's ``hw/ppc/trace-events``; the log backend may put ``PID@SEC.USEC:`` before each. One
-table says which events are understood and what their fields are. A line of any other event is passed over; a line
-that bears the name of one of these but not its fields is *malformed*, as is text that does not begin like an event at
-all.
+How a line is written :mod:`vfio_model.trace_text` says; the log backend may put ``PID@SEC.USEC:`` before each. One
+table says which events are understood and what is made of their fields. A line of any other event is passed over; a
+line that bears the name of one of these but not its fields is *malformed*, as is text that does not begin like an event
+at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vfio_model.ranges import U64_MAX
+from vfio_model.trace_text import fields_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +130,7 @@ class PassedOver:
     name: str
 
 
-_X = r"(?:0x)?([0-9a-fA-F]+)"
-_D = r"(-?\d+)"
-_LIOBN = rf"liobn={_X}"
-_PE = rf"buid={_X} addr={_X}"
-
 Maker = Callable[..., TraceEvent]
-Row = tuple[str, str, Maker]
-"""Pattern of the fields, the base of each (x hexadecimal, d decimal), and the record made of them."""
-
-_PUT: Row = (rf"{_LIOBN} ioba={_X} tce={_X} ret={_D}", "xxxd", PutTce)
-_GET: Row = (rf"{_LIOBN} ioba={_X} ret={_D} tce={_X}", "xxdx", GetTce)
-_STUFF: Row = (rf"{_LIOBN} ioba={_X} tcevalue={_X} npages={_D} ret={_D}", "xxxdd", StuffTce)
-_INDIRECT: Row = (
-    rf"{_LIOBN} ioba={_X} tcelist={_X} iobaN={_X} tceN={_X} ret={_D}",
-    "xxxxxd",
-    PutTceIndirect,
-)
 
 
 def _query(buid: int, cfgaddr: int, available: int, largest: int, mask: int) -> TraceEvent:
@@ -160,36 +145,24 @@ def _reset(buid: int, cfgaddr: int) -> TraceEvent:
     return DdwReset(0, buid, cfgaddr)
 
 
-_FORMATS: dict[str, Row] = {
-    "spapr_iommu_new_table": (rf"{_LIOBN} table=\S+ fd={_D}", "xd", NewTable),
-    "spapr_iommu_pci_put": _PUT,
-    "spapr_iommu_put": _PUT,
-    "spapr_iommu_pci_get": _GET,
-    "spapr_iommu_get": _GET,
-    "spapr_iommu_pci_stuff": _STUFF,
-    "spapr_iommu_stuff": _STUFF,
-    "spapr_iommu_pci_indirect": _INDIRECT,
-    "spapr_iommu_indirect": _INDIRECT,
-    "spapr_iommu_xlate": (rf"{_LIOBN} {_X} -> {_X} perm={_D} mask={_X}", "xxxdx", Xlate),
-    "spapr_iommu_ddw_query": (
-        rf"{_PE}, {_D} windows available, max window size={_X}, mask={_X}",
-        "xxdxx",
-        _query,
-    ),
-    "spapr_iommu_ddw_create": (
-        rf"{_PE}, page size={_X}, requested={_X}, start addr={_X}, liobn={_X}",
-        "xxxxxx",
-        _create,
-    ),
-    "spapr_iommu_ddw_remove": (rf"{_LIOBN}(?:,? ret=-?\d+)?", "x", DdwRemove),
-    "spapr_iommu_ddw_reset": (_PE, "xx", _reset),
+_TABLE: dict[str, tuple[str, Maker]] = {
+    "put": ("liobn ioba tce ret", PutTce),
+    "get": ("liobn ioba ret tce", GetTce),
+    "stuff": ("liobn ioba tcevalue npages ret", StuffTce),
+    "indirect": ("liobn ioba tcelist iobaN tceN ret", PutTceIndirect),
 }
-
-EVENTS: dict[str, tuple[re.Pattern[str], tuple[int, ...], Maker]] = {
-    name: (re.compile(pattern), tuple(16 if base == "x" else 10 for base in bases), make)
-    for name, (pattern, bases, make) in _FORMATS.items()
+EVENTS: dict[str, tuple[str, Maker]] = {
+    **{f"spapr_iommu_{kind}{name}": row for kind in ("", "pci_") for name, row in _TABLE.items()},
+    "spapr_iommu_new_table": ("liobn fd", NewTable),
+    "spapr_iommu_xlate": ("liobn ioba tce perm pgsize", Xlate),
+    "spapr_iommu_ddw_query": ("buid cfgaddr wa win_size pgmask", _query),
+    "spapr_iommu_ddw_create": ("buid cfgaddr pg_size req_size start liobn", _create),
+    "spapr_iommu_ddw_remove": ("liobn", DdwRemove),
+    "spapr_iommu_ddw_reset": ("buid cfgaddr", _reset),
 }
-"""What is understood: event name to (pattern of its fields, number bases, record)."""
+"""What is understood: event name to (fields as :data:`vfio_model.trace_text.SPAPR` names them, the record of them)."""
+_RESULT = re.compile(r",? ret=-?\d+$")
+"""Which some versions print behind a removal."""
 
 _LINE = re.compile(r"(?:\d+@\d+(?:\.\d+)?:)?([A-Za-z_][A-Za-z0-9_]*)(?:[ :]+(.*?))?\s*", re.DOTALL)
 
@@ -216,11 +189,11 @@ def parse_event(name: str, rest: str) -> TraceEvent | PassedOver | Malformed:
     row = EVENTS.get(name)
     if row is None:
         return PassedOver(name)
-    pattern, bases, make = row
-    fields = pattern.fullmatch(rest)
+    names, make = row
+    fields = fields_of(name, _RESULT.sub("", rest) if make is DdwRemove else rest)
     if fields is None:
         return Malformed(f"the fields of {name} do not have their form")
-    values = [int(value, base) for value, base in zip(fields.groups(), bases, strict=True)]
-    if any(abs(value) > U64_MAX for value in values):
+    values = [fields[field] for field in names.split()]
+    if any(not isinstance(value, int) or abs(value) > U64_MAX for value in values):
         return Malformed(f"a field of {name} has more than 64 bits")
     return make(*values)
