@@ -57,12 +57,7 @@ class GuestProcess:
         self.directory = host.directory / name
         self.directory.mkdir(mode=0o700)
         bridges = options.pop("bridges", 1)
-        second = (EDU, "edu", "") if bridges == 1 else (FAR, "dma-burst", "phb1.0")
-        assigned = [
-            {"id": name, "model": model, "bus": bus, "attach": "assigned", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
-            | {"group": 26 + 2 * number + n, "host": f"0000:01:{2 * number + n:02x}.0"}
-            for n, (name, model, bus) in enumerate(((NIC, "dma-burst", ""), second))
-        ]
+        assigned = self.assigned(number, bridges)
         tracking = options.pop("dirty_tracking", True)
         remote = options.pop("remote", False)
         self._remote_model = remote if isinstance(remote, str) else "edu"
@@ -75,9 +70,8 @@ class GuestProcess:
         ]
         own = {"id": OWN, "model": "edu", "attach": "emulated", "addr": f"{ADDRESSES[OWN] >> 3:02x}.0"}
         devices = [*({**each, "dirty_tracking": tracking} for each in assigned), own, *far]
-        kvm = acceleration.kvm(options.pop("kvm", None))
         config = {
-            "machine": {"ram": RAM, "page_size": 1 << 16, "kvm": kvm, "phbs": [{"index": n} for n in range(bridges)]},
+            "machine": self.machine(bridges, options.pop("kvm", None)),
             "devices": devices,
             "host_dir": str(host.directory),
             "host_page_size": 1 << 12,
@@ -99,6 +93,21 @@ class GuestProcess:
         self.cpu = ControlCpu(self.link)
         self.ram = GuestRam(self.pid)
         self.bars: dict[str, int] = {}
+
+    def assigned(self, number: int, bridges: int) -> list[dict[str, object]]:
+        """Its assigned devices."""
+        second = (EDU, "edu", "") if bridges == 1 else (FAR, "dma-burst", "phb1.0")
+        return [
+            {"id": name, "model": model, "bus": bus, "attach": "assigned", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
+            | {"group": 26 + 2 * number + n, "host": f"0000:01:{2 * number + n:02x}.0"}
+            for n, (name, model, bus) in enumerate(((NIC, "dma-burst", ""), second))
+        ]
+
+    @staticmethod
+    def machine(bridges: int, kvm: bool | None) -> dict[str, object]:
+        """Its machine."""
+        phbs = [{"index": n} for n in range(bridges)]
+        return {"ram": RAM, "page_size": 1 << 16, "kvm": acceleration.kvm(kvm), "phbs": phbs}
 
     def _serve(self, name: str) -> subprocess.Popen[bytes]:
         """A remote device's process."""
@@ -267,11 +276,11 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 class Pair:
     """The guests, one of which waits for the other at :attr:`path`."""
 
-    def __init__(self, host: HostProcess, **options: Any) -> None:
-        self.host = host
+    def __init__(self, host: HostProcess, kind: type[GuestProcess] = GuestProcess, **options: Any) -> None:
+        self.host, self._kind = host, kind
         self.path = host.directory / "migration.sock"
         self._options = options
-        self.source = GuestProcess(host, SOURCE, 0, **options)
+        self.source = kind(host, SOURCE, 0, **options)
         self.targets: list[GuestProcess] = []
 
     @property
@@ -282,7 +291,7 @@ class Pair:
     def make_target(self, uri: str = "", **options: Any) -> GuestProcess:
         """A guest that waits; each is one of its own."""
         where, name = uri or f"unix:{self.path}", f"{TARGET}{len(self.targets)}"
-        self.targets.append(GuestProcess(self.host, name, 1, incoming=where, **{**self._options, **options}))
+        self.targets.append(self._kind(self.host, name, 1, incoming=where, **{**self._options, **options}))
         return self.target
 
     def make_paused(self) -> GuestProcess:
