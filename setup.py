@@ -1,4 +1,4 @@
-"""The compiled variants of the batches and of the assigned DMA path (pyproject.toml says all the rest).
+"""The compiled variants of the batches and of two DMA paths (pyproject.toml says all the rest).
 
 They are optional: without a C compiler or Python.h everything installs and Python and numpy do the work. The limited
 API makes one library serve every CPython from 3.11 on.
@@ -26,6 +26,7 @@ setup(
     ext_modules=[
         compiled("vfio_model.batch._compiled", "_compiled_maps.c", "_compiled_walks.c", "_compiled.h"),
         compiled("vfio_model.host._path"),
+        compiled("vfio_model.memory._atc"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -110,7 +110,7 @@ class CachingDevice:
 
     AS_ID = 7
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool) -> None:
         system, block = system_memory(PAGES * PAGE)
         self.view = block.view
         self.iommu = DictIOMMU(system, 1 << 40, page=PAGE)
@@ -123,7 +123,9 @@ class CachingDevice:
         ram.add(IovaMap(0, len(block.view), READ | WRITE, block.view, None))
         rest = MessageDma(asking(self._call))
         ask = translator(self._call)
-        self.impl = CachedImpl(ask, RingReader(words), self.lane, ram, as_id=self.AS_ID, fallback=rest)
+        self.impl = CachedImpl(
+            ask, RingReader(words), self.lane, ram, as_id=self.AS_ID, fallback=rest, compiled=compiled
+        )
         self.impl.arm()
 
     def _call(self, command: Command, payload: Payload) -> Payload | None:
@@ -140,9 +142,9 @@ class CachingDevice:
         assert Revoke(NoFence(), [self.lanes]).start(), "no section is open between accesses"
 
 
-def cached() -> Bench:
+def cached(*, compiled: bool) -> Bench:
     """An ATC."""
-    device = CachingDevice()
+    device = CachingDevice(compiled=compiled)
     return Bench(device.impl, device.view, device.remap)
 
 
@@ -232,7 +234,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Bench]] = {
     "assigned-gated": lambda: assigned(compiled=False, gated=True),
     "assigned-scatter": lambda: assigned(compiled=False, hpa="scatter"),
     "assigned-levels": lambda: assigned(compiled=False, levels=2),
-    "cached": cached,
+    "cached": lambda: cached(compiled=False),
     "vfio-user": vfio_user,
     "message": by_message,
     "vfio-user-message": vfio_user_by_message,
@@ -259,5 +261,8 @@ if find_spec("vfio_model.host._path") is not None:  # built
     }
     IMPLEMENTATIONS |= COMPILED
     EXPECTED += ("assigned-compiled", "assigned-compiled-scatter", "assigned-compiled-levels")
+if find_spec("vfio_model.memory._atc") is not None:
+    IMPLEMENTATIONS["cached-compiled"] = lambda: cached(compiled=True)
+    EXPECTED += ("cached-compiled",)
 WITHOUT_PERMISSIONS = frozenset({"plain"})
 """Where every mapping is readable and writable."""

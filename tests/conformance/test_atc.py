@@ -22,6 +22,8 @@ from tests.conformance.atcs import (
     RemoteRig,
     Rig,
 )
+from vfio_model.batch import variant
+from vfio_model.memory import atc_path
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.ring import RecordFlags, pasid_flags
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, IOMMUNotifierFlag
@@ -33,6 +35,16 @@ from vfio_model.ranges import U64_MAX
 IOVA = 0x7F12_3456_7000
 BIG = 1 << 21
 OK, MISS, FAILED, UNTRANSLATED = AtcOutcome.OK, AtcOutcome.MISS, AtcOutcome.FAILED, AtcOutcome.UNTRANSLATED_ONLY
+
+
+@pytest.fixture(params=["compiled", "Python"], autouse=True, scope="module")
+def variant_of_hits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What serves hits, in every test here."""
+    if request.param == "compiled" and atc_path.Path is None:
+        pytest.skip("not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variant, "chosen", "compiled" if request.param == "compiled" else "numpy")
+        yield
 
 
 @pytest.fixture(params=list(RIGS))

@@ -20,6 +20,7 @@ from functools import partial
 
 from vfio_model.memory.atc_cache import TranslationCache
 from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
+from vfio_model.memory.atc_path import Path
 from vfio_model.memory.dma import BLOCKED, DMAImpl, DMASpace, Iovas, OnInvalidate
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.lane import SECTION_BYTES, Lane
@@ -37,6 +38,9 @@ from vfio_model.ranges import wrap64
 
 Ask = Callable[[int, int, bool], IOMMUTLBEntry | None]
 """``ask(iova, length, is_write)``: the translation around ``iova``, perm NONE for a fault; None when nobody answers."""
+
+Read = Callable[[int, WriteBuffer], MemTxResult]
+Write = Callable[[int, ReadBuffer], MemTxResult]
 
 MAX_ASKS = 64
 """How often one access asks again because an invalidation came between; then it is a bus error."""
@@ -56,7 +60,8 @@ class _Fill(Enum):
 
 class CachedImpl:
     """DMA through an ATC. ``fallback`` takes what cannot be cached: everything before :meth:`arm`, what is not RAM, and
-    pages marked untranslated-only; it is the message path, or blocks."""
+    pages marked untranslated-only; it is the message path, or blocks. ``compiled`` False keeps to Python even where the
+    compiled variant was built."""
 
     def __init__(
         self,
@@ -69,24 +74,36 @@ class CachedImpl:
         pasid: int = PCI_NO_PASID,
         fallback: DMAImpl = BLOCKED,
         bounce: BounceBudget | None = None,
+        compiled: bool = True,
     ) -> None:
         self.armed = False
         self.bounce = bounce or BounceBudget()
-        self._cache = TranslationCache(ring, lane, as_id=as_id, pasid=pasid)
+        self._cache = TranslationCache(ring, lane, as_id=as_id, pasid=pasid, compiled=compiled)
         self.entries = self._cache.entries
         self._ask, self._ring, self._lane, self._ram, self._fallback = ask, ring, lane, ram, fallback
-        self.read, self.write = self._reader(), self._writer()
+        self._path: Path[None] | None = None
+        """Serves hits while armed, where the compiled variant is there."""
+        if self._cache.compiled:
+            self._path = Path(self._read_slow, self._write_slow, None, MemTxResult.OK, None)
+            self.read: Read = self._path.read
+            self.write: Write = self._path.write
+        else:
+            self.read, self.write = self._reader(), self._writer()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def arm(self) -> None:
         """The ring's writer knows the lane: from now on translations may be cached."""
         self.armed = True
+        if self._path is not None:
+            self._cache.show(self._path)
 
     def disarm(self) -> None:
         """The subscription is gone: nothing cached is used any more."""
         self.armed = False
         self.flush()
+        if self._path is not None:
+            self._path.forget()
 
     def attach(self, dma: DMASpace) -> None:
         """``dma`` is bound to this (see :class:`~vfio_model.memory.dma.Rebinding`)."""

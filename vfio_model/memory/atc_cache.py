@@ -22,14 +22,16 @@ before the ring's writer knows the lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, TypeVar
 
+from vfio_model.memory import atc_path
 from vfio_model.memory.atc_entries import CachedEntry, EntryTable
 from vfio_model.memory.lane import SECTION_BYTES, Lane
 from vfio_model.memory.ring import EVERY_AS, HEAD, RecordFlags, RingReader, RingWriter, init_ring, ring_size
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags
 from vfio_model.ranges import U64_MAX
 
+T = TypeVar("T")
 Since = list[tuple[int, int]]
 """What was invalidated since a request went out."""
 
@@ -60,7 +62,8 @@ class TranslationCache:
 
     ``kind`` is :attr:`RecordFlags.ATS` for translations that the device asked for by ATS: it alone decides when it
     gives those back, and follows the records about them. ``required`` are permissions that every use needs. ``gate``
-    says, in its first item, whether anything may be used at all.
+    says, in its first item, whether anything may be used at all. ``compiled`` False keeps to Python even where the
+    compiled variant was built.
     """
 
     def __init__(
@@ -73,15 +76,31 @@ class TranslationCache:
         kind: RecordFlags = RecordFlags.NONE,
         required: IOMMUAccessFlags = IOMMUAccessFlags.NONE,
         gate: memoryview = OPEN,
+        compiled: bool = True,
     ) -> None:
         self.as_id, self.pasid = as_id, pasid
         self.ring, self.lane = ring, lane
-        self.entries = EntryTable(required)
+        self._fronts = (atc_path.Front(False), atc_path.Front(True)) if compiled and atc_path.available() else None
+        self.entries = EntryTable(required, self._fronts)
+        self._seen = memoryview(bytearray(8)).cast("Q")
+        """How far the ring is dealt with, for the compiled variant."""
+        self._seen[0] = ring.seen
         self._kind, self._gate = int(kind), gate
         self._since: dict[int, Since] = {}
         """Per request that is out (by the identity of its list)."""
 
     # -- a DMA section -------------------------------------------------------------------------------------------
+
+    @property
+    def compiled(self) -> bool:
+        """Whether hits can be served by a :class:`~vfio_model.memory.atc_path.Path`."""
+        return self._fronts is not None
+
+    def show(self, path: atc_path.Path[T]) -> None:
+        """Let ``path`` serve hits, by views of its own: whoever mapped the memory can release his."""
+        assert self._fronts is not None, "compiled"
+        ring, lanes = memoryview(self.ring.words), memoryview(self.lane.words)
+        path.know(ring, lanes, self.lane.slot, self._seen, self._gate, *self._fronts)
 
     def move(self, iova: int, view: memoryview, is_write: bool) -> tuple[int, CachedEntry | None]:
         """One DMA section: catch up with the ring, look up, copy. Bytes moved; when none, what is cached of ``iova``.
@@ -142,8 +161,10 @@ class TranslationCache:
 
     def catch_up(self) -> None:
         """Deal with every record since the last time; inside a section."""
-        if self.ring.words[HEAD] != self.ring.seen and not self.ring.drain(self._record):
-            self.flush()
+        if self.ring.words[HEAD] != self.ring.seen:
+            if not self.ring.drain(self._record):
+                self.flush()
+            self._seen[0] = self.ring.seen
 
     def _record(self, as_id: int, iova: int, last: int, flags: int) -> None:
         if as_id == EVERY_AS:

@@ -5,7 +5,7 @@ bytes. An entry therefore keeps the *view* of its bytes. For untranslated reques
 whose block is larger than the RAM it lies in is kept as the largest naturally aligned part that fits. What a device
 asked for by ATS is kept whole, where its bytes are not here as the address alone.
 
-Entries live by size (a dict per page shift). In front of them are two dicts by smallest page, one of pages that may
+Entries live by size (a dict per page shift). In front of them are two tables by smallest page, one of pages that may
 be read and one of pages that may be written: a hit is one lookup, whatever the entry's size and whatever else is
 cached.
 """
@@ -25,6 +25,22 @@ _UNTRANSLATED_ONLY = int(IOMMUAccessFlags.UNTRANSLATED_ONLY)
 
 Hit = tuple[int, int, memoryview]
 """First address, address behind the last (exclusive), and the bytes from the first on."""
+
+
+class Front(Protocol):
+    """What is looked at first: a dict, or what takes its place (``_atc.c``)."""
+
+    def get(self, page: int, /) -> Hit | None:
+        """The entry that was used for ``page``, if any."""
+
+    def __setitem__(self, page: int, hit: Hit, /) -> None:
+        """``page`` lies in ``hit``."""
+
+    def pop(self, page: int, default: None, /) -> Hit | None:
+        """Forget ``page``."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
 class GuestRam(Protocol):
@@ -49,14 +65,17 @@ class CachedEntry:
 
 class EntryTable:
     """The entries of one cache. Not for several threads: each DMA lane has its own. ``required`` are permissions that
-    each use needs, besides that to read or to write.
+    each use needs, besides that to read or to write; ``fronts`` (empty) are of pages that may be read and written.
     """
 
-    def __init__(self, required: IOMMUAccessFlags = IOMMUAccessFlags.NONE) -> None:
+    def __init__(
+        self, required: IOMMUAccessFlags = IOMMUAccessFlags.NONE, fronts: tuple[Front, Front] | None = None
+    ) -> None:
         self._required = int(required)
-        self.readable: dict[int, Hit] = {}
+        readable, writable = fronts or (dict[int, Hit](), dict[int, Hit]())
+        self.readable: Front = readable
         """By ``iova >> PAGE_SHIFT``; the fast path looks here alone."""
-        self.writable: dict[int, Hit] = {}
+        self.writable: Front = writable
         self._by_shift: dict[int, dict[int, CachedEntry]] = {}
 
     def __len__(self) -> int:
@@ -123,7 +142,7 @@ class EntryTable:
                 del self._by_shift[shift]
 
     def clear(self) -> None:
-        """Forget everything. The front dicts stay the same objects: fast paths have them bound."""
+        """Forget everything. The fronts stay the same objects: fast paths have them bound."""
         self._by_shift.clear()
         self.readable.clear()
         self.writable.clear()

@@ -17,10 +17,12 @@ from typing import Final, NamedTuple
 
 from vfio_model.memory.atc_cache import TranslationCache
 from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
+from vfio_model.memory.atc_path import Path
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, MemTxResult
 from vfio_model.pci.iommu_ops import AtcOutcome, AtsCompletion, AtsRequest
 
+Access = Callable[[int, memoryview, bool], tuple[int, AtcOutcome]]
 Ask = Callable[[AtsRequest], tuple[AtsCompletion, int]]
 """The completion of a request, and the stamp that its translations have."""
 
@@ -63,6 +65,13 @@ class DeviceAtc:
         self._cache, self._ram = cache, ram
         self._ask, self._through, self._on_close = ask, through, on_close
         self.closed = False
+        self._path: Path[AtcOutcome] | None = None
+        self.access: Access = self._access
+        """See ``Atc``; the same as long as this lives."""
+        if cache.compiled:
+            self._path = Path(None, None, self._access, MemTxResult.OK, AtcOutcome.OK)
+            self.access = self._path.access
+            cache.show(self._path)
 
     @property
     def entries(self) -> int:
@@ -75,6 +84,8 @@ class DeviceAtc:
         """
         self._cache.flush()
         self._cache, self._ram = cache, ram
+        if self._path is not None and not self.closed:
+            cache.show(self._path)
 
     def invalidate(self) -> None:
         """Forget everything, also answers that are on their way."""
@@ -106,8 +117,7 @@ class DeviceAtc:
             cache.entries.insert_whole(entry, self._ram, stamp)
         return True
 
-    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
-        """See ``Atc``."""
+    def _access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
         if self.closed:
             return 0, AtcOutcome.FAILED
         cache = self._cache
@@ -133,6 +143,8 @@ class DeviceAtc:
         if not self.closed:
             self.closed = True
             self._cache.flush()
+            if self._path is not None:
+                self._path.forget()
             self._on_close(self)
 
 

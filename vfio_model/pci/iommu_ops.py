@@ -122,8 +122,10 @@ class Atc(Protocol):
             the cache is closed, or the IOMMU gone.
         """
 
-    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
-        """Move bytes between ``view`` and ``addr`` by a translated request, in one DMA section: (bytes moved, outcome).
+    @property
+    def access(self) -> Callable[[int, memoryview, bool], tuple[int, AtcOutcome]]:
+        """``access(addr, view, is_write)``: move bytes between ``view`` and ``addr`` by a translated request, in one
+        DMA section: (bytes moved, outcome). To be looked up for each use: it changes with what the function may do.
 
         Fewer bytes than wanted may move; it is none unless the outcome is OK.
         """

@@ -77,6 +77,8 @@ class IommuServices:
         self.pasid = (
             PasidCapability(config, self.PASID, self._service_offset(CAP_ID_PASID)) if self.PASID is not None else None
         )
+        if self.pasid is not None:
+            config.on_write("pasid.control", self._renew_atcs)
 
     def _service_offset(self, cap_id: int) -> int | None:
         """Where the extended capability lies, for a function whose list is not made here."""
@@ -118,6 +120,7 @@ class IommuServices:
         self._may_master = allowed
         if not allowed:
             self._block_translated()
+        self._renew_atcs()
         self.on_rights_change()
 
     def _block_translated(self) -> None:
@@ -129,7 +132,12 @@ class IommuServices:
         if not self.ats_enabled:
             self._block_translated()
             self._close_atcs()
+        self._renew_atcs()
         self.on_rights_change()
+
+    def _renew_atcs(self) -> None:
+        for atc in self._atcs:
+            atc.renew()
 
     def _close_atcs(self) -> None:
         for atc in list(self._atcs):
@@ -285,6 +293,13 @@ class IommuServices:
         self._port().pri_request_page(request)
 
 
+AtcAccess = Callable[[int, memoryview, bool], tuple[int, AtcOutcome]]
+
+
+def _refused(addr: int, view: memoryview, is_write: bool, /) -> tuple[int, AtcOutcome]:
+    return 0, AtcOutcome.FAILED
+
+
 class CheckedAtc:
     """An :class:`~vfio_model.pci.iommu_ops.Atc` that a function may use as long as ``check(pasid)`` raises nothing."""
 
@@ -293,6 +308,18 @@ class CheckedAtc:
     ) -> None:
         self._atc, self._on_close, self._check, self._pasid = atc, on_close, check, pasid
         self._closed = False
+        self.access: AtcAccess = _refused
+        """See ``Atc``; FAILED when the function may not."""
+        self.renew()
+
+    def renew(self) -> None:
+        """What the function may do has changed: that is looked at here, not at each access."""
+        try:
+            self._check(self._pasid)
+        except OSError:
+            self.access = _refused
+        else:
+            self.access = self._atc.access
 
     @property
     def entries(self) -> int:
@@ -303,14 +330,6 @@ class CheckedAtc:
         """See ``Atc``; EPERM when the function may not."""
         self._check(self._pasid)
         return self._atc.fill(request)
-
-    def access(self, addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
-        """See ``Atc``; FAILED when the function may not."""
-        try:
-            self._check(self._pasid)
-        except OSError:
-            return 0, AtcOutcome.FAILED
-        return self._atc.access(addr, view, is_write)
 
     def close(self) -> None:
         """See ``Atc``."""
