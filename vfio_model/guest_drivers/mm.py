@@ -105,13 +105,37 @@ class ProcessTable(PageTable):
             self._last[number] = super().slot(number << shift_of(2))
         return self._last[number] + self._index(iova, 1) * 8
 
-    def find(self, iova: int) -> tuple[int, int] | None:
-        """See :class:`PageTable`."""
+    def leaf_at(self, iova: int) -> int:
+        """The entry that maps ``iova``, 0 where nothing is mapped."""
         table = self._last.get(iova >> shift_of(2))
-        if table is None:
-            return super().find(iova)
-        at = table + self._index(iova, 1) * 8
-        return (at, 1) if self.word(at) & PRESENT else None
+        if table is not None:
+            return self.word(table + self._index(iova, 1) * 8)
+        found = self.find(iova)
+        return 0 if found is None else self.word(found[0])
+
+    def clear(self, first: int, last: int) -> bool:
+        """Nothing is mapped from ``first`` to ``last`` (exclusive) any more; whether something was. What is of 4 KiB is
+        read and cleared by the table.
+        """
+        at, were = first, False
+        while at < last:
+            number = at >> shift_of(2)
+            end = min(last, (number + 1) << shift_of(2))
+            table = self._last.get(number)
+            if table is None:
+                found = self.find(at)
+                step = PAGE if found is None else 1 << shift_of(found[1])
+                if found is not None:
+                    self._cpu.mmio_write(found[0], 8, 0)
+                    were = True
+                at = (at & ~(step - 1)) + step if found is not None else end
+                continue
+            entries, size = table + self._index(at, 1) * 8, (end - at) // PAGE * 8
+            if any(self._cpu.read_memory(entries, size)):
+                self._cpu.write_memory(entries, bytes(size))
+                were = True
+            at = end
+        return were
 
     def take_out(self, iova: int, level: int) -> int | None:
         """The table, with nothing in it, that was where a page of ``level`` is to be."""
@@ -249,7 +273,7 @@ class Mm:
 
     def _unmap(self, area: Area, first: int, last: int) -> None:
         """Clear what is present, then let everyone forget it."""
-        if [*self.table.unmap(first, last - first)]:
+        if self.table.clear(first, last):
             self._tell(first, last - first)
 
     def _tell(self, addr: int, size: int) -> None:
@@ -268,9 +292,9 @@ class Mm:
         if area is None or (write and not area.writable):
             return None
         page, step = addr & ~(area.step - 1), area.step
-        found = self.table.find(page)
-        if found is not None:
-            return self.table.word(found[0]) & ADDRESS, step
+        leaf = self.table.leaf_at(page)
+        if leaf & PRESENT:
+            return leaf & ADDRESS, step
         self.faults += 1
         table = self.table.take_out(page, area.level) if area.level > 1 else None
         if table is not None:
