@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vfio_model.clock import VirtualClock
 from vfio_model.machine.irqs import IrqLines
@@ -20,6 +20,8 @@ class Machine(ABC):
 
     TYPE: str
     big_endian: bool
+    goes_on: ClassVar[bool] = False
+    """Whether an access goes on after a piece that nobody takes (:mod:`vfio_model.memory.going_on`)."""
 
     def __init__(
         self, ram: Sequence[RAMBlock], root: MemoryRegion, clock: VirtualClock | None, trace: Trace = NULL_TRACE
@@ -28,7 +30,7 @@ class Machine(ABC):
         self.trace = trace
         self.irqs = IrqLines()
         self.ram = tuple(ram)
-        self.system = AddressSpace("memory", root)
+        self.system = AddressSpace("memory", root, goes_on=self.goes_on)
 
     @abstractmethod
     def reset(self) -> None:

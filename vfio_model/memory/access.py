@@ -38,14 +38,32 @@ _bits = int.__and__
 
 def build_reader(view: FlatView) -> Reader:
     """``read(addr, out)`` over ``view``."""
-    general = _general_reader(view.starts, [r.last for r in view.ranges], [_range_reader(r) for r in view.ranges])
-    dominant = dominant_ram(view, for_write=False)
-    return general if dominant is None else _fast_reader(dominant, general)
+    return with_fast_reads(view, build_general_reader(view))
 
 
 def build_writer(view: FlatView) -> Writer:
     """``write(addr, data)`` over ``view``."""
-    general = _general_writer(view.starts, [r.last for r in view.ranges], [_range_writer(r) for r in view.ranges])
+    return with_fast_writes(view, build_general_writer(view))
+
+
+def build_general_reader(view: FlatView) -> Reader:
+    """The same without a fast path."""
+    return _general_reader(view.starts, [r.last for r in view.ranges], [_range_reader(r) for r in view.ranges])
+
+
+def build_general_writer(view: FlatView) -> Writer:
+    """The same without a fast path."""
+    return _general_writer(view.starts, [r.last for r in view.ranges], [_range_writer(r) for r in view.ranges])
+
+
+def with_fast_reads(view: FlatView, general: Reader) -> Reader:
+    """``general``, but what lies in the dominant RAM range is copied at once."""
+    dominant = dominant_ram(view, for_write=False)
+    return general if dominant is None else _fast_reader(dominant, general)
+
+
+def with_fast_writes(view: FlatView, general: Writer) -> Writer:
+    """The same for writes, while nobody keeps a log of them."""
     dominant = dominant_ram(view, for_write=True)
     return general if dominant is None or is_logged(dominant) else _fast_writer(dominant, general)
 

@@ -12,8 +12,7 @@ import itertools
 from collections.abc import Callable
 from weakref import WeakSet
 
-from vfio_model.memory import pieces, zero_copy
-from vfio_model.memory.access import build_reader, build_writer
+from vfio_model.memory import access, going_on, pieces, zero_copy
 from vfio_model.memory.dma import DMASpace, Iovas, OnInvalidate
 from vfio_model.memory.flatview import EMPTY_VIEW, FlatRange, FlatView, render
 from vfio_model.memory.listener import MemoryListener, MemoryRegionSection
@@ -27,15 +26,21 @@ _serials = itertools.count(1)
 
 
 class AddressSpace:
-    """The space that shows ``root``. ``bounce_budget`` in bytes bounds the bounce buffers of :meth:`map`."""
+    """The space that shows ``root``. ``bounce_budget`` in bytes bounds the bounce buffers of :meth:`map`.
+
+    ``goes_on``: an access goes on after a piece that failed (:mod:`.going_on`), else it stops there.
+    """
 
     read: Callable[[int, WriteBuffer], MemTxResult]
-    """``read(addr, out)`` fills ``out``; stops at the first failing piece and zero-fills from there."""
+    """``read(addr, out)`` fills ``out``; stops at the first failing piece and zero-fills from there, or goes on."""
     write: Callable[[int, ReadBuffer], MemTxResult]
-    """``write(addr, data)`` stops at the first failing piece; the bytes before it have moved."""
+    """``write(addr, data)`` stops at the first failing piece, or goes on; the bytes before it have moved."""
 
-    def __init__(self, name: str, root: MemoryRegion, *, bounce_budget: int = DEFAULT_BOUNCE_BUDGET) -> None:
+    def __init__(
+        self, name: str, root: MemoryRegion, *, bounce_budget: int = DEFAULT_BOUNCE_BUDGET, goes_on: bool = False
+    ) -> None:
         self.name = name
+        self._access = going_on if goes_on else access
         self.root: MemoryRegion | None = root
         self.serial = next(_serials)
         self.view: FlatView = EMPTY_VIEW
@@ -81,7 +86,7 @@ class AddressSpace:
     def switch_view(self) -> None:
         """Put the new view in force: closures, bound devices, and mappings over what is gone."""
         old, self.view = self.view, self._next_view
-        self.read, self.write = build_reader(self.view), build_writer(self.view)
+        self.read, self.write = self._access.build_reader(self.view), self._access.build_writer(self.view)
         for dma in self._bound:
             dma.refresh()
         self._previous = old
@@ -91,7 +96,7 @@ class AddressSpace:
 
     def rebind_writers(self) -> None:
         """What a range does with a write has changed (its RAM is logged, or not any more): nothing else has."""
-        self.write = build_writer(self.view)
+        self.write = self._access.build_writer(self.view)
         for dma in self._bound:
             dma.refresh()
 

@@ -34,6 +34,7 @@ FS1GP_IGNORED: Final = "fs1gp-ignored"
 FLAGS_SET_ONCE: Final = "flags-set-once"
 PASID_CHECKED_ONCE: Final = "pasid-checked-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
+GOES_ON_AFTER_FAULT: Final = "goes-on-after-fault"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
 
@@ -116,6 +117,23 @@ QUIRKS: Final = (
         "and with FPD in context or directory entry any entry, zeroes for one that cannot be read",
         "what is not present does not translate (9.5, 9.6)",
         selectable=True,
+    ),
+    Quirk(
+        GOES_ON_AFTER_FAULT,
+        "2.2 to 11.1",
+        "an access that spans pages ends at the first one that is blocked: nothing behind it moves, the rest of a read "
+        "is zero, and there is one fault",
+        "it goes on with the next page, which moves or has a fault of its own",
+        "a device that was told of a failed request makes no more of them",
+        selectable=True,
+    ),
+    Quirk(
+        "message-requester",
+        "11.1",
+        "an interrupt request is its function's, however the write came about",
+        "only interrupts that a device signals are: other writes to the interrupt range have no source (0xffff, every "
+        "entry takes them), those of iommu-testdev source 0",
+        "5.1.5, Interrupt Source Verification",
     ),
     Quirk(
         "page-request-descriptor",

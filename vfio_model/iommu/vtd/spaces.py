@@ -130,10 +130,18 @@ class _BlockedOps:
 
 
 class VtdSpace:
-    """What a unit knows of ``devfn`` on ``bus`` with ``pasid`` (:data:`RID`: without one)."""
+    """What a unit knows of ``devfn`` on ``bus`` with ``pasid`` (:data:`RID`: without one). ``goes_on``: the quirk."""
 
     def __init__(
-        self, bus: RequesterBus, devfn: int, pasid: int, system: AddressSpace, resolver: Resolver, trace: Trace
+        self,
+        bus: RequesterBus,
+        devfn: int,
+        pasid: int,
+        system: AddressSpace,
+        resolver: Resolver,
+        trace: Trace,
+        *,
+        goes_on: bool = False,
     ) -> None:
         self.bus, self.devfn, self.pasid = bus, devfn, pasid
         self.name = f"vtd-{devfn >> 3:02x}.{devfn & 7:x}" + ("" if pasid == RID else f"-pasid-{pasid:#x}")
@@ -158,7 +166,7 @@ class VtdSpace:
             root.add_subregion(0, self.region)
             root.add_subregion(INTERRUPT_FIRST, self._interrupts, priority=1)
             self.region.set_enabled(False)
-        self.address_space = AddressSpace(self.name, root)
+        self.address_space = AddressSpace(self.name, root, goes_on=goes_on)
 
     @property
     def sid(self) -> int:

@@ -55,6 +55,7 @@ class Translation:
         self._shadows: dict[VtdSpace, Shadow] = {}
         """Of the spaces that have followers."""
         self._lingers = options.has(quirks.PASS_THROUGH_LINGERS)
+        self._goes_on = options.has(quirks.GOES_ON_AFTER_FAULT)
         self._told: dict[VtdSpace, None] = {}
         """Whose followers have something to complete."""
 
@@ -69,7 +70,9 @@ class Translation:
         key = id(bus), devfn, pasid
         found = self._spaces.get(key)
         if found is None:
-            found = self._spaces[key] = VtdSpace(bus, devfn, pasid, self.system, self, self._trace)
+            found = self._spaces[key] = VtdSpace(
+                bus, devfn, pasid, self.system, self, self._trace, goes_on=self._goes_on
+            )
             self._switch(found)
         return found
 

@@ -51,6 +51,7 @@ class Q35Machine(Machine):
 
     TYPE = "q35"
     big_endian = False
+    goes_on = True
 
     def __init__(
         self,
