@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -330,6 +331,17 @@ def test_status_and_interrupt_in_one() -> None:
     made.put(regs.ICS, regs.ICS_IWC)
     made.submit((0x15,))
     assert len(made.messages) == 2
+
+
+@pytest.mark.parametrize("address", [0x8000_0000_0000, regs.BASE + 0x18])
+@pytest.mark.parametrize(("quirks", "sent"), [((), 0), (("wait-interrupt-anyway",), regs.ICS_IWC)])
+def test_a_status_that_nobody_takes(address: int, quirks: tuple[str, ...], sent: int) -> None:
+    """Not even the unit itself; a peer sends the interrupt for it."""
+    made = rig(options=replace(SCALABLE, quirks=frozenset(quirks)))
+    before = made.get(regs.GSTS)
+    made.submit((0x2_0000_0035, address))
+    assert (made.status & regs.FSTS_IQE, made.head, made.get(regs.ICS)) == (regs.FSTS_IQE, 0, sent)
+    assert made.get(regs.GSTS) == before
 
 
 def test_a_masked_completion_event_is_pending_until_unmasked_or_taken_away() -> None:

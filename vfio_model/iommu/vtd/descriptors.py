@@ -45,10 +45,11 @@ class Descriptors:
         trace: Trace,
         *,
         drain: bool,
+        interrupt_anyway: bool = False,
     ) -> None:
         self._registers, self._completion, self._system, self._trace = registers, completion, system, trace
         self._do = invalidations
-        self._drain = drain
+        self._drain, self._interrupt_anyway = drain, interrupt_anyway
         self._handlers = {
             regs.DescriptorType.CONTEXT_CACHE: self._contexts,
             regs.DescriptorType.IOTLB: self._iotlb,
@@ -152,17 +153,18 @@ class Descriptors:
         """Everything before it has been completed. A fence (FN alone) is nothing more than that."""
         if not low & (regs.WAIT_SW | regs.WAIT_IF | regs.WAIT_FN):
             return False
-        if low & regs.WAIT_SW and not self._write_status(low, high):
-            return False
-        if low & regs.WAIT_IF:
+        written = not low & regs.WAIT_SW or self._write_status(low, high)
+        if low & regs.WAIT_IF and (written or self._interrupt_anyway):
             self._complete()
-        return True
+        return written
 
     def _write_status(self, low: int, high: int) -> bool:
+        """False: nobody takes it. The unit does not, either: it is busy with the queue."""
         data = regs.WAIT_DATA.of(low)
         if self._trace.enabled:
             self._trace("vtd_inv_desc_wait_sw", addr=high, data=data)
-        if self._system.write(high, data.to_bytes(4, "little")) == MemTxResult.OK:
+        own = regs.BASE <= high < regs.BASE + regs.SIZE
+        if not own and self._system.write(high, data.to_bytes(4, "little")) == MemTxResult.OK:
             return True
         if self._trace.enabled:
             self._trace("vtd_inv_desc_wait_write_fail", hi=high, lo=low)

@@ -35,6 +35,7 @@ FLAGS_SET_ONCE: Final = "flags-set-once"
 PASID_CHECKED_ONCE: Final = "pasid-checked-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 GOES_ON_AFTER_FAULT: Final = "goes-on-after-fault"
+WAIT_INTERRUPT_ANYWAY: Final = "wait-interrupt-anyway"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
 
@@ -116,6 +117,14 @@ QUIRKS: Final = (
         "that is looked at when a context entry is cached; later walks use a PASID table entry that is not present, "
         "and with FPD in context or directory entry any entry, zeroes for one that cannot be read",
         "what is not present does not translate (9.5, 9.6)",
+        selectable=True,
+    ),
+    Quirk(
+        WAIT_INTERRUPT_ANYWAY,
+        "2.2 to 11.1",
+        "a wait descriptor whose status cannot be written is an error (IQE) and nothing more",
+        "it is an error, and its completion interrupt is sent all the same",
+        "6.5.2.8: the interrupt says that the wait is complete",
         selectable=True,
     ),
     Quirk(

@@ -56,7 +56,13 @@ class VtdRegisters:
         self.faults, self.remapping, self.page_requests = parts.faults, parts.remapping, parts.page_requests
         self._do = Invalidations(translator, parts.trace)
         descriptors = Descriptors(
-            self.file, self._do, parts.completion_event, parts.system, parts.trace, drain=parts.options.svm
+            self.file,
+            self._do,
+            parts.completion_event,
+            parts.system,
+            parts.trace,
+            drain=parts.options.svm,
+            interrupt_anyway=parts.options.has(quirks.WAIT_INTERRUPT_ANYWAY),
         )
         self.queue = InvalidationQueue(
             parts.options, self.file, parts.faults, descriptors, self._do, parts.system, parts.trace
