@@ -22,10 +22,13 @@ IOMMU: Final = "intel-iommu"
 _MACHINE: Final = re.compile(r"q35|pc-q35-\d+\.\d+")
 _NEWEST: Final = "pc-q35-11.1"
 _BYPASS: Final = "default-bus-bypass-iommu"
+_GATE: Final = "x-bridges-gate-dma"
+_COUNT: Final = {_BYPASS: "default_bus_bypass_iommu", _GATE: "bridges_gate_dma"}
+"""Machine properties that change something: fields of :class:`~guestd.machine_config.Q35Config`."""
 _BITS: Final = {"uint8": 8, "uint16": 16, "uint32": 32}
 _SWITCHES: Final = frozenset(
     (
-        *("aux-ram-share", _BYPASS, "dump-guest-core", "fd-bootchk", "graphics", "hpet", "i8042", "mem-merge", "pit"),
+        *("aux-ram-share", *_COUNT, "dump-guest-core", "fd-bootchk", "graphics", "hpet", "i8042", "mem-merge", "pit"),
         *("sata", "smbus", "suppress-vmdesc", "usb", "wdat"),
     )
 )
@@ -84,6 +87,7 @@ class Q35Words(MachineWords):
     MACHINE_HELP: ClassVar = (
         "default-bus-bypass-iommu=<bool>",
         "memory-backend=<link<memory-backend>>",
+        f"{_GATE}=<bool>",
     )
 
     def __init__(self) -> None:
@@ -112,8 +116,8 @@ class Q35Words(MachineWords):
             name = written_name.replace("_", "-")
             if name in _SWITCHES:
                 on = switch(name, value)
-                if name == _BYPASS:
-                    fields["default_bus_bypass_iommu"] = on
+                if name in _COUNT:
+                    fields[_COUNT[name]] = on
             elif name in _AUTO_SWITCHES:
                 _typed(name, "OnOffAuto", value)
             elif not _NO_MEANING.fullmatch(name):

@@ -222,6 +222,8 @@ class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
     iommu: IntelIommuConfig | None = None
     default_bus_bypass_iommu: bool = False
     """Whether functions behind ``pcie.0`` reach memory past the IOMMU."""
+    bridges_gate_dma: bool = False
+    """Whether DMA from behind a bridge stops there while the bridge is no bus master."""
     bridges: list[BridgeConfig] = []
     memlock: Size | None = None
     host_page_size: Size | None = None

@@ -42,7 +42,7 @@ class Q35Board(Board):
             [parts.ram],
             Q35Options(config.iommu.options() if config.iommu is not None else None, config.default_bus_bypass_iommu),
             clock=parts.clock,
-            bus_options=BusOptions(idle=parts.idle),
+            bus_options=BusOptions(idle=parts.idle, bridges_gate_dma=config.bridges_gate_dma),
             trace=parts.trace,
         )
         if self.machine.iommu is not None:

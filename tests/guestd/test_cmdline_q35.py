@@ -109,6 +109,12 @@ def test_a_machine_that_goes_past_its_iommu() -> None:
     assert found.default_bus_bypass_iommu and found.bridges[0].props == {"bus_nr": 3, "bypass_iommu": False}
 
 
+def test_whether_bridges_gate_dma_is_said() -> None:
+    assert machine("-machine q35,x-bridges-gate-dma=on").bridges_gate_dma
+    assert not machine("-machine q35,x_bridges_gate_dma=off").bridges_gate_dma
+    assert not machine("-machine q35").bridges_gate_dma
+
+
 def test_help_is_the_binarys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for words, text in (
         ("-device intel-iommu,help", "aw-bits=<uint8>"),

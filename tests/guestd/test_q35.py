@@ -126,6 +126,21 @@ def test_every_device_has_the_space_of_its_requester(tree: Machine) -> None:
     assert {each.address_space for each in space.values()} <= set(spaces)
 
 
+@pytest.mark.parametrize(
+    ("machine", "off", "on"),
+    [("", MemTxResult.OK, MemTxResult.OK), (",x-bridges-gate-dma=on", MemTxResult.DECODE_ERROR, MemTxResult.OK)],
+)
+def test_a_bridge_that_is_no_bus_master_gates_dma_if_asked_to(
+    make: Rig, machine: str, off: MemTxResult, on: MemTxResult
+) -> None:
+    made = make(f"-machine q35{machine} -m 16M -device pcie-root-port,id=rp -device edu,id=e,bus=rp")
+    device = made.guest.devices["e"][1]
+    device.config_write(4, 2, 6)
+    assert device.dma.write(0x5000, b"abcd") is off
+    made.guest.board.bridges["rp"].config_write(4, 2, 6)
+    assert device.dma.write(0x5000, b"abcd") is on
+
+
 def test_dma_and_explain_past_the_iommu_and_through_it(make: Rig) -> None:
     machine = make("-m 16M -device intel-iommu -device edu,id=e,addr=2")
     device = machine.guest.devices["e"][1]
