@@ -63,6 +63,18 @@ class _PcFirmware:
                 config = PortConfig(cpu, self._numbers[bridge.bus])
                 self._numbers[bridge.id] = config.read(PCIAddress.parse(bridge.addr).devfn, SECONDARY_BUS, 1)
 
+    def requester(self, bus: str, devfn: int) -> int:
+        """The requester ID of ``devfn`` on ``bus``: conventional buses do not say who asks, the bridge does."""
+        found = self._numbers[bus] << 8 | devfn
+        while bus not in ("", ROOT_BUS):
+            bridge = next(each for each in self._machine.bridges if each.id == bus)
+            if bridge.driver == "pcie-pci-bridge":
+                found = self._numbers[bus] << 8
+            elif bridge.driver in ("pci-bridge", "i82801b11-bridge"):
+                found = self._numbers[bridge.bus] << 8 | PCIAddress.parse(bridge.addr).devfn
+            bus = bridge.bus
+        return found
+
     def find(self, device: Device) -> tuple[PciFunction, ToCpu] | None:
         function = self._functions.get((self._numbers[device.bus], PCIAddress.parse(device.addr).devfn))
         return None if function is None else (function, mmio_window().to_cpu)
@@ -93,6 +105,13 @@ class Firmware:
             raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")
         function, to_cpu = self._function(device)
         return DmaBurstDriver(cpu, to_cpu(function.bars[0].address))
+
+    def requester(self, device: Device) -> int:
+        """The requester ID of ``device`` at a PC's IOMMU. :raise ConfigError: it is not on the bus."""
+        self._function(device)
+        if not isinstance(self._firmware, _PcFirmware):
+            raise ConfigError(f"{device.id}: only a PC's requests have an ID")
+        return self._firmware.requester(device.bus, PCIAddress.parse(device.addr).devfn)
 
     def svm(self, cpu: GuestCpu, device: Device) -> SvmKernel:
         """A kernel for ``device``, an svm. It is booted once.

@@ -20,7 +20,7 @@ from deploy.firmware import Firmware
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.migration import Mover
-from deploy.scenario import At, Migrate, Scenario, Wait
+from deploy.scenario import At, Migrate, Pseries, Scenario, Wait
 from deploy.system import DmaDriver
 from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
@@ -43,10 +43,8 @@ class ControlCpu:
     out. Numbers of the scenario's own types become plain ones here: the wire knows no others.
     """
 
-    big_endian = True
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, *, big_endian: bool = True) -> None:
+        self._link, self.big_endian = link, big_endian
         self._posted: list[control.Command] = []
 
     def _ask(self, command: control.Command, kind: type[A]) -> A:
@@ -132,7 +130,7 @@ class LiveSystem:
         self.trace = self._events.trace
         self._links: dict[str, Link] = {}
         self._mover = Mover(scenario, launcher, self._watch)
-        self.cpu = ControlCpu(self._link("guestd"))
+        self.cpu = ControlCpu(self._link("guestd"), big_endian=isinstance(scenario.machine, Pseries))
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
         self._kernels: dict[str, SvmKernel] = {}
@@ -167,6 +165,11 @@ class LiveSystem:
         """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
         config = next(each for each in self._scenario.devices if each.id == device)
         return self._firmware.burst(self.cpu, config)
+
+    def requester(self, device: str) -> int:
+        """See :class:`~deploy.system.System`."""
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.requester(config)
 
     def svm(self, device: str) -> SvmKernel:
         """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""

@@ -23,6 +23,7 @@ from deploy.replay_step import PendingSignal, ReplayStep
 from deploy.report import StepResult, Totals
 from deploy.scenario import Scenario, Step
 from deploy.system import System
+from deploy.vtd_steps import VtdSteps
 from vfio_model.devices.dma_burst import regs as dma_burst
 from vfio_model.errors import ConfigError, VfioModelError
 from vfio_model.guest_drivers import svm_program
@@ -65,6 +66,7 @@ class Runner:
         """CLOCK_MONOTONIC when the first DMA had gone through."""
         self._probers: dict[str, Prober] = {}
         self._pending: list[PendingSignal] = []
+        self._vtd = VtdSteps(scenario, system)
         self._svm_commands = 0
         """Of svm devices, that were counted."""
         self._handlers: dict[str, Callable[[Any], Outcome]] = {
@@ -86,6 +88,8 @@ class Runner:
             "burst": self._burst,
             "migrate": self._migrate,
             "svm": self._svm,
+            "vtd": lambda step: Outcome(self._vtd.vtd(step)),
+            "domain": lambda step: Outcome(self._vtd.domain(step)),
         }
 
     def run(self) -> str:
@@ -170,6 +174,11 @@ class Runner:
         return Outcome(text)
 
     def _map(self, pages: schema.MapPages) -> Outcome:
+        if pages.device:
+            text = self._vtd.map(pages)
+            for offset in range(0, pages.pages * pages.page_size, pages.page_size):
+                self._mapped(pages.iova + offset, pages.gpa + offset, pages.page_size, pages.perm)
+            return Outcome(text)
         perm = ("r" in pages.perm) * regs.TcePerm.READ | ("w" in pages.perm) * regs.TcePerm.WRITE
         for number in range(pages.pages):
             offset = number * pages.page_size
@@ -187,6 +196,11 @@ class Runner:
         self._system.trace("map_pages", iova=iova, gpa=gpa, size=size, perm=perm)
 
     def _unmap(self, pages: schema.UnmapPages) -> Outcome:
+        if pages.device:
+            text = self._vtd.unmap(pages)
+            self.totals.pages_unmapped += pages.pages
+            self._system.trace("unmap_pages", iova=pages.iova, pages=pages.pages)
+            return Outcome(text)
         ret, _ = self._system.cpu.hcall(regs.HCall.H_STUFF_TCE, pages.liobn, pages.iova, 0, pages.pages)
         if (said := _return_name(ret)) != pages.expect:
             return Outcome(reason=f"H_STUFF_TCE at {pages.iova:#x} returned {said}, expected {pages.expect}")
@@ -206,12 +220,11 @@ class Runner:
 
     def _with_stage(self, dma: schema.Dma, use: Callable[[int, int], bool]) -> bool:
         """Call ``use(iova, gpa)`` while the last page of the default window of the device's bridge is mapped to RAM's
-        last page; on a PC, whose IOMMU nobody has switched on, that page's address is its own.
+        last page; on a PC in its domain, or where its address is its own.
         """
         cpu, machine = self._system.cpu, self._scenario.machine
         if not isinstance(machine, schema.Pseries):
-            last_page = int(machine.ram) - 4096
-            return use(last_page, last_page)
+            return self._vtd.with_stage(dma.device, int(machine.ram), use)
         phb = machine.phb_on(next(device.bus for device in self._scenario.devices if device.id == dma.device))
         liobn, iova, gpa = regs.pci_liobn(phb.index, 0), machine.end_of_default_window(phb) - 4096, machine.ram - 4096
         ret, _ = cpu.hcall(regs.HCall.H_PUT_TCE, liobn, iova, gpa | regs.TcePerm.RW)

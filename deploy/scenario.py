@@ -324,8 +324,11 @@ class Dma(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class MapPages(Struct, forbid_unknown_fields=True, kw_only=True):
-    """H_PUT_TCE for ``pages`` pages from ``iova``, to ``gpa`` onwards."""
+    """Map ``pages`` pages from ``iova``, to ``gpa`` onwards: H_PUT_TCE for each, or on a PC entries in the domain of
+    ``device``, and an invalidation.
+    """
 
+    device: str = ""
     iova: Size
     gpa: Size
     pages: Count = 1
@@ -336,10 +339,14 @@ class MapPages(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class UnmapPages(Struct, forbid_unknown_fields=True, kw_only=True):
-    """H_STUFF_TCE of zero over ``pages`` entries from ``iova``."""
+    """H_STUFF_TCE of zero over ``pages`` entries from ``iova``; on a PC, pages of ``page_size`` go from the domain of
+    ``device``.
+    """
 
+    device: str = ""
     iova: Size
     pages: Count = 1
+    page_size: Size = Size(4096)
     liobn: Size = Size(0x80000000)
     expect: str = "H_SUCCESS"
 
@@ -424,6 +431,22 @@ class Migrate(Struct, forbid_unknown_fields=True, kw_only=True):
     seconds: Seconds = Seconds(60)
 
 
+class Vtd(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A PC's kernel switches translation on or off. ``queue``: how it invalidates, from the first start on."""
+
+    do: Literal["start", "stop"] = "start"
+    queue: bool = True
+
+
+class Domain(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A PC's kernel puts ``device`` into its ``own`` domain, into ``none``, past the IOMMU (``pass-through``), or into
+    that of another device.
+    """
+
+    device: Name
+    to: Name = "own"
+
+
 class Svm(Struct, forbid_unknown_fields=True, kw_only=True):
     """One of the ten tests of :mod:`vfio_model.guest_drivers.svm_program` with ``device``, an svm."""
 
@@ -456,6 +479,8 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
     burst: Burst | UnsetType = UNSET
     migrate: Migrate | UnsetType = UNSET
     svm: Svm | UnsetType = UNSET
+    vtd: Vtd | UnsetType = UNSET
+    domain: Domain | UnsetType = UNSET
     only: list[ContainerKind] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
@@ -474,8 +499,13 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
         raise AssertionError("a step always has one action")
 
 
-PSERIES_STEPS = ("replay", "linux_ddw", "map", "unmap", "hcall", "rtas")
+PSERIES_STEPS = ("replay", "linux_ddw", "hcall", "rtas")
 """Actions of a guest that knows hypercalls."""
+Q35_STEPS = ("vtd", "domain")
+"""Actions of a guest that has a VT-d unit."""
+DOMAINS = ("own", "none", "pass-through")
+"""Where a ``domain`` step puts a device, besides another one's."""
+_VTD_PAGES = (1 << 12, 1 << 21, 1 << 30)
 
 
 class StartFails(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -514,11 +544,26 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
             name, action = step.action
             if name in PSERIES_STEPS and not isinstance(self.machine, Pseries):
                 raise ValueError(f"steps[{index}].{name}: only a pseries machine has that")
+            if name in Q35_STEPS and not isinstance(self.machine, Q35):
+                raise ValueError(f"steps[{index}].{name}: only a q35 machine has that")
+            if isinstance(action, MapPages | UnmapPages):
+                self._check_pages(f"steps[{index}].{name}", action)
             wanted = [probe.device for probe in action.probes] if isinstance(action, Replay) else []
             wanted.append(getattr(action, "device", None) or "")
+            if isinstance(action, Domain) and action.to not in DOMAINS:
+                wanted.append(action.to)
             for device in filter(None, wanted):
                 if device not in known:
                     raise ValueError(f"steps[{index}].{name}: no device has the id {device}")
+
+    def _check_pages(self, where: str, action: MapPages | UnmapPages) -> None:
+        if isinstance(self.machine, Pseries) == bool(action.device):
+            why = "a device is for a q35: here they share windows" if action.device else "a q35 needs a device"
+            raise ValueError(f"{where}: {why}")
+        if action.device and action.page_size not in _VTD_PAGES:
+            raise ValueError(f"{where}: VT-d has pages of 4K, 2M and 1G")
+        if action.device and (action.iova | getattr(action, "gpa", 0)) % action.page_size:
+            raise ValueError(f"{where}: addresses are multiples of the page size")
 
     @classmethod
     def prepare(cls, document: object) -> None:

@@ -60,6 +60,10 @@ class System(Protocol):
     def burst(self, device: str) -> DmaBurstDriver:
         """The driver of ``device``, which writes without pause. :raise ConfigError: when it is no dma-burst."""
 
+    def requester(self, device: str) -> int:
+        """The ID that the requests of ``device`` have where they reach a PC's IOMMU. :raise ConfigError: nothing is
+        there."""
+
     def svm(self, device: str) -> SvmKernel:
         """The kernel that drives ``device``, booted at first use. :raise ConfigError: when it is no svm."""
 

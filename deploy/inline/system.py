@@ -215,6 +215,11 @@ class InlineSystem:
         config = next(each for each in self._scenario.devices if each.id == device)
         return self._firmware.burst(self.cpu, config)
 
+    def requester(self, device: str) -> int:
+        """See :class:`~deploy.system.System`."""
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.requester(config)
+
     def svm(self, device: str) -> SvmKernel:
         """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
         if device not in self._kernels:

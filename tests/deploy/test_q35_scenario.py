@@ -74,6 +74,88 @@ def test_a_machine_without_a_type_is_a_pseries() -> None:
     assert isinstance(parsed("name: a\nmachine: {type: q35}").machine, Q35)
 
 
+VTD = """\
+name: refusals
+machine: {type: q35, ram: 64MiB, iommu: {caching-mode: true}}
+devices:
+  - {id: given, model: edu, addr: 02.0, attach: assigned, group: 7}
+"""
+CONVENTIONAL = """\
+name: aliases
+machine:
+  type: q35
+  ram: 64MiB
+  iommu: {caching-mode: true}
+  bridges:
+    - {driver: pcie-pci-bridge, id: pb, addr: 01.0}
+devices:
+  - {id: one, model: edu, bus: pb, addr: 01.0, attach: assigned, group: 7}
+  - {id: two, model: edu, bus: pb, addr: 02.0, attach: assigned, group: 7}
+steps:
+  - expect: {role: hostd, key: locked_vm, at_least: 16000, at_most: 16384}
+  - vtd: {do: start, queue: false}
+  - map: {device: one, iova: 0x100000, gpa: 0x2000000}
+  - expect: {role: hostd, key: locked_vm, equals: 1}
+  - dma: {device: two, iova: 0x100000, gpa: 0x2000000}
+  - dma: {device: one, iova: 0x100000, gpa: 0x2000000}
+  - domain: {device: two, to: none}
+  - domain: {device: two}
+  - unmap: {device: two, iova: 0x100000}
+  - dma: {device: one, iova: 0x100000, gpa: 0x2000000, expect: refused}
+"""
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "processes"])
+def test_functions_of_one_requester_share_a_container(inline: bool, tmp_path: Path) -> None:
+    verdict = run.run(parsed(CONVENTIONAL), tmp_path, None, lambda *_: None, inline=inline)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "{caching-mode: true}",
+            "{}",
+            "Device assignment is not allowed without enabling caching-mode=on",
+        ),
+        ("caching-mode: true", "caching-mode: true, snoop-control: true", "Snoop Control with vhost or VFIO is not"),
+        ("{caching-mode: true}", "{caching-mode: true, scalable-mode: true, fsts: true}", "Need IOMMUFD backend when"),
+        ("group: 7}", "group: 7}\n  - {id: b, model: edu, addr: 03.0, attach: assigned, group: 7}", "group 7 used in"),
+    ],
+)
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "processes"])
+def test_assigned_devices_that_the_guests_iommu_cannot_have(
+    inline: bool, old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    assert old in VTD
+    text = VTD.replace(old, new) + f"start_fails: {{role: guestd, message: '{message}'}}\n"
+    verdict = run.run(parsed(text), tmp_path, None, lambda *_: None, inline=inline)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("map: {iova: 0, gpa: 0}", "steps[0].map: a q35 needs a device"),
+        ("map: {device: given, iova: 0, gpa: 0, page_size: 64K}", "VT-d has pages of 4K, 2M and 1G"),
+        ("unmap: {device: given, iova: 0x1000, page_size: 2M}", "addresses are multiples of the page size"),
+        ("map: {device: given, iova: 0, gpa: 0x1000, page_size: 2M}", "addresses are multiples of the page size"),
+        ("domain: {device: given, to: elsewhere}", "steps[0].domain: no device has the id elsewhere"),
+    ],
+)
+def test_steps_that_cannot_be(step: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parsed(f"{VTD}steps:\n  - {step}\n")
+    assert message in str(refused.value)
+
+
+def test_steps_of_the_other_machine() -> None:
+    for step in ("vtd: {do: start}", "domain: {device: e}", "map: {device: e, iova: 0, gpa: 0}"):
+        with pytest.raises(ConfigError, match="q35"):
+            parsed(f"name: a\ndevices:\n  - {{id: e, model: edu, addr: 02.0}}\nsteps:\n  - {step}\n")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
