@@ -83,6 +83,21 @@ def against(
 ) -> Row:
     """A row from ``action`` and ``limit_action`` in turn; ``per`` operations happen in one call of either."""
     mine, theirs = in_turn([action, limit_action], number=number, rounds=rounds)
+    return row_of(name, mine, limit, theirs, aim=aim, at_least=at_least, per=per, note=note)
+
+
+def row_of(
+    name: str,
+    mine: Sequence[float],
+    limit: str,
+    theirs: Sequence[float],
+    *,
+    aim: float | None = None,
+    at_least: bool = False,
+    per: int = 1,
+    note: str = "",
+) -> Row:
+    """A row from what the rounds of the two took, of ``per`` operations each."""
     ratios = [t / m if at_least else m / t for m, t in zip(mine, theirs, strict=True)]
     return Row(
         name,

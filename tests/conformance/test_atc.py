@@ -28,8 +28,9 @@ from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.ring import RecordFlags, pasid_flags
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, IOMMUNotifierFlag
 from vfio_model.pci.atc import MAX_ASKS
-from vfio_model.pci.config_space import COMMAND
+from vfio_model.pci.config_space import COMMAND, COMMAND_MASTER
 from vfio_model.pci.iommu_ops import Atc, AtcOutcome, AtsRequest, PageRequest, PageResponse
+from vfio_model.pci.translation_caps import PASID_ENABLE
 from vfio_model.ranges import U64_MAX
 
 IOVA = 0x7F12_3456_7000
@@ -637,3 +638,19 @@ def test_no_access_by_what_was_taken_away(kind: str, steps: list[tuple[str, int,
                 assert outcome in (OK, MISS)
         assert rig.ram == expected, "an access by a translation that was taken away"
     rig.close()
+
+
+def test_what_the_function_may_do_counts_at_each_access() -> None:
+    rig = RIGS["plugged"]()
+    rig.iommu.map(IOVA, 0x3000)
+    atc = rig.open()
+    atc.fill(ask())
+    assert write(atc, IOVA, b"a") is OK
+    pasid, function = rig.function.pasid, rig.function
+    assert pasid is not None
+    for offset, on in ((pasid.offset + 6, PASID_ENABLE), (COMMAND, COMMAND_MASTER)):
+        function.config_write(offset, 2, 0)
+        assert write(atc, IOVA, b"b") is FAILED
+        function.config_write(offset, 2, on)
+        assert write(atc, IOVA, b"c") is OK
+    assert rig.ram[0x3000:0x3001] == b"c"

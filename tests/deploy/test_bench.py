@@ -11,7 +11,7 @@ from contextlib import closing
 import psutil
 import pytest
 
-from deploy.bench import mapped, nvme, vfio_user
+from deploy.bench import atc, dma, mapped, nvme, vfio_user
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.bench.stream_echo import echo
@@ -109,3 +109,19 @@ def test_rows_are_shown_with_what_was_judged(capsys: pytest.CaptureFixture[str])
         ("fast", 1.0, True),
         ("plain", None, None),
     ]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_caching_device_of_the_bench_writes_where_the_assigned_path_does(compiled: bool) -> None:
+    view = dma.assigned()
+    device = atc.CachingDevice(view, compiled=compiled)
+    iovas = [view.start + page * dma.PAGE for page in random.Random(5).sample(range(dma.RAM_BYTES // dma.PAGE), 20)]
+    device.fill(iovas)
+    asked, read = device.asked, bytearray(8)
+    for number, iova in enumerate(iovas, 1):
+        plain, own = number.to_bytes(8, "little"), (number << 32).to_bytes(8, "little")
+        assert not device.plain.write(iova + 8, plain)
+        assert not view.impl.read(iova + 8, read) and read == plain
+        assert device.atc.access(iova + 16, memoryview(own), True)[0] == 8
+        assert not view.impl.read(iova + 16, read) and read == own
+    assert device.asked == asked == 2 * len(iovas)

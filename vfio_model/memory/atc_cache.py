@@ -85,7 +85,7 @@ class TranslationCache:
         self._seen = memoryview(bytearray(8)).cast("Q")
         """How far the ring is dealt with, for the compiled variant."""
         self._seen[0] = ring.seen
-        self._kind, self._gate = int(kind), gate
+        self._kind, self.gate = int(kind), gate
         self._since: dict[int, Since] = {}
         """Per request that is out (by the identity of its list)."""
 
@@ -100,7 +100,7 @@ class TranslationCache:
         """Let ``path`` serve hits, by views of its own: whoever mapped the memory can release his."""
         assert self._fronts is not None, "compiled"
         ring, lanes = memoryview(self.ring.words), memoryview(self.lane.words)
-        path.know(ring, lanes, self.lane.slot, self._seen, self._gate, *self._fronts)
+        path.know(ring, lanes, self.lane.slot, self._seen, self.gate, *self._fronts)
 
     def move(self, iova: int, view: memoryview, is_write: bool) -> tuple[int, CachedEntry | None]:
         """One DMA section: catch up with the ring, look up, copy. Bytes moved; when none, what is cached of ``iova``.
@@ -112,7 +112,7 @@ class TranslationCache:
         lane.enter()
         try:
             self.catch_up()
-            hit = self.entries.find(iova, is_write) if self._gate[0] else None
+            hit = self.entries.find(iova, is_write) if self.gate[0] else None
             if hit is None:
                 return 0, self.entries.lookup(iova)
             at = iova - hit[0]

@@ -16,9 +16,11 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from vfio_model.memory.atc_cache import TranslationCache
-from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam
+from vfio_model.memory.atc_entries import PAGE_SHIFT, GuestRam, Hit
 from vfio_model.memory.atc_path import Path
 from vfio_model.memory.iotlb import IOMMUTLBEntry
+from vfio_model.memory.lane import SECTION_BYTES
+from vfio_model.memory.ring import HEAD, RingReader
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags, MemTxResult
 from vfio_model.pci.iommu_ops import AtcOutcome, AtsCompletion, AtsRequest
 
@@ -66,12 +68,15 @@ class DeviceAtc:
         self._ask, self._through, self._on_close = ask, through, on_close
         self.closed = False
         self._path: Path[AtcOutcome] | None = None
-        self.access: Access = self._access
+        self.access: Access
         """See ``Atc``; the same as long as this lives."""
+        self._show: Callable[[TranslationCache], None]
         if cache.compiled:
-            self._path = Path(None, None, self._access, MemTxResult.OK, AtcOutcome.OK)
-            self.access = self._path.access
-            cache.show(self._path)
+            path = self._path = Path(None, None, self._access, MemTxResult.OK, AtcOutcome.OK)
+            self.access, self._show = path.access, lambda cache: cache.show(path)
+        else:
+            self.access, self._show = _in_python(self._access)
+        self._show(cache)
 
     @property
     def entries(self) -> int:
@@ -84,8 +89,8 @@ class DeviceAtc:
         """
         self._cache.flush()
         self._cache, self._ram = cache, ram
-        if self._path is not None and not self.closed:
-            cache.show(self._path)
+        if not self.closed:
+            self._show(cache)
 
     def invalidate(self) -> None:
         """Forget everything, also answers that are on their way."""
@@ -146,6 +151,41 @@ class DeviceAtc:
             if self._path is not None:
                 self._path.forget()
             self._on_close(self)
+
+
+def _in_python(slow: Access) -> tuple[Access, Callable[[TranslationCache], None]]:
+    """Hits that lie in one entry, as the compiled variant serves them, and how to say of which cache."""
+    words: memoryview
+    head: memoryview
+    gate: memoryview
+    ring: RingReader
+    readable: Callable[[int], Hit | None]
+    writable: Callable[[int], Hit | None]
+    slot, ok = 0, AtcOutcome.OK
+
+    def show(cache: TranslationCache) -> None:
+        nonlocal words, slot, head, ring, gate, readable, writable
+        words, slot, ring, gate = cache.lane.words, cache.lane.slot, cache.ring, cache.gate
+        head, readable, writable = ring.words, cache.entries.readable.get, cache.entries.writable.get
+
+    def access(addr: int, view: memoryview, is_write: bool) -> tuple[int, AtcOutcome]:
+        words[slot] += 1
+        try:
+            if head[HEAD] == ring.seen and gate[0]:
+                hit = writable(addr >> PAGE_SHIFT) if is_write else readable(addr >> PAGE_SHIFT)
+                size = len(view)
+                if hit is not None and addr + size <= hit[1] and 0 < size <= SECTION_BYTES:
+                    at = addr - hit[0]
+                    if is_write:
+                        hit[2][at : at + size] = view
+                    else:
+                        view[:] = hit[2][at : at + size]
+                    return size, ok
+        finally:
+            words[slot] += 1
+        return slow(addr, view, is_write)
+
+    return access, show
 
 
 def _good(request: AtsRequest, completion: AtsCompletion) -> list[IOMMUTLBEntry]:
