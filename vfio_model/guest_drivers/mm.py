@@ -243,12 +243,17 @@ class Mm:
         return start
 
     def munmap(self, addr: int, size: int) -> None:
-        """Nothing is mapped there any more, for nobody."""
+        """Nothing is mapped there any more, for nobody.
+
+        :raise OSError: EINVAL: it would end within a page.
+        """
         end = addr + size
-        for area in list(self.areas):
-            for at in (addr, end):
-                if area.start < at < area.end:
-                    self.areas.append(area.cut(align_up(at, area.step)))
+        for at in (addr, end):
+            area = self.area(at)
+            if area is not None and at % area.step:
+                raise OSError(errno.EINVAL, f"{size:#x} bytes at {addr:#x}")
+            if area is not None and at > area.start:
+                self.areas.append(area.cut(at))
         gone = [area for area in self.areas if addr <= area.start and area.end <= end]
         for area in gone:
             self.areas.remove(area)
