@@ -196,10 +196,7 @@ class Life:
         """What was asked for at some time is used only where it is still so."""
         if self.atc is None or self.owner is None:
             return False
-        address, write = (
-            self.random.choice(PLACES) + self.random.randrange(MOST_PAGES) * PAGE,
-            self.random.random() < 0.5,
-        )
+        address, write = self.random.choice(self.filled[-6:] or PLACES), self.random.random() < 0.5
         data = self.word()
         moved, outcome = self.atc.access(address, data, write)
         if outcome is not AtcOutcome.OK:
