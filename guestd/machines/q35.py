@@ -15,6 +15,7 @@ from guestd.machines.qom import QomTree
 from guestd.machines.walk import Walk
 from guestd.places import EXPANDER, Buses, Occupant
 from vfio_model.errors import ConfigError
+from vfio_model.iommu.vtd.ports import RID
 from vfio_model.iommu.vtd.queue import InvalidationQueue
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.address_space import AddressSpace
@@ -167,7 +168,12 @@ class Q35Board(Board):
 
     def explain(self, walk: Walk, device: DeviceConfig, iova: int) -> None:
         """What the unit makes of it, without a fault."""
-        q35_info.explain(walk, self.machine.system, self.device_space(device).address_space, iova)
+        who = self.bus_of(device).requester(PCIAddress.parse(device.addr).devfn)
+        iommu = self.machine.iommu
+        if who is None or iommu is None:
+            q35_info.explain_direct(walk, self.machine.system, iova)
+        else:
+            q35_info.explain(walk, iommu.translation, iommu.translation.space(who.bus, who.devfn, RID), iova)
 
     # -- what monitors show ------------------------------------------------------------------------------------------
 

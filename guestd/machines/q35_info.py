@@ -12,11 +12,14 @@ from guestd.machine_config import ANONYMOUS, ROOT_BUS, BridgeConfig, IntelIommuC
 from guestd.machines.followers import follower
 from guestd.machines.q35_places import CHIPSET
 from guestd.machines.qom import TYPE_NAMES, QomObject, QomTree, Value
-from guestd.machines.walk import PERMS, Walk
+from guestd.machines.walk import Walk
 from guestd.places import EXPANDER, PORTS
+from vfio_model.iommu.vtd import explain as vtd_explain
+from vfio_model.iommu.vtd.spaces import VtdSpace
+from vfio_model.iommu.vtd.translation import Translation
+from vfio_model.iommu.vtd.walk import page_mask
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
-from vfio_model.memory.types import IOMMUAccessFlags
 from vfio_model.pci.address import PCIAddress
 from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.device import PCIDevice
@@ -165,22 +168,23 @@ def _regions(space: AddressSpace) -> list[IOMMUMemoryRegion]:
     return list(dict.fromkeys(region for region in ranges if isinstance(region, IOMMUMemoryRegion)))
 
 
-def explain(walk: Walk, system: AddressSpace, space: AddressSpace, iova: int) -> None:
+def explain_direct(walk: Walk, system: AddressSpace, iova: int) -> None:
+    """Of a function that no IOMMU stands before."""
+    walk.page_size = _PAGE
+    walk.step("address space", "memory: no IOMMU is in between")
+    walk.reach(system, iova, 3)
+
+
+def explain(walk: Walk, translation: Translation, space: VtdSpace, iova: int) -> None:
     """The steps from the address space to RAM."""
     walk.page_size = _PAGE
-    if space is system:
-        walk.step("address space", "memory: no IOMMU is in between")
-        walk.reach(system, iova, 3)
-        return
-    walk.step("address space", space.name)
-    found = space.view.lookup(iova)
-    if found is None or not isinstance(found.region, IOMMUMemoryRegion):
-        walk.step("translation", "off" if found is not None else "nothing answers there", ok=found is not None)
-        walk.reach(system, iova, 3)
-        return
-    entry = found.region.translate(iova - found.start + found.offset, IOMMUAccessFlags.NONE, 0)
-    perm = int(entry.perm) & 3
-    walk.page_size = entry.addr_mask + 1
-    what = f"{found.region.name}: page {iova & ~entry.addr_mask:#x} of {walk.page_size:#x} bytes: {PERMS[perm]}"
-    if walk.step("translation", what, ok=bool(perm)):
-        walk.reach(system, entry.translated_addr & ~entry.addr_mask | iova & entry.addr_mask, perm)
+    walk.step("address space", f"{space.name}: {'translated' if space.translated else 'as memory'}")
+    found = vtd_explain.explain(translation.lookup, space, iova)
+    for step in found.steps:
+        walk.step(*step[:2], ok=step.ok)
+    if found.passed:
+        walk.reach(translation.system, iova, 3)
+    elif found.page is not None:
+        low = page_mask(found.page.level)
+        walk.page_size = low + 1
+        walk.reach(translation.system, found.page.page | iova & low, found.page.perm)

@@ -170,6 +170,10 @@ class Lookup:
             return space.sid, binding.pasid
         return RID if binding.type is TableType.SECOND else binding.pasid
 
+    def cached(self, space: VtdSpace, binding: Binding, addr: int) -> Page | None:
+        """The page that holds ``addr``, if it is in the IOTLB; nothing is traced."""
+        return self.iotlb.find(binding.did, self._who(space, binding), addr)
+
     def _serves(self, page: Page, want: int, soft_write: bool) -> bool:
         if want & ~page.perm:
             return False
