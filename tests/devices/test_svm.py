@@ -14,6 +14,7 @@ from vfio_model.memory.dma import DMAImpl
 from vfio_model.memory.iotlb import IOMMUTLBEntry
 from vfio_model.memory.notifier import IOMMUNotifier
 from vfio_model.memory.types import PCI_NO_PASID, IOMMUAccessFlags
+from vfio_model.pci.express import CAP_ID_EXPRESS
 from vfio_model.pci.iommu_ops import (
     Atc,
     AtcOutcome,
@@ -25,6 +26,7 @@ from vfio_model.pci.iommu_ops import (
     PageResponse,
     PageResponseFn,
 )
+from vfio_model.pci.msi import CAP_ID_MSI
 from vfio_model.pci.translation_caps import ATS_ENABLE, PASID_ENABLE, PRI_ENABLE
 from vfio_model.testing.bench import Bench, Host
 
@@ -237,6 +239,8 @@ def test_identity_and_capabilities(bench: SvmBench) -> None:
     assert device.config_read(device.ats.offset + 4, 2) & 1 << 5
     assert device.config_read(device.pri.offset + 8, 4) == 2048
     assert device.config_read(device.pri.offset + 6, 2) & 1 << 15
+    assert [device.config_read(at, 1) for at in (0x40, device.config_read(0x41, 1))] == [CAP_ID_MSI, CAP_ID_EXPRESS]
+    assert device.config_read(0x41, 1) == 0x80
 
 
 def test_reads(bench: SvmBench) -> None:

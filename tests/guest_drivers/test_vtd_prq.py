@@ -219,3 +219,10 @@ def test_a_device_that_says_nothing_is_an_error(opened: Open, monkeypatch: pytes
     opened.rig.cpu.mmio_write(opened.rig.config._base + (SVM << 12) + 4, 2, 2)  # no bus master
     with pytest.raises(DriverError, match="message does not come"):
         opened.rig.driver.run(svm.COMMAND_WRITE)
+
+
+def test_a_device_that_goes_is_an_error(opened: Open) -> None:
+    opened.process.mm.write(opened.page, b"x")
+    opened.rig.cpu.mmio_write(opened.rig.config._base + (SVM << 12) + 4, 2, 0)
+    with pytest.raises(DriverError, match="the device is gone"):
+        opened.process.device_write(opened.page, 1)

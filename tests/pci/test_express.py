@@ -281,6 +281,21 @@ def test_what_a_page_request_is_checked_for_in_order(sharer: Sharer, port: Port)
     assert port.said == [PAGE]
 
 
+def test_numbers_that_no_message_can_carry_are_refused(sharer: Sharer, port: Port) -> None:
+    enable(sharer)
+    for pasid in (1 << 20, (1 << 32) - 2):
+        assert refused(lambda pasid=pasid: sharer.pri_request_page(PAGE._replace(pasid=pasid))) == errno.EINVAL
+        assert (
+            refused(lambda pasid=pasid: sharer.ats_request_translation(REQUEST._replace(pasid=pasid))) == errno.EINVAL
+        )
+        assert refused(lambda pasid=pasid: sharer.open_atc(pasid)) == errno.EINVAL
+    for group in (512, -1):
+        request = PAGE._replace(pasid=5, prgi=group)
+        assert refused(lambda request=request: sharer.pri_request_page(request)) == errno.EINVAL
+    sharer.pri_request_page(PAGE._replace(pasid=(1 << 20) - 1, prgi=511))
+    assert len(port.said) == 1
+
+
 def test_notifiers_need_pasid_enabled_and_pages_bus_mastering(sharer: Sharer, port: Port) -> None:
     answers: list[PageResponse] = []
 

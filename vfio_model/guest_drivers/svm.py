@@ -21,6 +21,8 @@ _WRITE, _READ = 1, 2
 _WORD: Final = 8
 TRIES: Final = 200_000
 """How often the message is looked for before the device counts as dead."""
+LOOK: Final = 100
+"""After so many times the driver looks whether there is a device at all."""
 STEP_NS: Final = 1000
 MESSAGE: Final = 0x5356
 
@@ -110,11 +112,13 @@ class SvmDriver:
         """
         self._cpu.write_memory(self._mailbox, bytes(4))
         self.put(regs.COMMAND, command)
-        for _ in range(TRIES):
+        for tries in range(TRIES):
             if int.from_bytes(self._cpu.read_memory(self._mailbox, 4), "little") == MESSAGE:
                 return self._cpu.mmio_read(self._bar + regs.ADDRESS, 8)
             if not self.sva.queue.handle():
                 self._cpu.clock_step(STEP_NS)
+            if tries % LOOK == LOOK - 1 and self._cpu.mmio_read(self._bar, 8) != regs.IDENTIFICATION_VALUE:
+                raise DriverError("svm: the device is gone")
         raise DriverError("svm: the device's message does not come")
 
 

@@ -138,15 +138,23 @@ class ConfigSpace:
         self._bytes[field.offset : end] = field.reset.to_bytes(field.width, "little")
 
     def add_capability(
-        self, cap_id: int, size: int, fields: Iterable[Field], *, prefix: str, place: tuple[int, int] | None = None
+        self,
+        cap_id: int,
+        size: int,
+        fields: Iterable[Field],
+        *,
+        prefix: str,
+        at: int | None = None,
+        place: tuple[int, int] | None = None,
     ) -> int:
         """Append a capability of ``size`` bytes to the list; the offsets of ``fields`` are relative to it, their
         names get ``prefix`` and a dot. Capabilities follow each other from 0x40 in the order in which they are added,
-        unless ``place`` gives its offset and the next one's, in a list that is linked elsewhere.
+        unless ``at`` gives its offset, behind those before; or ``place`` its offset and the next one's, in a list that
+        is linked elsewhere.
 
         :return: the capability's offset.
         """
-        offset, next_ = (self._next_capability, 0) if place is None else place
+        offset, next_ = (self._next_capability if at is None else at, 0) if place is None else place
         self._next_capability = max(self._next_capability, offset + (size + 3) & ~3)
         self._scratch[offset : offset + size] = self._writable[offset : offset + size] = bytes(size)
         self.add(Field(f"{prefix}.id", offset, 1, reset=cap_id))

@@ -74,7 +74,7 @@ class ExpressSpec:
 
     ``flr``: function level reset. ``speed`` (1: 2.5 GT/s … 6: 64 GT/s) and ``width`` (lanes) of the link, ``port``
     its number; ``reports_link``: whether it tells when the link is up. ``slot``: number of the slot behind the port,
-    None for none. ``place``: as of :meth:`ConfigSpace.add_capability`.
+    None for none. ``at``, ``place``: as of :meth:`ConfigSpace.add_capability`.
 
     :raise ConfigError: when there is no such link.
     """
@@ -87,6 +87,7 @@ class ExpressSpec:
     port: int = 0
     reports_link: bool = False
     slot: int | None = None
+    at: int | None = None
     place: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +158,7 @@ class ExpressCapability:
         self.spec = spec
         self._config, self._on_flr = config, on_flr
         self.offset = config.add_capability(
-            CAP_ID_EXPRESS, EXPRESS_SIZE, _fields(spec), prefix="express", place=spec.place
+            CAP_ID_EXPRESS, EXPRESS_SIZE, _fields(spec), prefix="express", at=spec.at, place=spec.place
         )
         if spec.flr:
             config.on_write("express.device_control", self._device_controlled)

@@ -33,7 +33,7 @@ class SvmDevice(PCIDevice):
     REVISION = regs.REVISION
     MSI_VECTORS = 1
     BARS = (BarSpec(0, regs.BAR_SIZE),)
-    EXPRESS = ExpressSpec()
+    EXPRESS = ExpressSpec(at=regs.EXPRESS_CAPABILITY)
     ATS = AtsSpec(page_aligned=True)
     PRI = PriSpec(max_requests=regs.MAX_PAGE_REQUESTS, pasid_required=True)
     PASID = PasidSpec(width=regs.PASID_WIDTH, exec=False, priv=True)

@@ -14,6 +14,8 @@ REVISION = 0x10
 BAR_SIZE = 1 << 20
 IDENTIFICATION_VALUE = 0x0B1C_5111
 
+EXPRESS_CAPABILITY = 0x80
+"""Where it lies."""
 MAX_PAGE_REQUESTS = 2048
 """Of the page request capability: outstanding at a time."""
 PASID_WIDTH = 20
