@@ -35,11 +35,13 @@ class Moving:
         self.both, source = both, both.source
         assert isinstance(source, Q35Guest)
         self.source = source
-        source.bring_up(NIC, EDU, OWN)
+        source.bring_up(NIC, EDU, OWN, *source.remote)
         self.driver: VtdDriver = source.start_iommu(queued=False)
         self.first, self.second = self.driver.domain(), self.driver.domain()
-        for domain, name in ((self.first, NIC), (self.second, EDU), (self.second, OWN)):
-            self.driver.attach(domain, Q35Guest.SIDS[name])
+        self.edus = EDU, OWN, *source.remote
+        self.driver.attach(self.first, Q35Guest.SIDS[NIC])
+        for name in self.edus:
+            self.driver.attach(self.second, Q35Guest.SIDS[name])
         self.driver.map(self.first, IOVA, DATA, PAGES * PAGE)
         self.driver.map(self.first, 1 << 40, DATA + 2 * LARGE, LARGE, level=2)
         self.driver.map(self.second, EDU_IOVA, DATA + MIB, 4 * PAGE)
@@ -80,9 +82,14 @@ class Moving:
         elif choice == 6:
             cpu.write_memory(DATA + 8 * MIB + rng.randrange(2 * MIB), rng.randbytes(100))
         else:
-            name = rng.choice([EDU, OWN])
-            self.source.edu(name).start_dma(edu.BUFFER_ADDRESS, EDU_IOVA + PAGE, 512, to_ram=True)
+            self._remap_edus(gpa)
+            self.source.edu(rng.choice(self.edus)).start_dma(edu.BUFFER_ADDRESS, EDU_IOVA + PAGE, 512, to_ram=True)
             self.source.step(100_000_000)
+
+    def _remap_edus(self, gpa: int) -> None:
+        table = self.second.table
+        self.source.cpu.mmio_write(table.slot(EDU_IOVA + PAGE), 8, table.leaf(gpa + 4 * LARGE, RW))
+        self.driver.flush(self.second, EDU_IOVA + PAGE, PAGE)
 
     def same(self, guest: Q35Guest, number: int) -> int:
         """What the host lets the burst of ``guest`` reach is what its page table says; the number of pages."""
@@ -99,7 +106,8 @@ def test_no_page_is_lost_while_the_guest_remaps(
     start_host: Callable[..., HostProcess], kind: str, devices: bool
 ) -> None:
     host = start_host(topology=topology(kind))
-    with pair(host, kind=Q35Guest, dirty_tracking=devices, container=kind) as both:
+    remote = kind == "type1v2"
+    with pair(host, kind=Q35Guest, dirty_tracking=devices, container=kind, remote=remote) as both:
         moving = Moving(both)
         source, target = moving.source, both.make_paused()
         assert isinstance(target, Q35Guest)
