@@ -85,6 +85,8 @@ class Firmware:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._kernel: tuple[str, SvmKernel] | None = None
+        """The device that it drives, and the kernel."""
         self._firmware = _PseriesFirmware(machine) if isinstance(machine, Pseries) else _PcFirmware(machine)
 
     def bring_up(self, cpu: GuestCpu) -> None:
@@ -114,10 +116,18 @@ class Firmware:
         return self._firmware.requester(device.bus, PCIAddress.parse(device.addr).devfn)
 
     def svm(self, cpu: GuestCpu, device: Device) -> SvmKernel:
-        """A kernel for ``device``, an svm. It is booted once.
+        """The kernel of the guest, which drives ``device``, an svm, and nothing else; booted at first use.
 
-        :raise ConfigError: it is none, or not on the root bus of a q35.
+        :raise ConfigError: it is none, or not on the root bus of a q35; another one is driven.
         """
+        if self._kernel is None:
+            self._kernel = device.id, self._boot(cpu, device)
+        driven, kernel = self._kernel
+        if driven != device.id:
+            raise ConfigError(f"{device.id}: the guest drives {driven}, and no other svm")
+        return kernel
+
+    def _boot(self, cpu: GuestCpu, device: Device) -> SvmKernel:
         if device.model != "svm":
             raise ConfigError(f"{device.id}: a {device.model} shares no address space", hint="use an svm")
         function, to_cpu = self._function(device)

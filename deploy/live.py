@@ -133,7 +133,6 @@ class LiveSystem:
         self.cpu = ControlCpu(self._link("guestd"), big_endian=isinstance(scenario.machine, Pseries))
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
-        self._kernels: dict[str, SvmKernel] = {}
 
     def bring_up(self) -> None:
         """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
@@ -173,10 +172,8 @@ class LiveSystem:
 
     def svm(self, device: str) -> SvmKernel:
         """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
-        if device not in self._kernels:
-            config = next(each for each in self._scenario.devices if each.id == device)
-            self._kernels[device] = self._firmware.svm(self.cpu, config)
-        return self._kernels[device]
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.svm(self.cpu, config)
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """Whether the guest has moved to another guestd, and how it ended in words."""

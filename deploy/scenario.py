@@ -501,7 +501,7 @@ class Step(Struct, forbid_unknown_fields=True, kw_only=True):
 
 PSERIES_STEPS = ("replay", "linux_ddw", "hcall", "rtas")
 """Actions of a guest that knows hypercalls."""
-Q35_STEPS = ("vtd", "domain")
+Q35_STEPS = ("vtd", "domain", "svm")
 """Actions of a guest that has a VT-d unit."""
 DOMAINS = ("own", "none", "pass-through")
 """Where a ``domain`` step puts a device, besides another one's."""

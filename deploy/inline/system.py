@@ -167,7 +167,6 @@ class InlineSystem:
         self._guest: InlineGuest | None = None
         self._firmware = Firmware(scenario.machine)
         self._drivers: dict[str, DmaDriver] = {}
-        self._kernels: dict[str, SvmKernel] = {}
         try:
             self.host, self.guest = self._start()
         except VfioModelError:
@@ -222,10 +221,8 @@ class InlineSystem:
 
     def svm(self, device: str) -> SvmKernel:
         """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
-        if device not in self._kernels:
-            config = next(each for each in self._scenario.devices if each.id == device)
-            self._kernels[device] = self._firmware.svm(self.cpu, config)
-        return self._kernels[device]
+        config = next(each for each in self._scenario.devices if each.id == device)
+        return self._firmware.svm(self.cpu, config)
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """:func:`check` has refused it."""
