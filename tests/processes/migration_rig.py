@@ -50,7 +50,7 @@ def topology(*kinds: str, second: str = "edu") -> dict[str, object]:
 
 class GuestProcess:
     """``guestd`` in a directory of its own under ``host``'s. ``number`` 0 or 1 says which groups are its. ``remote``: a
-    remote device too, of that model, or an edu.
+    remote device too, of that model, or an edu; ``remote_dma`` is how it reaches memory.
     """
 
     def __init__(self, host: HostProcess, name: str, number: int, **options: Any) -> None:
@@ -59,13 +59,13 @@ class GuestProcess:
         bridges = options.pop("bridges", 1)
         assigned = self.assigned(number, bridges)
         tracking = options.pop("dirty_tracking", True)
-        remote = options.pop("remote", False)
+        remote, remote_dma = options.pop("remote", False), options.pop("remote_dma", "shared")
         self._remote_model = remote if isinstance(remote, str) else "edu"
         self.remote = [REMOTE] if remote else []
         self._servers = [self._serve(name) for name in self.remote]
         far = [
             {"id": name, "model": self._remote_model, "attach": "remote", "addr": f"{ADDRESSES[name] >> 3:02x}.0"}
-            | {"socket": str(self.directory / f"{name}.sock")}
+            | {"socket": str(self.directory / f"{name}.sock"), "dma": remote_dma}
             for name in self.remote
         ]
         own = {"id": OWN, "model": "edu", "attach": "emulated", "addr": f"{ADDRESSES[OWN] >> 3:02x}.0"}

@@ -23,8 +23,10 @@ IOVA, EDU_IOVA = 0x1_0000_0000, 0x20_0000
 PAGES, LARGE = 64, 2 * MIB
 PATTERN = 0x1122_3344_5566_7788
 FOREVER = burst.COMMAND_WRITE | burst.COMMAND_BACKGROUND | burst.COMMAND_FOREVER
-TRACKINGS = [("type1v2", True), ("type1v2", False), ("type1", True), ("type1", False)]
-"""The devices note what they write, or the container does (type1v2), or nobody: then everything counts."""
+TRACKINGS = [("type1v2", True, "mapped"), ("type1v2", False, "shared"), ("type1", True, ""), ("type1", False, "")]
+"""The devices note what they write, or the container does (type1v2), or nobody: then everything counts. And how a
+remote device reaches memory, if there is one.
+"""
 RW = READ | WRITE
 
 
@@ -101,13 +103,13 @@ class Moving:
         return len(wanted)
 
 
-@pytest.mark.parametrize(("kind", "devices"), TRACKINGS)
+@pytest.mark.parametrize(("kind", "devices", "dma"), TRACKINGS)
 def test_no_page_is_lost_while_the_guest_remaps(
-    start_host: Callable[..., HostProcess], kind: str, devices: bool
+    start_host: Callable[..., HostProcess], kind: str, devices: bool, dma: str
 ) -> None:
     host = start_host(topology=topology(kind))
-    remote = kind == "type1v2"
-    with pair(host, kind=Q35Guest, dirty_tracking=devices, container=kind, remote=remote) as both:
+    options = {"dirty_tracking": devices, "container": kind, "remote": bool(dma), "remote_dma": dma}
+    with pair(host, kind=Q35Guest, **options) as both:
         moving = Moving(both)
         source, target = moving.source, both.make_paused()
         assert isinstance(target, Q35Guest)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
+from tests.machine.q35_boards import ram_block
 from tests.vfio.direct_chain import MIB
 from tests.vfio.vtd_chain import DATA, DISK, MODES, NIC, PAGE, RAM, VtdChain
 from vfio_model.guest_drivers.vtd import Domain
 from vfio_model.guest_drivers.vtd_tables import READ, WRITE
 from vfio_model.host import type1
 from vfio_model.iommu.vtd import regs
+from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.types import MemTxResult
 from vfio_model.ranges import U64_MAX
 
@@ -274,3 +278,49 @@ def test_as_many_mappings_as_the_host_allows(monkeypatch: pytest.MonkeyPatch) ->
     chain.driver.map(domain, IOVA, DATA, 4 * PAGE)
     assert len(chain.table()) == 34
     assert chain.table().items() <= chain.guest_table(domain, U64_MAX).items()
+
+
+def test_without_caching_mode_nothing_is_mapped_while_translation_is_on() -> None:
+    """As guestd never has it: a device there is refused."""
+    chain = VtdChain("no caching")
+    chain.plug()
+    assert chain.one_to_one()
+    chain.driver.start()
+    domain = chain.domain()
+    chain.driver.attach(domain, NIC)
+    chain.driver.map(domain, IOVA, DATA, PAGE)
+    assert chain.table() == {} and not chain.locked
+    assert "requires caching mode" in str(chain.trace.named("vfio_listener_region_add_iommu")[0]["refused"])
+    chain.driver.stop()
+    assert chain.one_to_one()
+    chain.driver.start()
+    chain.unplug()
+    with pytest.raises(OSError, match="requires caching mode"):
+        chain.plug()
+    assert not chain.locked
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "why"),
+    [
+        ({}, 64, "Device assignment is not allowed without enabling caching-mode=on for Intel IOMMU."),
+        ({"caching_mode": True}, 39, "aw-bits 48 > host aw-bits 39"),
+        ({"caching_mode": True, "aw_bits": 39}, 39, ""),
+        ({"caching_mode": True, "snoop_control": True}, 48, "Snoop Control with vhost or VFIO is not supported"),
+        ({"caching_mode": True, "scalable_mode": True, "fsts": True}, 48, "Need IOMMUFD backend when fsts=on"),
+        ({"caching_mode": True, "scalable_mode": True}, 48, ""),
+    ],
+)
+def test_what_a_unit_says_of_an_assigned_device(options: dict[str, Any], bits: int, why: str) -> None:
+    machine = Q35Machine([ram_block()], Q35Options(iommu=VtdOptions(**options)))
+    assert machine.root_bus.refuses_assignment(NIC, bits) == why
+    past = Q35Machine([ram_block()], Q35Options(iommu=VtdOptions(**options), bypass_iommu=True))
+    assert past.root_bus.refuses_assignment(NIC, bits) == "", "it does not reach the unit"
+
+
+def test_the_hosts_address_bits() -> None:
+    chain = VtdChain()
+    chain.plug()
+    assert chain.spaces[NIC].address_bits == 48
+    assert chain.spaces[NIC].has_group("/dev/vfio/26") and not chain.spaces[NIC].has_group("/dev/vfio/27")
+    chain.unplug()

@@ -36,6 +36,8 @@ MODES = {
     "qemu": (VtdOptions(caching_mode=True, quirks=frozenset({"qemu"})), True),
     "scalable": (VtdOptions(caching_mode=True, scalable_mode=True), True),
 }
+NO_CACHING = VtdOptions(), True
+"""Nobody hears of new mappings."""
 
 
 class RecordingPort(FaultyPort):
@@ -71,7 +73,7 @@ class VtdChain:
         memlock: int | None = None,
         iova_ranges: tuple[tuple[int, int], ...] = RANGES,
     ) -> None:
-        options, queued = MODES[mode]
+        options, queued = MODES.get(mode, NO_CACHING)
         self.trace = ListTrace()
         self.ram = RAMBlock("ram", bytearray(RAM), page_size=2 * MIB, hva=HVA)
         self.machine = Q35Machine([self.ram], Q35Options(iommu=options), trace=self.trace)
