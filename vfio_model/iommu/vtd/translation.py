@@ -191,6 +191,8 @@ class Translation:
 
         self.lookup.drop_pages(did, doomed)
         for space in self._followed():
+            if space.pasid not in (pasid, RID):
+                continue
             binding = self._binding(space)
             if binding is not None and binding.did == did and binding.pasid == pasid:
                 self._shadow(space).invalidated(binding, first, last)
