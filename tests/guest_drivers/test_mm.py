@@ -134,7 +134,7 @@ def test_a_file_is_one_memory(rig: SvmRig, mm: Mm) -> None:
     file.close()
 
 
-def test_a_large_page_takes_the_place_of_small_ones(rig: SvmRig, mm: Mm) -> None:
+def test_a_large_page_takes_the_place_of_small_ones(mm: Mm) -> None:
     """The empty table that stood there is given back after everyone has forgotten it."""
     at = MMAP_BASE + 8 * MIB
     mm.mmap(PAGE, at)

@@ -61,7 +61,7 @@ STEPS = {
     (STOP_COPY, RESUMING): (STOP,), (RESUMING, RUNNING): (STOP,), (RESUMING, STOP_COPY): (STOP,),
     (PRE_COPY, STOP): (RUNNING,), (STOP, PRE_COPY): (RUNNING,),
 }  # fmt: skip
-STOP_COPY_FLAG, P2P_FLAG, PRE_COPY_FLAG = 1, 2, 4
+PRE_COPY_FLAG = 4
 RUN = struct.Struct("=HB")
 KEPT = slice(SCRATCH, DATA)
 """The registers that migrate, as runs of bytes that changed since the last."""

@@ -60,7 +60,6 @@ class AtsProbe(PCIDevice):
         self.regs = dict.fromkeys(range(0, 64, 8), 0)
         self.atc: Atc | None = None
         self.running = False
-        self.todo: Callable[[], object] | None = None
 
     def bar_read(self, bar: int, offset: int, size: int) -> int | None:
         return self.regs.get(offset, 0)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.vfio.direct_chain import MIB
 from tests.vfio.vtd_chain import DATA, MODES, NIC, PAGE, RAM, VtdChain
-from vfio_model.guest_drivers.vtd import Domain
 from vfio_model.guest_drivers.vtd_tables import READ, WRITE
 from vfio_model.host.dma import AssignedImpl
 from vfio_model.iommu.vtd.ports import Granularity
@@ -184,7 +183,7 @@ def test_no_write_is_lost_and_none_is_put_elsewhere(seed: int) -> None:
         pages = model[domain.did]
         what = rng.choice(["map", "map", "change", "unmap", "write", "write", "write", "switch", "sync"])
         if what == "map":
-            _map(tracked, domain, pages, rng)
+            _map(tracked, pages, rng)
         elif what == "change" and pages:
             iova, page = rng.choice(sorted(pages)), rng.randrange(FIRST, RAM // PAGE)
             at = domain.table.slot(iova)
@@ -211,7 +210,7 @@ def test_no_write_is_lost_and_none_is_put_elsewhere(seed: int) -> None:
     assert tracked.chain.table() == tracked.chain.guest_table(tracked.domain)
 
 
-def _map(tracked: Tracked, domain: Domain, pages: dict[int, int], rng: random.Random) -> None:
+def _map(tracked: Tracked, pages: dict[int, int], rng: random.Random) -> None:
     iova = IOVA + rng.randrange(40) * PAGE
     page, count = rng.randrange(FIRST, RAM // PAGE - 4), rng.randint(1, 4)
     tracked.unmap(iova, count)

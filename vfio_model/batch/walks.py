@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from vfio_model.ranges import U64_MAX
 
-LEVELS_MAX = 5
 LARGE = 1 << 7
 _PERM_MASK = 3
 

@@ -111,11 +111,6 @@ class IommuServices:
         """Whether the function may ask for translations and use them."""
         return self._may_master and self.ats_enabled
 
-    @property
-    def may_master(self) -> bool:
-        """Whether requests of the function get out now: the guest allows it, bridges hand them up, no reset goes on."""
-        return self._may_master
-
     def _allow_mastering(self, allowed: bool) -> None:
         self._may_master = allowed
         if not allowed:

@@ -165,7 +165,7 @@ def test_supervisor_pages_stop_before_they_are_marked() -> None:
 # -- nested
 
 
-def nested(leaf: int = 0x5007, *, rw: int = 3, level: int = 1) -> tuple[Rig, int, int]:
+def nested(leaf: int = 0x5007, *, rw: int = 3) -> tuple[Rig, int, int]:
     """First level over guest addresses that second level moves up by TABLES; where the leaf and the root are."""
     rig = Rig(scalable_mode=True, nested=True, pasid_bits=20)
     second = rig.page()

@@ -1,7 +1,8 @@
 """What an Intel VT-d unit can do, as a person chooses it, and the capabilities that follow.
 
-Names and defaults are those of QEMU's ``intel-iommu`` device; :data:`EXTENSIONS` are the model's own. Source of CAP and
-ECAP: Intel VT-d specification, "Capability Register" and "Extended Capability Register" (11.4).
+Names and defaults are those of QEMU's ``intel-iommu`` device; ``dma_drain``, ``nested``, ``pass_through``,
+``invalidation`` and ``quirks`` are the model's own. Source of CAP and ECAP: Intel VT-d specification, "Capability
+Register" and "Extended Capability Register" (11.4).
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from vfio_model.ranges import U64_MAX
 
 PASID_BITS_MAX: Final = 20
 """Of a PASID in PCI Express."""
-EXTENSIONS: Final = frozenset({"dma_drain", "nested", "pass_through", "invalidation", "quirks"})
-"""Options that QEMU does not have."""
 _SAGAW: Final = {39: 2, 48: 4, 57: 8}
 _DOMAIN_BITS_16: Final = 6
 _LARGE_2M_1G: Final = 3
