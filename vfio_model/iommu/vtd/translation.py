@@ -20,7 +20,7 @@ from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.ports import RID, FaultSink, Granularity
 from vfio_model.iommu.vtd.shadow import Shadow
 from vfio_model.iommu.vtd.spaces import InterruptSink, VtdSpace
-from vfio_model.iommu.vtd.structures import Binding, Reason, TableType
+from vfio_model.iommu.vtd.structures import RID_PASID, Binding, Reason, TableType
 from vfio_model.memory.address_space import AddressSpace
 from vfio_model.memory.iommu_region import IOMMUNotifier, IOMMUTLBEntry, IOMMUTLBEvent, TranslatedPieces
 from vfio_model.memory.region import transaction
@@ -191,7 +191,7 @@ class Translation:
 
         self.lookup.drop_pages(did, doomed)
         for space in self._followed():
-            if space.pasid not in (pasid, RID):
+            if (RID_PASID if space.pasid == RID else space.pasid) != pasid:
                 continue
             binding = self._binding(space)
             if binding is not None and binding.did == did and binding.pasid == pasid:
