@@ -105,15 +105,24 @@ class SvmDriver:
         """Write a register."""
         self._cpu.mmio_write(self._bar + register, 4 if register >= regs.PASID else 8, value)
 
+    def start(self, command: int) -> None:
+        """Start ``command``; :attr:`done` says when it is over."""
+        self._cpu.write_memory(self._mailbox, bytes(4))
+        self.put(regs.COMMAND, command)
+
+    @property
+    def done(self) -> bool:
+        """Whether the device's message has come since :meth:`start`."""
+        return int.from_bytes(self._cpu.read_memory(self._mailbox, 4), "little") == MESSAGE
+
     def run(self, command: int) -> int:
         """Carry out ``command``; the status.
 
         :raise DriverError: the device's message does not come.
         """
-        self._cpu.write_memory(self._mailbox, bytes(4))
-        self.put(regs.COMMAND, command)
+        self.start(command)
         for tries in range(TRIES):
-            if int.from_bytes(self._cpu.read_memory(self._mailbox, 4), "little") == MESSAGE:
+            if self.done:
                 return self._cpu.mmio_read(self._bar + regs.ADDRESS, 8)
             if not self.sva.queue.handle():
                 self._cpu.clock_step(STEP_NS)
