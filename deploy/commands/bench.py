@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from deploy.bench import atc, dma, huge, live, mapped, nvme, vfio_user, walks
+from deploy.bench import atc, dma, huge, live, mapped, nvme, pages, vfio_user, walks
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.console import StepProgress
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "batch": dma.batches,
     "walks": walks.rows,
     "atc": atc.rows,
+    "pages": pages.rows,
     "mapped": mapped.rows,
     "vfio-user": vfio_user.rows,
     "nvme": nvme.rows,

@@ -11,10 +11,11 @@ from contextlib import closing
 import psutil
 import pytest
 
-from deploy.bench import atc, dma, mapped, nvme, vfio_user
+from deploy.bench import atc, dma, mapped, nvme, pages, vfio_user
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.bench.stream_echo import echo
+from deploy.inline.vtd_guest import running
 from protocols.transport.vfio_user import connect
 from protocols.vfio_user import messages as wire
 from protocols.vfio_user.messages import Capabilities, Command
@@ -125,3 +126,18 @@ def test_the_caching_device_of_the_bench_writes_where_the_assigned_path_does(com
         assert device.atc.access(iova + 16, memoryview(own), True)[0] == 8
         assert not view.impl.read(iova + 16, read) and read == own
     assert device.asked == asked == 2 * len(iovas)
+
+
+def test_the_devices_of_the_bench_ask_for_pages_and_follow_invalidations() -> None:
+    with running(pages.PageAsker, 2) as (guest, pids):
+        first, second = pages.cards_of(guest, 2)
+        before = guest.cpu.read_memory(pages.DATA, 1)
+        assert pages.fault(guest, first, pages.IOVA + pages.PAGE) > 0
+        assert before == b"\0" and guest.cpu.read_memory(pages.DATA, 1) == b"\x55", "its byte"
+        assert guest.requests.requests == 1
+        pages.invalidate(guest, second)
+        guest.driver.map(second.domain, pages.IOVA, pages.DATA + pages.PAGE, pages.PAGE)
+        pages.invalidate(guest, second)
+        second.do(pages.FILL)
+        assert guest.cpu.read_memory(pages.DATA + pages.PAGE, 1) == b"\x55"
+    assert not any(psutil.pid_exists(pid) for pid in pids)
