@@ -91,6 +91,8 @@ def test_a_peer_s_fpd_counts_in_good_entries_only() -> None:
     rig, entry = rig_with_page(quirks=frozenset({"fpd-when-present"}))
     rig.store(entry, SECOND & ~1 | 2)
     assert rig.blocked(0x1000) == [0x59]
+    rig.store(DIRECTORY, TABLES + 0x3003)
+    assert rig.blocked(0x1000) == [0x59]
     rig.store(entry, rig.page() | SECOND | 2)
     assert rig.blocked(0x9000) == []
 

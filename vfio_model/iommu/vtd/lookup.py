@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.caches import Doomed, Iotlb, Page
 from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.iommu.vtd.pasid_cache import Words
 from vfio_model.iommu.vtd.ports import RID, Fault, FaultSink
 from vfio_model.iommu.vtd.spaces import VtdSpace
 from vfio_model.iommu.vtd.structures import (
@@ -105,6 +106,11 @@ class Lookup:
         """The same from the tables as they are, without a trace in the caches."""
         reason, _, context = self.structures.context(space.bus.number, space.devfn)
         return None if context is None or reason else self.structures.binding(context, space.pasid)[2]
+
+    def pasid_words(self, space: VtdSpace) -> Words | None:
+        """The PASID entry of the space as it is in the tables, None if it is not there or not good."""
+        context = self.structures.context(space.bus.number, space.devfn)[2]
+        return None if context is None else self.structures.pasid_words(context, space.pasid)
 
     # -- translations --------------------------------------------------------------------------------------------
 

@@ -95,8 +95,8 @@ QUIRKS: Final = (
         PASS_THROUGH_LINGERS,
         "11.1",
         "a PASID-cache invalidation ends the pass-through of a function whose PASID entry is gone",
-        "it does if an earlier PASID-cache invalidation found the entry present, else the next context-cache "
-        "invalidation does",
+        "it does if the entry differs from the one that was first found present, and the invalidation names the domain "
+        "of that; else the next context-cache invalidation does",
         "6.5.2.4, PASID-cache Invalidate Descriptor",
         selectable=True,
     ),

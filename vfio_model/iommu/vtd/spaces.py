@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from vfio_model.iommu.vtd.caches import Front
+from vfio_model.iommu.vtd.pasid_cache import Words
 from vfio_model.iommu.vtd.ports import RID
 from vfio_model.iommu.vtd.regs import INTERRUPT_FIRST, INTERRUPT_LAST
 from vfio_model.iommu.vtd.structures import Context
@@ -148,8 +149,8 @@ class VtdSpace:
         self.front = Front()
         self.context: Context | None = None
         """The cached context entry."""
-        self.pasid_seen = False
-        """Whether the last PASID-cache invalidation found the PASID entry present."""
+        self.pasid_entry: Words | None = None
+        """What is remembered of the PASID entry, as :mod:`.pasid_cache` says."""
         self.page_response: PageResponseFn | None = None
         """Who waits for responses to page requests."""
         self.gates: list[AtsGate] = []

@@ -224,6 +224,15 @@ class Structures:
             known = self._remember(key, self._legacy(context))
         return Reason.NONE, known.fpd, known
 
+    def pasid_words(self, context: Context, pasid: int) -> tuple[int, ...] | None:
+        """All 8 words of the PASID entry, None if that is not present and good, or there is none."""
+        pasid = RID_PASID if pasid == RID else pasid
+        if not context.scalable or self._pasid_entry(context, pasid)[2] is None:
+            return None
+        directory = self._memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
+        words = None if directory is None else self._memory.words((directory & ~PAGE_MASK) + (pasid & 63) * 64, 8)
+        return None if words is None else tuple(words)
+
     def _remember(self, key: tuple[int, ...], binding: Binding) -> Binding:
         """The same words mean the same: most walks begin with words that were seen before."""
         if len(self._bindings) >= _REMEMBERED:
@@ -242,23 +251,22 @@ class Structures:
 
     def _pasid_entry(self, context: Context, pasid: int) -> tuple[Reason, bool, Binding | None]:
         fpd, memory = context.fpd, self._memory
-        absent = 0 if self._fpd_when_present else _FPD
+        looked_at = 0 if self._fpd_when_present else _FPD
         directory = memory.word((context.lo & ~PAGE_MASK) + (pasid >> 6 & 0x3FFF) * 8)
         if directory is None:
             return Reason.DIRECTORY_UNREADABLE, fpd, None
         if not directory & _P:
-            return Reason.DIRECTORY_NOT_PRESENT, fpd or bool(directory & absent), None
-        fpd = fpd or bool(directory & _FPD)
+            return Reason.DIRECTORY_NOT_PRESENT, fpd or bool(directory & looked_at), None
         words = memory.words((directory & ~PAGE_MASK) + (pasid & 63) * 64, 3)
         if words is None:
             return Reason.PASID_TABLE_UNREADABLE, fpd, None
         q0, q1, q2 = words
         kind = q0 >> 6 & 7
         if kind not in self._types or not self._level_supported(kind, q0, q2):
-            return Reason.PASID_INVALID, fpd or bool(q0 & absent), None
+            return Reason.PASID_INVALID, fpd or bool((directory | q0) & looked_at), None
         if not q0 & _P:
-            return Reason.PASID_NOT_PRESENT, fpd or bool(q0 & absent), None
-        return self._found(TableType(kind), pasid, fpd or bool(q0 & _FPD), (q0, q1, q2))
+            return Reason.PASID_NOT_PRESENT, fpd or bool((directory | q0) & looked_at), None
+        return self._found(TableType(kind), pasid, fpd or bool((directory | q0) & _FPD), (q0, q1, q2))
 
     def _found(
         self, kind: TableType, pasid: int, fpd: bool, words: tuple[int, ...]

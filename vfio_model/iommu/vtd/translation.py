@@ -17,6 +17,7 @@ from vfio_model.iommu.vtd.caches import Page
 from vfio_model.iommu.vtd.leaves import Leaves
 from vfio_model.iommu.vtd.lookup import Lookup
 from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.iommu.vtd.pasid_cache import invalidated
 from vfio_model.iommu.vtd.ports import RID, FaultSink, Granularity
 from vfio_model.iommu.vtd.shadow import Shadow
 from vfio_model.iommu.vtd.spaces import InterruptSink, VtdSpace
@@ -128,14 +129,22 @@ class Translation:
         self._trace("vtd_context_cache_reset")
         self._forget_contexts(1)
         self._trace("vtd_pasid_cache_reset")
-        for space in self._spaces.values():
-            space.pasid_seen = False
+        if self._lingers:
+            for space in self._spaces.values():
+                space.pasid_entry = self.lookup.pasid_words(space)
         self._reset_iotlb()
 
     def _forget_contexts(self, generation: int) -> None:
         self.lookup.generation = generation
         for space in self._spaces.values():
             self._forget_context(space)
+
+    def _switch_context(self, space: VtdSpace, *, selected: bool = False) -> None:
+        """After an invalidation of its context entry. ``selected``: of few; by quirk these are of no concern for PASID
+        entries unless there is first-stage translation."""
+        if self._lingers and (not selected or self.options.first_stage):
+            self._pasid_entry_invalidated(space, Granularity.GLOBAL)
+        self._switch(space)
 
     def _forget_context(self, space: VtdSpace) -> None:
         space.context = None
@@ -151,14 +160,16 @@ class Translation:
         """See :class:`Translator`. A whole domain is invalidated as everything."""
         if granularity is not Granularity.SELECTIVE:
             self._forget_contexts(self.lookup.generation + 1)
-            self._switch_all()
+            with transaction():
+                for space in tuple(self._spaces.values()):
+                    self._switch_context(space)
             self._sync_all()
             return
         ignored = (0, 0b100, 0b110, 0b111)[mask & 3]
         for space in tuple(self._spaces.values()):
             if space.sid | ignored == sid | ignored:
                 self._forget_context(space)
-                self._switch(space)
+                self._switch_context(space, selected=True)
                 self._sync(space)
 
     def invalidate_iotlb(self, granularity: Granularity, did: int = 0, addr: int = 0, am: int = 0) -> None:
@@ -201,14 +212,23 @@ class Translation:
     def invalidate_pasid_cache(self, granularity: Granularity, did: int = 0, pasid: int = 0) -> None:
         """See :class:`Translator`. PASID entries are not cached; what a requester found with them may be another."""
         for space in tuple(self._spaces.values()):
-            if granularity is Granularity.SELECTIVE and space.pasid not in (pasid, RID):
+            if self._lingers:
+                if not self._pasid_entry_invalidated(space, granularity, did, pasid):
+                    continue
+            elif granularity is Granularity.SELECTIVE and space.pasid not in (pasid, RID):
                 continue
             space.front.clear()
-            present = self._binding(space) is not None
-            if present or space.pasid_seen or not self._lingers:
-                self._switch(space)
-            space.pasid_seen = present
+            self._switch(space)
             self._sync(space)
+
+    def _pasid_entry_invalidated(
+        self, space: VtdSpace, granularity: Granularity, did: int = 0, pasid: int = RID_PASID
+    ) -> bool:
+        """By quirk: whether the space is switched to what the tables say."""
+        own = RID_PASID if space.pasid == RID else space.pasid
+        now = self.lookup.pasid_words(space)
+        space.pasid_entry, switched = invalidated(space.pasid_entry, now, granularity, did, own == pasid)
+        return switched
 
     def invalidate_device_tlb(self, sid: int, pasid: int | None, first: int, last: int) -> None:
         """See :class:`Translator`."""
