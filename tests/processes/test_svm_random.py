@@ -19,11 +19,14 @@ from vfio_model.devices.svm.device import SvmDevice
 from vfio_model.guest_drivers.pc import enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import bring_up_bus, find_function
 from vfio_model.guest_drivers.svm_kernel import SvmKernel
+from vfio_model.guest_drivers.svm_program import Process
 from vfio_model.machine.q35.machine import Q35Machine
 from vfio_model.trace import ListTrace
 
 RAM = 64 << 20
 STEPS = 150
+BUFFER = 16 << 20
+ROUNDS, MOST_ROUNDS = 4, 60
 
 
 class ServingPc(DirectPc):
@@ -66,3 +69,30 @@ def test_the_cache_is_coherent_with_the_tables(seed: int, kernel: SvmKernel) -> 
     life = Life(seed, kernel, None)
     life.run(STEPS)
     assert len(life.done) == 7, "each kind of step was taken"
+
+
+@pytest.mark.parametrize("level", [1, 2], ids=["4 KiB", "2 MiB"])
+def test_a_buffer_goes_while_the_device_writes(level: int, kernel: SvmKernel) -> None:
+    """Nothing is written once ``munmap`` has returned, whatever its memory is then."""
+    process = Process(kernel.cpu, kernel.frames, kernel.driver)
+    process.open()
+    driver, mm = kernel.driver, process.mm
+    interrupted = rounds = 0
+    while rounds < ROUNDS or (not interrupted and rounds < MOST_ROUNDS):
+        rounds += 1
+        start = mm.mmap(BUFFER, level=level)
+        mm.write(start, b"\xff" * BUFFER)
+        driver.put(regs.ADDRESS, start)
+        driver.put(regs.SIZE, BUFFER)
+        driver.start(regs.COMMAND_WRITE)
+        while mm.read(start, 1) == b"\xff":
+            kernel.cpu.clock_step()
+        mm.munmap(start, BUFFER)
+        kernel.frames.check()
+        while not driver.done:
+            if not kernel.sva.queue.handle():
+                kernel.cpu.clock_step()
+        interrupted += driver.status != regs.STATUS_OK
+        kernel.frames.check()
+    assert interrupted
+    process.exit()

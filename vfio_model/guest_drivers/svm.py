@@ -115,6 +115,11 @@ class SvmDriver:
         """Whether the device's message has come since :meth:`start`."""
         return int.from_bytes(self._cpu.read_memory(self._mailbox, 4), "little") == MESSAGE
 
+    @property
+    def status(self) -> int:
+        """How the last command ended."""
+        return self._cpu.mmio_read(self._bar + regs.ADDRESS, 8)
+
     def run(self, command: int) -> int:
         """Carry out ``command``; the status.
 
@@ -123,7 +128,7 @@ class SvmDriver:
         self.start(command)
         for tries in range(TRIES):
             if self.done:
-                return self._cpu.mmio_read(self._bar + regs.ADDRESS, 8)
+                return self.status
             if not self.sva.queue.handle():
                 self._cpu.clock_step(STEP_NS)
             if tries % LOOK == LOOK - 1 and self._cpu.mmio_read(self._bar, 8) != regs.IDENTIFICATION_VALUE:
