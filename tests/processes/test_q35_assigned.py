@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from deploy.explain import choose_device, devices, explain
+from deploy.link import Link
 from protocols.control import messages as control
 from tests.processes.conftest import HostProcess
 from tests.processes.migration_rig import EDU, NIC, topology
@@ -148,3 +150,27 @@ def test_a_reset_gives_memory_back_as_it_is(pc: Pc) -> None:
     pc.guest.bring_up(NIC)
     pc.stores(DATA + PAGE, DATA + PAGE)
     pc.stores(IOVA, None)
+
+
+def test_explain_tells_both_stages(pc: Pc) -> None:
+    driver, first, _ = pc.start()
+    driver.map(first, IOVA, DATA, PAGE)
+    pc.guest.cpu.flush()
+    host = Link(pc.host.directory, "hostd")
+    try:
+        nic = choose_device(devices(pc.guest.link), "01:00.0")
+        found = explain(pc.guest.link, host, nic, IOVA + 5)
+        assert (found.fails, found.disagreement, found.guest.result) == ("none", "", DATA + 5)
+        steps = [step.what for step in found.guest.steps]
+        assert steps[-8:-2] == ["domain", *(f"level {level} entry" for level in (4, 3, 2, 1)), "page"]
+        assert found.host is not None and found.host.page_size == found.guest.page_size == PAGE
+        pc.guest.cpu.mmio_write(first.table.slot(IOVA), 8, 0)  # the guest has not said so yet
+        pc.guest.cpu.flush()
+        found = explain(pc.guest.link, host, nic, IOVA)
+        assert found.fails == "stage-1" and "the host still has one" in found.disagreement
+        driver.flush(first, IOVA, PAGE)
+        pc.guest.cpu.flush()
+        found = explain(pc.guest.link, host, nic, IOVA)
+        assert found.fails == "stage-1" and not found.disagreement
+    finally:
+        host.close()
