@@ -4,6 +4,7 @@ over the direct port, a host.
 
 from __future__ import annotations
 
+from tests.guest_drivers.vtd_rig import MovableCpu
 from tests.vfio.direct_chain import HVA, MIB, FaultyPort
 from vfio_model.guest_drivers.vtd import Domain, VtdDriver
 from vfio_model.guest_drivers.vtd_tables import PageAllocator, Stage
@@ -35,6 +36,7 @@ MODES = {
     "queue": (VtdOptions(caching_mode=True), True),
     "qemu": (VtdOptions(caching_mode=True, quirks=frozenset({"qemu"})), True),
     "scalable": (VtdOptions(caching_mode=True, scalable_mode=True), True),
+    "async": (VtdOptions(caching_mode=True, invalidation="async"), True),
 }
 NO_CACHING = VtdOptions(), True
 """Nobody hears of new mappings."""
@@ -63,6 +65,20 @@ class RecordingPort(FaultyPort):
         return maps
 
 
+class SteppingCpu(MovableCpu):
+    """While it looks whether the queue has answered, the queue goes on."""
+
+    def __init__(self, machine: Q35Machine) -> None:
+        super().__init__(machine)
+        self._machine = machine
+        self.mmio_read = self._read  # type: ignore[method-assign]
+
+    def _read(self, gpa: int, size: int) -> int:
+        assert self._machine.iommu is not None
+        self._machine.iommu.queue.step()
+        return self._machine.mmio_read(gpa, size)
+
+
 class VtdChain:
     """Two functions with a group each; the driver has started, and nobody is attached. ``memlock`` in bytes."""
 
@@ -86,7 +102,7 @@ class VtdChain:
         self.port = RecordingPort(self.direct)
         self.port.declare_memory(self.ram)
         self.spaces: dict[int, VFIOAddressSpace] = {}
-        cpu = self.machine
+        cpu = SteppingCpu(self.machine) if options.invalidation == "async" else MovableCpu(self.machine)
         self.pages = PageAllocator(cpu, TABLES, TABLES_END)
         self.driver = VtdDriver(cpu, self.pages, queued=queued, scalable=options.scalable_mode)
         self.tokens: dict[int, int] = {}
