@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from deploy.bench.dma import QEMU_NOTE
 from deploy.bench.measure import Row, against
+from vfio_model.batch import variant
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.regs import INTERRUPT_FIRST
 from vfio_model.iommu.vtd.spaces import VtdRegion
 from vfio_model.iommu.vtd.unit import IntelIommu
 from vfio_model.memory.address_space import AddressSpace
+from vfio_model.memory.iommu_region import TranslatedPieces
 from vfio_model.memory.ram import RAMBlock
 from vfio_model.memory.region import MemoryRegion, RAMRegion
 from vfio_model.memory.types import IOMMUAccessFlags
@@ -22,7 +24,9 @@ from vfio_model.ranges import Hva
 
 PAGE = 4096
 PAGES = 1 << 16
-"""Pages that are mapped, in shuffled order; 256 MiB of addresses."""
+"""Pages that are mapped, in shuffled order: 256 MiB of addresses, whose tables fit into a processor's own caches."""
+MANY = 1 << 19
+"""2 GiB of addresses, whose tables do not."""
 BATCH = 1 << 16
 SINGLE = 512
 _LEVELS = 4
@@ -33,6 +37,7 @@ _ROOT, _CONTEXT, _TOP = 0, 1, 2
 _DEVFN = 0x10
 _RO = IOMMUAccessFlags.RO
 
+_VARIANTS: tuple[variant.Variant, ...] = ("compiled", "numpy")
 U64 = npt.NDArray[np.uint64]
 
 
@@ -42,16 +47,19 @@ class _Bus:
     number: int = 0
 
 
-def _tables() -> U64:
-    """Words of the RAM that the tables lie in: :data:`PAGES` pages from 0 on, mapped to as many from 0 on."""
+def _tables(count: int) -> U64:
+    """Words of the RAM that the tables lie in: ``count`` pages from 0 on, mapped to as many from 0 on."""
     shuffled = np.random.default_rng(1)
-    lowest = shuffled.permutation(PAGES // 512) + _TOP + 3
-    words = np.zeros((_TOP + 3 + len(lowest), 512), dtype=np.uint64)
+    upper = -(-count // (512 * 512))
+    lowest = shuffled.permutation(count // 512) + _TOP + 2 + upper
+    words = np.zeros((_TOP + 2 + upper + len(lowest), 512), dtype=np.uint64)
     words[_ROOT, 0] = _CONTEXT * PAGE | 1
     words[_CONTEXT, _DEVFN * 2 : _DEVFN * 2 + 2] = _TOP * PAGE | 1, 5 << 8 | _LEVELS - 2
-    words[_TOP, 0], words[_TOP + 1, 0] = (_TOP + 1) * PAGE | _RW, (_TOP + 2) * PAGE | _RW
-    words[_TOP + 2, : len(lowest)] = lowest.astype(np.uint64) * np.uint64(PAGE) | np.uint64(_RW)
-    pages = shuffled.permutation(PAGES).astype(np.uint64) * np.uint64(PAGE) | np.uint64(_RW)
+    words[_TOP, 0] = (_TOP + 1) * PAGE | _RW
+    words[_TOP + 1, :upper] = [(_TOP + 2 + number) * PAGE | _RW for number in range(upper)]
+    flat = words.reshape(-1)
+    flat[(_TOP + 2) * 512 :][: len(lowest)] = lowest.astype(np.uint64) * np.uint64(PAGE) | np.uint64(_RW)
+    pages = shuffled.permutation(count).astype(np.uint64) * np.uint64(PAGE) | np.uint64(_RW)
     words[lowest] = pages.reshape(-1, 512)
     return words.reshape(-1)
 
@@ -79,23 +87,42 @@ def _indices(words: U64, iovas: U64) -> list[npt.NDArray[np.int64]]:
 
 
 def rows() -> Iterator[Row]:
-    """A batch against its bare gathers, a cached translation and a walk against a look into a dictionary."""
-    words = _tables()
-    region = _region(words)
-    iovas = np.random.default_rng(2).integers(0, PAGES, BATCH).astype(np.uint64) * np.uint64(PAGE)
+    """Batches against their bare gathers, a cached translation and a walk against a look into a dictionary."""
+    for count in (PAGES, MANY):
+        words = _tables(count)
+        yield from _batches(_region(words), words, count)
+    yield from _single(_region(_tables(PAGES)))
+
+
+def _batches(region: VtdRegion, words: U64, count: int) -> Iterator[Row]:
+    """By each variant. The gathers look at the same words, and find them as warm."""
+    iovas = np.random.default_rng(2).integers(0, count, BATCH).astype(np.uint64) * np.uint64(PAGE)
     assert int(iovas.max()) < INTERRUPT_FIRST
     indices, gathered = _indices(words, iovas), np.empty(BATCH, dtype=np.uint64)
-
-    def batch() -> None:
-        region.translate_many(iovas, _RO, 0)
 
     def gathers() -> None:
         for where in indices:
             words.take(where, 0, gathered, "clip")
 
-    name = "64k IOVAs through 4 levels"
-    yield against(name, batch, "four bare gathers", gathers, number=4, per=BATCH, aim=2.0)
-    yield from _single(region)
+    for chosen in _VARIANTS if variant.chosen == "compiled" else _VARIANTS[1:]:
+
+        def batch(chosen: variant.Variant = chosen) -> TranslatedPieces | None:
+            before, variant.chosen = variant.chosen, chosen
+            try:
+                return region.translate_many(iovas, _RO, 0)
+            finally:
+                variant.chosen = before
+
+        gathers()
+        pieces = batch()
+        if pieces is None:
+            raise AssertionError("the tables are for batches")
+        _, addresses, perms = pieces
+        if not (np.array_equal(addresses, gathered & np.uint64(_ADDRESS)) and np.all(perms)):
+            raise AssertionError("a batch is not what its gathers are")
+        name = f"64k IOVAs through 4 levels, tables of {words.nbytes / (1 << 20):.1f} MiB"
+        aim = 2.0 if chosen == variant.chosen else None
+        yield against(name, batch, "four bare gathers", gathers, number=4, per=BATCH, aim=aim, note=chosen)
 
 
 def _single(region: VtdRegion) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from deploy.bench import atc, dma, huge, live, mapped, nvme, pages, vfio_user, walks
+from deploy.bench import atc, dma, emulated, huge, live, mapped, nvme, pages, vfio_user, walks
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.console import StepProgress
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "scattered": dma.scattered,
     "batch": dma.batches,
     "walks": walks.rows,
+    "emulated": emulated.rows,
     "atc": atc.rows,
     "pages": pages.rows,
     "mapped": mapped.rows,

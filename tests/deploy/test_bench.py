@@ -8,10 +8,11 @@ import random
 import socket
 from contextlib import closing
 
+import numpy as np
 import psutil
 import pytest
 
-from deploy.bench import atc, dma, mapped, nvme, pages, vfio_user
+from deploy.bench import atc, dma, emulated, mapped, nvme, pages, vfio_user, walks
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.bench.stream_echo import echo
@@ -22,6 +23,7 @@ from protocols.vfio_user.messages import Capabilities, Command
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.nvme.regs import NvmOpcode
 from vfio_model.errors import VfioModelError
+from vfio_model.memory.types import IOMMUAccessFlags
 
 
 def open_descriptors(pid: int) -> int:
@@ -141,3 +143,20 @@ def test_the_devices_of_the_bench_ask_for_pages_and_follow_invalidations() -> No
         second.do(pages.FILL)
         assert guest.cpu.read_memory(pages.DATA + pages.PAGE, 1) == b"\x55"
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_the_emulated_device_of_the_bench_is_translated() -> None:
+    view = emulated.emulated()
+    for number, (iova, place) in enumerate(zip(view.iovas, view.places, strict=True)):
+        data = number.to_bytes(8, "little")
+        assert not view.device.write(iova, data) and view.machine.read_memory(place, 8) == data
+    view.driver.unmap(view.domain, view.iovas[0], emulated.PAGE)
+    assert view.device.write(view.iovas[0], b"x"), "what the guest takes away is away"
+
+
+@pytest.mark.parametrize("count", [1 << 9, walks.PAGES])
+def test_the_tables_of_the_bench_map_every_page_once(count: int) -> None:
+    region = walks._region(walks._tables(count))
+    pieces = region.translate_many(np.arange(count, dtype=np.uint64) * np.uint64(4096), IOMMUAccessFlags.RO, 0)
+    assert pieces is not None and all(pieces[2])
+    assert sorted(pieces[1].tolist()) == [page * 4096 for page in range(count)]
