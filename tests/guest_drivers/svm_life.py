@@ -11,7 +11,7 @@ import random
 from vfio_model.devices.svm import regs
 from vfio_model.devices.svm.device import SvmDevice
 from vfio_model.guest_drivers.svm_kernel import SvmKernel
-from vfio_model.guest_drivers.svm_program import Process
+from vfio_model.guest_drivers.svm_process import Process
 from vfio_model.pci.iommu_ops import Atc, AtcOutcome, AtsRequest, PageRequest
 
 PAGE = 4096

@@ -10,7 +10,7 @@ from vfio_model.guest_drivers.mm import Mm
 from vfio_model.guest_drivers.pc import enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import bring_up_bus, find_function
 from vfio_model.guest_drivers.svm_kernel import SvmKernel
-from vfio_model.guest_drivers.svm_program import Process
+from vfio_model.guest_drivers.svm_process import Process
 from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.trace import ListTrace

@@ -6,7 +6,7 @@ import pytest
 
 from tests.guest_drivers.svm_rig import SvmRig
 from vfio_model.guest_drivers import svm_program
-from vfio_model.guest_drivers.svm_program import MIB, Process
+from vfio_model.guest_drivers.svm_process import MIB, Process
 from vfio_model.iommu.vtd.structures import Reason
 
 GIB = 1 << 30

@@ -6,9 +6,9 @@ import pytest
 
 from tests.guest_drivers.svm_rig import SVM, SvmRig
 from vfio_model.devices.svm import regs as svm
-from vfio_model.guest_drivers.mm import VMALLOC_BASE
 from vfio_model.guest_drivers.pci import DriverError
-from vfio_model.guest_drivers.svm_program import KIB, Process
+from vfio_model.guest_drivers.process_tables import VMALLOC_BASE
+from vfio_model.guest_drivers.svm_process import KIB, Process
 from vfio_model.guest_drivers.vtd_prq import canonical
 from vfio_model.iommu.vtd import regs
 from vfio_model.pci.iommu_ops import PageRequest, PageResponse

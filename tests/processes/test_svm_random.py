@@ -19,7 +19,7 @@ from vfio_model.devices.svm.device import SvmDevice
 from vfio_model.guest_drivers.pc import enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import bring_up_bus, find_function
 from vfio_model.guest_drivers.svm_kernel import SvmKernel
-from vfio_model.guest_drivers.svm_program import Process
+from vfio_model.guest_drivers.svm_process import Process
 from vfio_model.machine.q35.machine import Q35Machine
 from vfio_model.trace import ListTrace
 

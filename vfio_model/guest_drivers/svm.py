@@ -12,8 +12,9 @@ from typing import Final
 
 from vfio_model.devices.svm import regs
 from vfio_model.guest_drivers.cpu import Cpu
-from vfio_model.guest_drivers.mm import KernelSpace, Mm
+from vfio_model.guest_drivers.mm import Mm
 from vfio_model.guest_drivers.pci import ConfigAccess, DriverError, enable_msi, set_command
+from vfio_model.guest_drivers.process_tables import KernelSpace
 from vfio_model.guest_drivers.translation_services import disable, enable_ats, enable_pasid, enable_pri
 from vfio_model.guest_drivers.vtd_sva import Sva
 

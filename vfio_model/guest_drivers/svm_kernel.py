@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.frames import Frames
-from vfio_model.guest_drivers.mm import KernelSpace
 from vfio_model.guest_drivers.pci import ConfigAccess
+from vfio_model.guest_drivers.process_tables import KernelSpace
 from vfio_model.guest_drivers.svm import SvmDriver
 from vfio_model.guest_drivers.vtd import VtdDriver
 from vfio_model.guest_drivers.vtd_prq import SIZE_ORDER

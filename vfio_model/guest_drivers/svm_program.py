@@ -1,142 +1,28 @@
 """A user program for ``/dev/svm``: ten tests of a device that shares a process's address space, with what is expected.
 
-Everything goes through system calls of the process (:class:`Process`): maps, the device's ioctls, loads and stores.
+Everything is done by a process (:mod:`vfio_model.guest_drivers.svm_process`): maps, the device's ioctls, loads and stores.
 """
 
 from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from vfio_model.devices.svm import regs
 from vfio_model.guest_drivers.cpu import Cpu
-from vfio_model.guest_drivers.frames import CHUNK, Frames
-from vfio_model.guest_drivers.mm import MemFile, Mm
-from vfio_model.guest_drivers.svm import Ioctl, SvmDriver, SvmFile
+from vfio_model.guest_drivers.frames import Frames
+from vfio_model.guest_drivers.mm import MemFile
+from vfio_model.guest_drivers.svm import SvmDriver
+from vfio_model.guest_drivers.svm_process import GIB, KIB, MIB, STACK_TOP, Failed, Process, expect
 from vfio_model.guest_drivers.vtd_tables import PAGE
 from vfio_model.iommu.vtd.regs import INTERRUPT_FIRST, INTERRUPT_LAST
-from vfio_model.ranges import align_up
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FIXED: Final = 0xC0_FFEE_000
 """Where the program maps again and again."""
-STACK_TOP, STACK_SIZE = 0x7FFD_1000_0000, 64 * KIB
 PRI_STRESS_WRITES = 500
-LARGE: Final = 32 * MIB
 _TWO_MIB, _ONE_GIB = 2, 3
 """Levels of large pages."""
-
-
-class Failed(Exception):
-    """What the program expected did not happen."""
-
-
-def _expect(holds: bool, what: str) -> None:
-    if not holds:
-        raise Failed(what)
-
-
-class Process:
-    """A process with a stack, which opens ``/dev/svm`` when it wants."""
-
-    def __init__(self, cpu: Cpu, frames: Frames, driver: SvmDriver, mm: Mm | None = None) -> None:
-        self._cpu, self.frames, self.driver = cpu, frames, driver
-        if mm is None:
-            mm = Mm(cpu, frames, driver.kernel)
-            mm.mmap(STACK_SIZE, STACK_TOP - STACK_SIZE)
-        self.mm = mm
-        self._arguments = STACK_TOP - PAGE
-        self._file: SvmFile | None = None
-
-    @property
-    def file(self) -> SvmFile:
-        """The open device."""
-        assert self._file is not None, "open() comes first"
-        return self._file
-
-    def open(self) -> None:
-        """:raise OSError: EBUSY."""
-        self._file = self.driver.open(self.mm)
-
-    def close(self) -> None:
-        """The device, if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def exit(self) -> None:
-        """The end."""
-        self.close()
-        self.mm.exit()
-
-    def fork(self) -> Process:
-        """A child with a copy of everything but the device."""
-        return Process(self._cpu, self.frames, self.driver, self.mm.fork())
-
-    @contextmanager
-    def mapped(self, size: int, addr: int | None = None, *, level: int = 1) -> Iterator[int]:
-        """An anonymous area for the length of a ``with``."""
-        start = self.mm.mmap(size, addr, level=level)
-        try:
-            yield start
-        finally:
-            self.mm.munmap(start, align_up(size, (PAGE, 2 * MIB, GIB)[level - 1]))
-
-    # -- the device
-
-    def _set(self, request: Ioctl, *words: int) -> None:
-        self.mm.write(self._arguments, b"".join(word.to_bytes(8, "little") for word in words))
-        self.file.ioctl(request, self._arguments)
-
-    def device_write(self, addr: int, size: int) -> bool:
-        """Have the device write its pattern; whether it says that it did."""
-        self._set(Ioctl.SET_ADDRESS, addr)
-        self._set(Ioctl.SET_SIZE, size)
-        return self.file.ioctl(Ioctl.START_WRITE) == regs.STATUS_OK
-
-    def device_read(self, addr: int, size: int, crc: int) -> bool:
-        """Have the device read; whether it found ``crc``."""
-        self._set(Ioctl.SET_ADDRESS, addr)
-        self._set(Ioctl.SET_SIZE, size)
-        self._set(Ioctl.SET_CRC, crc)
-        return self.file.ioctl(Ioctl.START_READ) == regs.STATUS_OK
-
-    def privileged(self, on: bool) -> None:
-        """Whether the device's requests are."""
-        self._set(Ioctl.SET_OPTIONS, regs.OPTION_PRIVILEGED if on else 0)
-
-    def kernel_buffer(self, source: int, size: int) -> int:
-        """The address of memory of the kernel's with what is at ``source``."""
-        self._set(Ioctl.KERNEL_ALLOC, source, size, 0)
-        return int.from_bytes(self.mm.read(self._arguments + 16, 8), "little")
-
-    def write_and_check(self, addr: int, size: int) -> None:
-        """:raise Failed: the device's pattern is not there."""
-        _expect(self.device_write(addr, size), f"a write of {size} bytes at {addr:#x} failed")
-        self.check_pattern(addr, size)
-
-    def check_pattern(self, addr: int, size: int) -> None:
-        """Of what is large, one page of each MiB between the first and the last.
-
-        :raise Failed: the device's pattern is not there.
-        """
-        for offset in range(0, size, CHUNK):
-            piece = min(CHUNK, size - offset)
-            if size > LARGE and MIB <= offset < size - MIB:
-                if offset % MIB:
-                    continue
-                piece = PAGE
-            found = self.mm.read(addr + offset, piece)
-            _expect(found == regs.pattern(piece, offset), f"another pattern at {addr + offset:#x}, {piece} bytes")
-
-    def fill(self, addr: int, size: int, source: random.Random) -> int:
-        """Random bytes; their CRC."""
-        data = source.randbytes(size)
-        self.mm.write(addr, data)
-        return regs.crc8(data)
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------
@@ -144,7 +30,7 @@ class Process:
 
 def svm_write(process: Process) -> None:
     """Nothing is mapped; one page; five times another buffer at one address; the page once more."""
-    _expect(not process.device_write(FIXED, 1), "a write to nothing succeeded")
+    expect(not process.device_write(FIXED, 1), "a write to nothing succeeded")
     with process.mapped(4 * KIB) as page:
         process.write_and_check(page, 4 * KIB)
         for _ in range(5):
@@ -161,16 +47,16 @@ def svm_read(process: Process) -> None:
 
 
 def _read_all(process: Process, source: random.Random) -> None:
-    _expect(not process.device_read(FIXED, 1, 0), "a read of nothing succeeded")
+    expect(not process.device_read(FIXED, 1, 0), "a read of nothing succeeded")
     with process.mapped(4 * KIB) as page:
         first = process.fill(page, 4 * KIB, source)
-        _expect(process.device_read(page, 4 * KIB, first), "the page has another CRC")
+        expect(process.device_read(page, 4 * KIB, first), "the page has another CRC")
         for _ in range(5):
             with process.mapped(20 * KIB, FIXED):
                 crc = process.fill(FIXED, 20 * KIB, source)
-                _expect(process.device_read(FIXED, 20 * KIB, crc), "the buffer has another CRC")
-                _expect(not process.device_read(FIXED, 20 * KIB, crc ^ 1), "a wrong CRC was found")
-        _expect(process.device_read(page, 4 * KIB, first), "the page has another CRC now")
+                expect(process.device_read(FIXED, 20 * KIB, crc), "the buffer has another CRC")
+                expect(not process.device_read(FIXED, 20 * KIB, crc ^ 1), "a wrong CRC was found")
+        expect(process.device_read(page, 4 * KIB, first), "the page has another CRC now")
 
 
 def svm_write_2(process: Process) -> None:
@@ -199,11 +85,11 @@ def permission_error(process: Process) -> None:
     writable, readable = mm.mmap(size, file=file), mm.mmap(size, file=file, writable=False)
     try:
         crc = process.fill(writable, size, random.Random(0x9E))
-        _expect(process.device_read(writable, size, crc), "the writable view has another CRC")
-        _expect(process.device_read(readable, size, crc), "the readable view has another CRC")
+        expect(process.device_read(writable, size, crc), "the writable view has another CRC")
+        expect(process.device_read(readable, size, crc), "the readable view has another CRC")
         before = mm.read(readable, size)
-        _expect(not process.device_write(readable, size), "the readable view was written")
-        _expect(mm.read(readable, size) == before, "a write that failed changed the file")
+        expect(not process.device_write(readable, size), "the readable view was written")
+        expect(mm.read(readable, size) == before, "a write that failed changed the file")
         process.write_and_check(writable, size)
         process.check_pattern(readable, size)
     finally:
@@ -220,18 +106,18 @@ def stack_operations(process: Process) -> None:
         mm.write(at - size, b"\xee" * (3 * size))
         process.write_and_check(at, size)
         around = mm.read(at - size, size) + mm.read(at + size, size)
-        _expect(around == b"\xee" * (2 * size), f"neighbours of {size} bytes were written")
+        expect(around == b"\xee" * (2 * size), f"neighbours of {size} bytes were written")
     mm.write(base, (0xCAFE_CAFE_DEAD_C0DE).to_bytes(8, "little"))
-    _expect(process.device_read(base, 8, 0x16), "8 bytes have another CRC")
+    expect(process.device_read(base, 8, 0x16), "8 bytes have another CRC")
     mm.write(base, b"\xee" * 258)
     process.write_and_check(base + 1, 256)
-    _expect(mm.read(base, 1) + mm.read(base + 257, 1) == b"\xee\xee", "neighbours of 256 bytes were written")
+    expect(mm.read(base, 1) + mm.read(base + 257, 1) == b"\xee\xee", "neighbours of 256 bytes were written")
 
 
 def interrupt_range(process: Process) -> None:
     """No page where interrupt requests go is a buffer."""
     for page in range(INTERRUPT_FIRST, INTERRUPT_LAST, PAGE):
-        _expect(not process.device_write(page, 1), f"a write at {page:#x} succeeded")
+        expect(not process.device_write(page, 1), f"a write at {page:#x} succeeded")
 
 
 def kernel_mem_access(process: Process) -> None:
@@ -242,12 +128,12 @@ def kernel_mem_access(process: Process) -> None:
         kernel = process.kernel_buffer(own, size)
         process.privileged(True)
         try:
-            _expect(not process.device_read(kernel, size, crc), "a privileged read of the kernel succeeded")
-            _expect(not process.device_read(own, size, crc), "a privileged read of the process succeeded")
+            expect(not process.device_read(kernel, size, crc), "a privileged read of the kernel succeeded")
+            expect(not process.device_read(own, size, crc), "a privileged read of the process succeeded")
         finally:
             process.privileged(False)
-        _expect(not process.device_read(kernel, size, crc), "a read of the kernel succeeded")
-        _expect(process.device_read(own, size, crc), "a read of the process failed")
+        expect(not process.device_read(kernel, size, crc), "a read of the kernel succeeded")
+        expect(process.device_read(own, size, crc), "a read of the process failed")
 
 
 def pri_stress(process: Process) -> None:
@@ -257,7 +143,7 @@ def pri_stress(process: Process) -> None:
         for number in range(PRI_STRESS_WRITES):
             length = number * PAGE % (size + PAGE)
             if length:
-                _expect(process.device_write(start, length), f"write {number} of {length} bytes failed")
+                expect(process.device_write(start, length), f"write {number} of {length} bytes failed")
                 process.mm.pageout(start, size)
                 process.check_pattern(start, length)
                 process.mm.pageout(start, size)
@@ -274,13 +160,13 @@ def fork(process: Process) -> None:
         child = process.fork()
         child.open()
         try:
-            _expect(_busy(process), "the device was opened twice")
+            expect(_busy(process), "the device was opened twice")
             child.write_and_check(FIXED + offset, part)
-            _expect(child.mm.read(FIXED, offset) == before[:offset], "the child's first page has changed")
+            expect(child.mm.read(FIXED, offset) == before[:offset], "the child's first page has changed")
         finally:
             child.exit()
             process.open()
-        _expect(process.mm.read(FIXED, size) == before, "the parent's data has changed")
+        expect(process.mm.read(FIXED, size) == before, "the parent's data has changed")
 
 
 def _busy(process: Process) -> bool:
