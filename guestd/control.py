@@ -69,6 +69,8 @@ class GuestControl:
             control.WriteMemory: self._write_memory,
             control.MmioRead: self._mmio_read,
             control.MmioWrite: self._mmio_write,
+            control.PortRead: lambda command: control.Value(guest.board.port_read(command.port, command.size)),
+            control.PortWrite: self._port_write,
             control.ConfigRead: self._config_read,
             control.ConfigWrite: self._config_write,
             control.ClockStep: self._clock_step,
@@ -208,6 +210,11 @@ class GuestControl:
         self._machine.mmio_write(command.gpa, command.size, command.value & mask)
         return control.Ok()
 
+    def _port_write(self, command: control.PortWrite) -> control.Answer:
+        mask = (1 << command.size * 8) - 1
+        self._guest.board.port_write(command.port, command.size, command.value & mask)
+        return control.Ok()
+
     def _config_read(self, command: control.ConfigRead) -> control.Answer:
         address = PCIAddress.parse(command.address)
         bus = self._guest.board.bus_at(address)
@@ -278,6 +285,8 @@ _OF_A_CPU = frozenset(
         control.WriteMemory,
         control.MmioRead,
         control.MmioWrite,
+        control.PortRead,
+        control.PortWrite,
         control.ConfigWrite,
         control.ClockStep,
     )

@@ -25,6 +25,8 @@ Cells = Annotated[list[U32], Meta(max_length=MAX_WORDS)]
 Data = Annotated[bytes, Meta(max_length=MAX_DATA)]
 Size = Annotated[int, Meta(ge=0, le=MAX_DATA)]
 AccessSize = Annotated[int, Meta(ge=1, le=8)]
+Port = Annotated[int, Meta(ge=0, le=0xFFFF)]
+PortSize = Annotated[int, Meta(ge=1, le=4)]
 Json = Annotated[bytes, Meta(max_length=1 << 20)]
 """A JSON document: what a person or a script reads, without a schema of its own on the wire."""
 
@@ -92,6 +94,21 @@ class MmioWrite(Message, tag="mmio-write", frozen=True):
 
     gpa: U64
     size: AccessSize
+    value: U64
+
+
+class PortRead(Message, tag="port-read", frozen=True):
+    """A load from I/O port ``port``; answered by :class:`Value`."""
+
+    port: Port
+    size: PortSize
+
+
+class PortWrite(Message, tag="port-write", frozen=True):
+    """A store to one."""
+
+    port: Port
+    size: PortSize
     value: U64
 
 
@@ -173,6 +190,8 @@ Command = (
     | WriteMemory
     | MmioRead
     | MmioWrite
+    | PortRead
+    | PortWrite
     | ConfigRead
     | ConfigWrite
     | ClockStep
