@@ -1,6 +1,6 @@
 """A user program for ``/dev/svm``: ten tests of a device that shares a process's address space, with what is expected.
 
-Everything is done by a process (:mod:`vfio_model.guest_drivers.svm_process`): maps, the device's ioctls, loads and stores.
+A process (:mod:`vfio_model.guest_drivers.svm_process`) does everything: maps, the device's ioctls, loads and stores.
 """
 
 from __future__ import annotations
