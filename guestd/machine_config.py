@@ -76,11 +76,6 @@ class PseriesConfig(Struct, kw_only=True, forbid_unknown_fields=True, tag_field=
     kvm: bool = False
     """In-kernel acceleration: TCE tables live with the host, which answers their hypercalls itself."""
 
-    @property
-    def pgsz_mask(self) -> int:
-        """The page sizes as a bitmap."""
-        return _bitmap(self.pgsz)
-
     def dma_options(self, phb: PhbConfig) -> DmaOptions:
         """The properties of ``phb``."""
         own = {
@@ -162,7 +157,6 @@ class IntelIommuConfig(Struct, kw_only=True, forbid_unknown_fields=True, rename=
     while the guest goes on, as hardware does. In either case no device uses any more what was invalidated."""
     quirks: list[str] = []
     """What QEMU does otherwise than the specification and this unit is to do, too, by name, or ``qemu`` for all."""
-
 
     def options(self) -> VtdOptions:
         """Those of the unit. ``auto`` is as on QEMU without a kernel's interrupt controller.

@@ -20,7 +20,8 @@ def write(tmp_path: Path, value: object) -> Path:
 def test_defaults(tmp_path: Path) -> None:
     config = load(write(tmp_path, {}))
     assert config == GuestConfig()
-    assert config.machine.pgsz_mask == 0x0121_1000 and config.memlock_bytes == UNLIMITED and config.host_page == 65536
+    assert config.machine.dma_options(config.machine.phbs[0]).pgsz == 0x0121_1000
+    assert config.memlock_bytes == UNLIMITED and config.host_page == 65536
 
 
 def test_everything_said(tmp_path: Path) -> None:
@@ -29,7 +30,8 @@ def test_everything_said(tmp_path: Path) -> None:
     config = load(
         write(tmp_path, {"machine": machine, "devices": [device], "notifier": "inline", "host_page_size": 4096})
     )
-    assert config.machine.pgsz_mask == 0x11000 and config.memlock_bytes == 5 and config.host_page == 4096
+    assert config.machine.dma_options(config.machine.phbs[0]).pgsz == 0x11000
+    assert config.memlock_bytes == 5 and config.host_page == 4096
     assert config.devices[0].group_path == "/dev/vfio/26"
 
 
