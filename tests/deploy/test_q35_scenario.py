@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy import run, yaml_lines
+from deploy import run, shipped, yaml_lines
 from deploy.assemble import guest_config
 from deploy.scenario import Q35, Pseries, Scenario
 from guestd.config import GuestConfig
@@ -51,6 +51,11 @@ def parsed(text: str) -> Scenario:
 def test_devices_move_data_behind_every_bridge(inline: bool, tmp_path: Path) -> None:
     verdict = run.run(parsed(PC), tmp_path, None, lambda *_: None, inline=inline)
     assert verdict.passed, verdict.reason
+
+
+def test_assigned_devices_behind_vt_d_with_processes(tmp_path: Path) -> None:
+    verdict = run.run(shipped.load_scenario("vtd-passthrough"), Path(), tmp_path, lambda *_: None)
+    assert verdict.last_line == "PASS vtd-passthrough" and verdict.leftovers == [], verdict.reason
 
 
 def test_a_pcs_host_is_a_pcs() -> None:
