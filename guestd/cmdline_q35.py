@@ -17,6 +17,7 @@ from guestd.machines.q35_places import add_bridge, root_places
 from guestd.option_syntax import number, size, switch
 from guestd.places import EXPANDER, PORTS, Occupant
 from vfio_model.errors import ConfigError
+from vfio_model.pci.bridges import SPEEDS, WIDTHS
 
 IOMMU: Final = "intel-iommu"
 _MACHINE: Final = re.compile(r"q35|pc-q35-\d+\.\d+")
@@ -25,6 +26,7 @@ _BYPASS: Final = "default-bus-bypass-iommu"
 _GATE: Final = "x-bridges-gate-dma"
 _COUNT: Final = {_BYPASS: "default_bus_bypass_iommu", _GATE: "bridges_gate_dma"}
 """Machine properties that change something: fields of :class:`~guestd.machine_config.Q35Config`."""
+_CHOICES: Final[Mapping[str, Sequence[str]]] = {"speed": SPEEDS, "width": WIDTHS}
 _BITS: Final = {"uint8": 8, "uint16": 16, "uint32": 32}
 _SWITCHES: Final = frozenset(
     (
@@ -53,7 +55,7 @@ _SLOT: Final[Mapping[str, str]] = {
     **{"power_controller_present": "bool", "x-do-not-expose-native-hotplug-cap": "bool"},
 }
 _BRIDGES: Final[Mapping[str, Mapping[str, str]]] = {
-    "pcie-root-port": {**_SLOT, "x-speed": "str", "x-width": "str", **_RESERVE},
+    "pcie-root-port": {**_SLOT, "x-speed": "speed", "x-width": "width", **_RESERVE},
     "ioh3420": _SLOT,
     "x3130-upstream": {"aer_log_max": "uint16", "port": "uint8"},
     "xio3130-downstream": _SLOT,
@@ -235,6 +237,8 @@ def _typed(name: str, kind: str, value: object) -> int | str | bool:
         if value not in ("on", "off", True, False):
             raise ConfigError(f"Parameter '{name}' does not accept value '{value}'")
         return switch(name, value)
+    if kind in _CHOICES and value not in _CHOICES[kind]:
+        raise ConfigError(f"Parameter '{name}' does not accept value '{value}'")
     if kind in _BITS:
         found = number(name, value)
         if found >> _BITS[kind]:

@@ -81,6 +81,8 @@ LAST_DEVICE_REFUSED = [
         "-device edu,addr=2.1 -device edu,addr=2.0",
         "PCI: 2.0 indicates single function, but 2.1 is already populated.",
     ),
+    ("-device pcie-root-port,x-speed=7", "Parameter 'x-speed' does not accept value '7'"),
+    ("-device pcie-root-port,x-width=3", "Parameter 'x-width' does not accept value '3'"),
     ("-device spapr-vlan", "'spapr-vlan' is not a valid device model name"),
 ]
 """What is said of the last device."""

@@ -251,6 +251,64 @@ def test_link_and_power_of_a_slot_follow_what_is_in_it(board: Board, port: PCIBr
     assert shown() == (0x0204, 0x07C0)
 
 
+def test_ports_below_an_expander_detect_what_is_in_their_slots(board: Board) -> None:
+    port = board.bridge("pcie-root-port", board.expander(bus_nr=8).secondary, 0)
+    upstream = board.bridge("x3130-upstream", port.secondary, 0)
+    lower = board.bridge("xio3130-downstream", upstream.secondary, 0, chassis=2)
+    assert (lower.config_read(0xA2, 2), lower.config_read(0xAA, 2)) == (0x0011, 0)
+    lower.secondary.plug(ExpressEndpoint, 0)
+    for _ in range(2):
+        assert (port.config_read(0x66, 2), port.config_read(0x6E, 2)) == (0x2011, 0x40)
+        assert (lower.config_read(0xA2, 2), lower.config_read(0xAA, 2)) == (0x2011, 0x40)
+        board.root.reset()
+    lower.secondary.detach(0)
+    assert (lower.config_read(0xA2, 2), lower.config_read(0xAA, 2)) == (0x0011, 0)
+
+
+@pytest.mark.parametrize(
+    ("props", "link", "status", "speeds", "target"),
+    [
+        ({"x-speed": "8", "x-width": "16"}, 0x0030_0503, 0x0103, 0xE, 3),
+        ({"x-speed": "5", "x-width": "12"}, 0x0030_04C2, 0x00C2, 0, 2),
+        ({"x-speed": "2_5", "x-width": "1"}, 0x0411, 0x0011, 0, 0),
+    ],
+)
+def test_the_link_of_a_port(
+    board: Board, props: dict[str, str], link: int, status: int, speeds: int, target: int
+) -> None:
+    port = board.bridge("pcie-root-port", chassis=1, **props)
+    assert (port.config_read(0x60, 4), port.config_read(0x66, 2)) == (link, status)
+    assert (port.config_read(0x80, 4), port.config_read(0x84, 2)) == (speeds, target)
+
+
+def test_what_a_slot_can(board: Board) -> None:
+    fixed = board.bridge("pcie-root-port", chassis=1, hotplug=False)
+    assert fixed.config_read(0x68, 4) == 0x2001B
+    always_on = board.bridge("ioh3420", devfn=0x28, chassis=2, power_controller_present=False)
+    assert (always_on.config_read(0xA4, 4), always_on.config_read(0xA8, 2)) == (0x20079, 0x03C0)
+    always_on.config_write(0xA8, 2, 0xFFFF)
+    assert always_on.config_read(0xA8, 2) == 0x03F9
+
+
+def test_what_firmware_is_to_leave_free_behind_a_bridge(board: Board) -> None:
+    port = board.bridge(
+        "pcie-root-port", chassis=1, **{"bus-reserve": 4, "io-reserve": 0x1000, "pref64-reserve": 1 << 33}
+    )
+    assert port.config_read(0x34, 1) == 0x90
+    words = [port.config_read(offset, 4) for offset in range(0x90, 0xB0, 4)]
+    assert words == [0x0120_5409, 4, 0x1000, 0, 0xFFFF_FFFF, 0xFFFF_FFFF, 0, 2]
+    conventional = board.bridge("pci-bridge", devfn=0x28, chassis_nr=1, **{"mem-reserve": 0x10_0000})
+    assert conventional.config_read(0x34, 1) == 0x64 and conventional.config_read(0x64, 4) == 0x0120_4C09
+    for wrong, what in (
+        ({"pref32-reserve": 1, "pref64-reserve": 1}, "PREF32 and PREF64 conflict"),
+        ({"mem-reserve": 1 << 32}, "mem-reserve must be less than 4G"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            board.bridge("pcie-root-port", devfn=0x30, chassis=3, **wrong)
+    with pytest.raises(ConfigError, match="Parameter 'x-speed' does not accept value '7'"):
+        board.bridge("pcie-root-port", devfn=0x30, chassis=3, **{"x-speed": "7"})
+
+
 # -- reset
 
 

@@ -191,7 +191,17 @@ class PCIBridge(PCIDevice):
 
     def _show_link(self, express: ExpressCapability, link: ExpressCapability | None, *, occupied: bool) -> None:
         if express.spec.type in (PortType.ROOT_PORT, PortType.DOWNSTREAM_PORT):
-            express.populated(None if link is None else link.spec.link, occupied=occupied)
+            link_below = None if link is None else link.spec.link
+            express.populated(link_below, occupied=occupied, detected=self._is_below_expander)
+
+    @property
+    def _is_below_expander(self) -> bool:
+        """Where its hierarchy begins at an expander. As on QEMU only there do ports detect what is in their slots:
+        below the host bridge that is left to ACPI."""
+        up = self.bus.upstream
+        while up is not None and not up.begins_hierarchy:
+            up = up.bus.upstream
+        return up is not None
 
     # -- interrupts --------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from vfio_model.vmstate.fields import VMStateDescription
 
 VENDOR_REDHAT, VENDOR_INTEL, VENDOR_TI = 0x1B36, 0x8086, 0x104C
 SLOT_NUMBERS, BYTE = 1 << 13, 256
+SPEEDS, WIDTHS = ("2_5", "5", "8", "16", "32", "64"), ("1", "2", "4", "8", "12", "16", "32")
 AER_MESSAGE_SHIFT = 27
 """In the root error status: which message reports errors."""
 
@@ -46,6 +47,8 @@ class SlotPort(PCIBridge):
         "port": Prop(int, 0, "port number, 0 to 255"),
         "chassis": Prop(int, 0, "number of the chassis, 0 to 255"),
         "slot": Prop(int, 0, "number of the slot in the chassis, 0 to 8191"),
+        "hotplug": Prop(bool, True, "whether the slot says that it can hot-plug"),
+        "power_controller_present": Prop(bool, True, "whether the slot has a power controller"),
     }
 
     def _make_express(self) -> ExpressCapability | None:
@@ -54,8 +57,12 @@ class SlotPort(PCIBridge):
                 what = f"{name} is {self.props[name]}, not 0 to {past - 1}"
                 raise ConfigError(what, where=type(self).__name__)
         assert self.EXPRESS is not None, "a port is PCI Express"
-        spec = replace(self.EXPRESS, port=self.props["port"], slot=self.props["slot"])
-        return ExpressCapability(self.config, spec, self.reset)
+        return ExpressCapability(self.config, self._express_spec(self.EXPRESS), self.reset)
+
+    def _express_spec(self, spec: ExpressSpec) -> ExpressSpec:
+        """``spec`` with what this one was given."""
+        slot = replace(spec, port=self.props["port"], slot=self.props["slot"])
+        return replace(slot, hotplug=self.props["hotplug"], power_controller=self.props["power_controller_present"])
 
     def realize(self) -> None:
         """:raise ConfigError: when the slot is taken."""
@@ -89,9 +96,24 @@ class PcieRootPort(SlotPort):
     EXPRESS = ExpressSpec(
         PortType.ROOT_PORT, ari_forwarding=True, speed=4, width=32, reports_link=True, slot=0, place=(0x54, 0x48)
     )
+    PROPS: Mapping[str, Prop] = {
+        **SlotPort.PROPS,
+        "x-speed": Prop(str, "16", f"of the link in GT/s: {', '.join(SPEEDS)}"),
+        "x-width": Prop(str, "32", f"of the link in lanes: {', '.join(WIDTHS)}"),
+        **port_caps.RESERVE_PROPS,
+    }
     VMSTATE = VMStateDescription("pcie-root-port", 1, (PARENT, MSIX_STATE))
 
+    def _express_spec(self, spec: ExpressSpec) -> ExpressSpec:
+        speed, width = self.props["x-speed"], self.props["x-width"]
+        for name, known in ("x-speed", SPEEDS), ("x-width", WIDTHS):
+            if self.props[name] not in known:
+                raise ConfigError(f"Parameter '{name}' does not accept value '{self.props[name]}'")
+        link = replace(spec, speed=SPEEDS.index(speed) + 1, width=int(width))
+        return super()._express_spec(replace(link, reports_link=(speed, width) != (SPEEDS[0], WIDTHS[0])))
+
     def _add_capabilities(self) -> None:
+        port_caps.add_reserve(self.config, self.props, self.FIRST_CAPABILITY)
         port_caps.add_subsystem(self.config, VENDOR_REDHAT, 0, (0x40, 0))
         port_caps.add_aer(self.config, several_headers=True, root=True)
         port_caps.add_acs(self.config)
@@ -194,7 +216,11 @@ class PciBridge(ConventionalBridge):
     DEVICE_ID = 0x0001
     MSI_PLACE = (0x4C, 0x48)
     FIRST_CAPABILITY = 0x4C
-    PROPS: Mapping[str, Prop] = {**PCIBridge.PROPS, "chassis_nr": Prop(int, 0, "number of the chassis, 1 to 255")}
+    PROPS: Mapping[str, Prop] = {
+        **PCIBridge.PROPS,
+        "chassis_nr": Prop(int, 0, "number of the chassis, 1 to 255"),
+        **port_caps.RESERVE_PROPS,
+    }
     VMSTATE = VMStateDescription("pci_bridge", 1, (PARENT,))
 
     def _add_capabilities(self) -> None:
@@ -206,6 +232,7 @@ class PciBridge(ConventionalBridge):
                 hint="give it chassis_nr=1 to 255",
             )
         port_caps.add_slot_number(self.config, chassis, (0x48, 0x40))
+        port_caps.add_reserve(self.config, self.props, self.FIRST_CAPABILITY)
 
 
 class I82801b11Bridge(PCIBridge):

@@ -167,6 +167,11 @@ class ConfigSpace:
         self._bytes[STATUS] |= STATUS_CAP_LIST
         return offset
 
+    @property
+    def free_capability(self) -> int:
+        """Where the next capability goes that nobody gives a place."""
+        return self._next_capability
+
     def add_extended_capability(
         self, cap_id: int, version: int, size: int, fields: Iterable[Field], *, prefix: str, offset: int | None = None
     ) -> int:

@@ -30,16 +30,21 @@ DEV2_ARI_FORWARDING = 1 << 5
 DEVCTL2_PREFIX_BLOCKING = 0x8000
 
 LINK_WIDTH_SHIFT = 4
+SPEED_5GT = 2
 LNKCAP_ASPM_L0S = 1 << 10
 LNKCAP_REPORTS_LINK = 3 << 20
 """Data link layer active reporting and bandwidth notification."""
 LNKCAP_PORT_SHIFT = 24
 LNK_SPEED_WIDTH = 0x3FF
+LNKSTA_ACTIVE = 0x2000
 
-SLTCAP_HOTPLUG = 0x2007B
-"""Attention button, power controller, both indicators, surprise, hot-plug capable, interlock."""
+SLTCAP_SLOT = 0x20019
+"""Attention button, both indicators, interlock."""
+SLTCAP_HOTPLUG = 0x0060
+"""Surprise, hot-plug capable."""
+SLTCAP_POWER_CONTROLLER = 0x0002
 SLTCAP_NUMBER_SHIFT = 19
-SLTCTL_WRITABLE = 0x07F9
+SLTCTL_WRITABLE = 0x03F9
 SLTCTL_INDICATORS_OFF = 0x03C0
 SLTCTL_POWER_OFF = 0x0400
 SLTCTL_EVENTS = 0x001F
@@ -49,6 +54,7 @@ SLTCTL_INTERLOCK = 0x0800
 """Toggles the interlock; reads zero."""
 SLTSTA_EVENTS = 0x011F
 SLTSTA_COMMAND_COMPLETED = 0x0010
+SLTSTA_PRESENT = 0x0040
 SLTSTA_INTERLOCK = 0x0080
 ROOTCTL_ERRORS = 0x0007
 ROOTSTA_PME = 0x0001_0000
@@ -74,7 +80,8 @@ class ExpressSpec:
 
     ``flr``: function level reset. ``speed`` (1: 2.5 GT/s … 6: 64 GT/s) and ``width`` (lanes) of the link, ``port``
     its number; ``reports_link``: whether it tells when the link is up. ``slot``: number of the slot behind the port,
-    None for none. ``at``, ``place``: as of :meth:`ConfigSpace.add_capability`.
+    None for none; what it can: ``hotplug``, ``power_controller``. ``at``, ``place``: as of
+    :meth:`ConfigSpace.add_capability`.
 
     :raise ConfigError: when there is no such link.
     """
@@ -87,6 +94,8 @@ class ExpressSpec:
     port: int = 0
     reports_link: bool = False
     slot: int | None = None
+    hotplug: bool = True
+    power_controller: bool = True
     at: int | None = None
     place: tuple[int, int] | None = None
 
@@ -106,6 +115,19 @@ class ExpressSpec:
         return self.link or 1 | 1 << LINK_WIDTH_SHIFT
 
     @property
+    def power_off(self) -> int:
+        """The slot control register's power controller bit, if there is a power controller."""
+        return SLTCTL_POWER_OFF if self.slot is not None and self.power_controller else 0
+
+    @property
+    def slot_capabilities(self) -> int:
+        """The slot capabilities register."""
+        if self.slot is None:
+            return 0
+        power = SLTCAP_POWER_CONTROLLER if self.power_controller else 0
+        return SLTCAP_SLOT | (SLTCAP_HOTPLUG if self.hotplug else 0) | power | self.slot << SLTCAP_NUMBER_SHIFT
+
+    @property
     def is_root_port(self) -> bool:
         """Whether it has root registers."""
         return self.type in (PortType.ROOT_PORT, PortType.ROOT_COMPLEX_EVENT_COLLECTOR)
@@ -115,10 +137,10 @@ def _fields(spec: ExpressSpec) -> tuple[Field, ...]:
     flr = DEVCAP_FLR if spec.flr else 0
     ari = DEV2_ARI_FORWARDING if spec.ari_forwarding else 0
     fast = spec.speed if spec.speed > 1 else 0
+    speeds = ((1 << fast) - 1) << 1 if fast > SPEED_5GT else 0
     slot = spec.slot is not None
     reports = LNKCAP_REPORTS_LINK if spec.reports_link else 0
     capabilities = _VERSION | spec.type << _TYPE_SHIFT | (_SLOT_IMPLEMENTED if slot else 0)
-    slot_capabilities = SLTCAP_HOTPLUG | spec.slot << SLTCAP_NUMBER_SHIFT if spec.slot is not None else 0
     return (
         Field("capabilities", 0x02, 2, capabilities),
         Field("device_capabilities", 0x04, 4, DEVCAP_EXTENDED_TAG | DEVCAP_ROLE_BASED_ERRORS | flr),
@@ -126,23 +148,29 @@ def _fields(spec: ExpressSpec) -> tuple[Field, ...]:
         Field("device_status", 0x0A, 2, w1c=DEVSTA_ERRORS),
         Field("link_capabilities", 0x0C, 4, spec.link | LNKCAP_ASPM_L0S | reports | spec.port << LNKCAP_PORT_SHIFT),
         Field("link_control", 0x10, 2),
-        Field("link_status", 0x12, 2, spec.idle_link, volatile=LNK_SPEED_WIDTH),
-        Field("slot_capabilities", 0x14, 4, slot_capabilities),
+        Field("link_status", 0x12, 2, spec.idle_link, volatile=LNK_SPEED_WIDTH | LNKSTA_ACTIVE),
+        Field("slot_capabilities", 0x14, 4, spec.slot_capabilities),
         Field(
             "slot_control",
             0x18,
             2,
-            SLTCTL_INDICATORS_OFF | SLTCTL_POWER_OFF if slot else 0,
-            SLTCTL_WRITABLE | SLTCTL_INTERLOCK if slot else 0,
+            SLTCTL_INDICATORS_OFF | spec.power_off if slot else 0,
+            SLTCTL_WRITABLE | spec.power_off | SLTCTL_INTERLOCK if slot else 0,
         ),
-        Field("slot_status", 0x1A, 2, w1c=SLTSTA_EVENTS if slot else 0, volatile=SLTSTA_INTERLOCK if slot else 0),
+        Field(
+            "slot_status",
+            0x1A,
+            2,
+            w1c=SLTSTA_EVENTS if slot else 0,
+            volatile=SLTSTA_PRESENT | SLTSTA_INTERLOCK if slot else 0,
+        ),
         Field("root_control", 0x1C, 2, writable=ROOTCTL_ERRORS if spec.is_root_port else 0),
         Field("root_capabilities", 0x1E, 2),
         Field("root_status", 0x20, 4, w1c=ROOTSTA_PME if spec.is_root_port else 0),
         Field("device_capabilities_2", 0x24, 4, DEVCAP2_END_END_PREFIXES | ari),
         Field("device_control_2", 0x28, 2, writable=DEVCTL2_PREFIX_BLOCKING | ari),
         Field("device_status_2", 0x2A, 2),
-        Field("link_capabilities_2", 0x2C, 4, ((1 << fast) - 1) << 1),
+        Field("link_capabilities_2", 0x2C, 4, speeds),
         Field("link_control_2", 0x30, 2, fast),
         Field("link_status_2", 0x32, 2),
         Field("slot_capabilities_2", 0x34, 4),
@@ -182,13 +210,17 @@ class ExpressCapability:
         """Speed and width of the link now."""
         return self._config.get("express.link_status") & LNK_SPEED_WIDTH
 
-    def populated(self, link: int | None, *, occupied: bool) -> None:
+    def populated(self, link: int | None, *, occupied: bool, detected: bool = False) -> None:
         """What is behind the port has changed: ``link`` is its speed and width, None for the port's own; whether there
-        is anything. The slot's power follows."""
-        self._config.set("express.link_status", self.spec.idle_link if link is None else link)
+        is anything, and whether the port says so. The slot's power follows."""
+        seen = occupied and detected
+        active = LNKSTA_ACTIVE if seen else 0
+        self._config.set("express.link_status", (self.spec.idle_link if link is None else link) | active)
         if self.spec.slot is not None:
+            status = self._config.get("express.slot_status") & ~SLTSTA_PRESENT
+            self._config.set("express.slot_status", status | (SLTSTA_PRESENT if seen else 0))
             control = self._config.get("express.slot_control") & ~SLTCTL_POWER_OFF
-            self._config.set("express.slot_control", control | (0 if occupied else SLTCTL_POWER_OFF))
+            self._config.set("express.slot_control", control | (0 if occupied else self.spec.power_off))
 
     @property
     def slot_interrupt(self) -> bool:

@@ -8,9 +8,16 @@ Management Specification, 3.2. Reset values and write masks are QEMU's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from vfio_model.errors import ConfigError
 from vfio_model.pci.config_space import ConfigSpace, Field
+from vfio_model.pci.device import Prop
+from vfio_model.ranges import U32_MAX, U64_MAX
 
 CAP_ID_PM, CAP_ID_SLOT, CAP_ID_SUBSYSTEM = 0x01, 0x04, 0x0D
+CAP_ID_VENDOR = 0x09
 CAP_ID_AER, CAP_ID_ACS = 0x01, 0x0D
 SLOT_FIRST_IN_CHASSIS = 0x20
 _AER_ERRORS = 0x03FF_F030
@@ -20,6 +27,14 @@ _AER_SEVERAL_HEADERS_CAPABLE, _AER_SEVERAL_HEADERS_ENABLE = 0x200, 0x400
 _AER_MESSAGE = 0xF800_0000
 """Which message reports errors."""
 ACS_SERVICES = 0x005F
+RESERVE_SIZE, RESERVE_TYPE = 0x20, 1
+RESERVE_PROPS: Mapping[str, Prop] = {
+    "bus-reserve": Prop(int, U32_MAX, "buses that firmware is to leave free behind it; all ones: as it likes"),
+    "io-reserve": Prop(int, U64_MAX, "bytes of I/O space, the same"),
+    "mem-reserve": Prop(int, U64_MAX, "bytes of memory space"),
+    "pref32-reserve": Prop(int, U64_MAX, "bytes of prefetchable memory below 4 GiB"),
+    "pref64-reserve": Prop(int, U64_MAX, "bytes of prefetchable memory"),
+}
 
 
 def add_subsystem(config: ConfigSpace, vendor: int, device: int, place: tuple[int, int]) -> None:
@@ -32,6 +47,28 @@ def add_slot_number(config: ConfigSpace, chassis: int, place: tuple[int, int]) -
     """Which chassis the secondary bus is; the guest may renumber it."""
     fields = Field("slots", 2, 1, SLOT_FIRST_IN_CHASSIS), Field("chassis", 3, 1, chassis, 0xFF)
     config.add_capability(CAP_ID_SLOT, 4, fields, prefix="slot", place=place)
+
+
+def add_reserve(config: ConfigSpace, props: Mapping[str, Any], first: int) -> None:
+    """What firmware is to leave free behind the bridge, if that is said: QEMU's vendor-specific capability
+    (``docs/pcie_pci_bridge.txt``), which is the first, before the one at ``first``.
+
+    :raise ConfigError: they contradict each other, or are too large.
+    """
+    asked = {name: props[name] for name in RESERVE_PROPS}
+    if all(value == RESERVE_PROPS[name].default for name, value in asked.items()):
+        return
+    if U64_MAX not in (asked["pref32-reserve"], asked["pref64-reserve"]):
+        raise ConfigError("PCI resource reserve cap: PREF32 and PREF64 conflict")
+    for name in "mem-reserve", "pref32-reserve":
+        if U32_MAX < asked[name] < U64_MAX:
+            raise ConfigError(f"PCI resource reserve cap: {name} must be less than 4G")
+    places = {"bus-reserve": (4, 4), "io-reserve": (8, 8), "mem-reserve": (16, 4)}
+    places |= {"pref32-reserve": (20, 4), "pref64-reserve": (24, 8)}
+    fields = [Field("length", 2, 1, RESERVE_SIZE), Field("type", 3, 1, RESERVE_TYPE)]
+    fields += [Field(name, at, size, asked[name] & (1 << 8 * size) - 1) for name, (at, size) in places.items()]
+    place = config.free_capability, first
+    config.set("cap_ptr", config.add_capability(CAP_ID_VENDOR, RESERVE_SIZE, fields, prefix="reserve", place=place))
 
 
 def add_power_management(config: ConfigSpace, place: tuple[int, int]) -> None:
