@@ -97,7 +97,6 @@ class RemoteClient:
             unit.migration,
             self._attention,
         )
-        connection.attend()
 
     def _start(self) -> bool:
         self.owns = self._server.admit(self)
