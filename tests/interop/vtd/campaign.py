@@ -15,12 +15,13 @@ from typing import Final
 from tests.interop.pc import PcQemu
 from tests.interop.vtd.generator import Generator, Variant
 from tests.interop.vtd.operations import Operation
-from tests.interop.vtd.places import EDU_SLOT, TESTDEV_SLOT
+from tests.interop.vtd.topology import BEHIND_BRIDGES, BYPASSED
 
 OPERATIONS: Final = 24_000
 LENGTH: Final = 400
 """Operations of a program."""
 _SHRINK_RUNS: Final = 300
+_SVM: Final = "scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=8,svm=on"
 _RESET: Final = "system_reset"
 
 VARIANTS: Final = (
@@ -33,6 +34,13 @@ VARIANTS: Final = (
     Variant("scalable", "scalable-mode=on", mode="scalable"),
     Variant("first-stage", "scalable-mode=on,fsts=on", mode="scalable", first_stage=True, levels=(4,)),
     Variant("legacy-on-scalable", "scalable-mode=on"),
+    Variant("scalable-39-bit", "scalable-mode=on,aw-bits=39", mode="scalable", levels=(3,)),
+    Variant("svm", _SVM, mode="scalable", first_stage=True, levels=(4,)),
+    Variant("no-1g-pages", "scalable-mode=on,fsts=on,fs1gp=off", mode="scalable", first_stage=True, levels=(4,)),
+    Variant("stale-tm", "device-iotlb=on,stale-tm=on,eim=on"),
+    Variant("bridges", topology=BEHIND_BRIDGES),
+    Variant("scalable-bridges", "scalable-mode=on", mode="scalable", topology=BEHIND_BRIDGES),
+    Variant("bypass", topology=BYPASSED),
 )
 
 
@@ -49,8 +57,7 @@ def guestd_binary() -> Path:
 def _arguments(variant: Variant, *, ours: bool) -> list[str]:
     properties = "".join(f",{part}" for part in (variant.properties, "quirks=qemu" if ours else "") if part)
     unit = f"intel-iommu{properties}"
-    edu = f"edu,bus=pcie.0,addr={EDU_SLOT:02x}.0,dma_mask={(1 << 64) - 1:#x}"
-    return ["-device", unit, "-device", edu, "-device", f"iommu-testdev,bus=pcie.0,addr={TESTDEV_SLOT:02x}.0"]
+    return ["-device", unit, *variant.topology.devices]
 
 
 class Machine:

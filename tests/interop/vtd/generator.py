@@ -18,6 +18,7 @@ from tests.interop.vtd.operations import (
     clear,
     device_test,
     edu_dma,
+    edu_message,
     entry,
     load,
     memory,
@@ -26,10 +27,8 @@ from tests.interop.vtd.operations import (
     store,
 )
 from tests.interop.vtd.places import (
-    CONTEXTS,
     DATA,
     DOMAINS,
-    EDU_SLOT,
     LARGE,
     OUTSIDE,
     PAGE,
@@ -42,11 +41,11 @@ from tests.interop.vtd.places import (
     ROOTS,
     STATUS,
     TABLES,
-    TESTDEV_SLOT,
     UNIT,
     Domain,
     Place,
 )
+from tests.interop.vtd.topology import ROOT_BUS, Topology
 
 VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD, FSTS = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28, 0x34
 FECTL, FEDATA, FEADDR, FEUADDR = 0x38, 0x3C, 0x40, 0x44
@@ -55,7 +54,6 @@ IRTA, PQH, PQT, PQA, PRS, PECTL, IVA, IOTLB, FRCD = 0xB8, 0xC0, 0xC8, 0xD0, 0xDC
 TE, SRTP, SFL, EAFL, WBF, QIE, IRE, SIRTP, CFI = (1 << bit for bit in (31, 30, 29, 28, 27, 26, 25, 24, 23))
 R, W = 1, 2
 PS, ACCESSED, DIRTY = 1 << 7, 1 << 5, 1 << 6
-FUNCTIONS = (EDU_SLOT << 3, TESTDEV_SLOT << 3)
 _QUEUE_SLOTS = 256
 
 
@@ -69,6 +67,7 @@ class Variant:
     first_stage: bool = False
     levels: tuple[int, ...] = (3, 4)
     """Of the page tables that are right."""
+    topology: Topology = ROOT_BUS
 
 
 @dataclass
@@ -81,7 +80,11 @@ class Believed:
     tail: int = 0
     status: int = 0
     function_domain: dict[int, int] = field(default_factory=dict)
-    """By devfn, index of the domain."""
+    """By source ID, index of the domain."""
+    remapping: bool = False
+    """Of interrupts."""
+    latched: bool = False
+    """Whether there is a table for it since the reset: QEMU keeps the size of the one before."""
     silent: bool = False
     """Whether context and PASID directory entries may have FPD. Then QEMU checks a PASID entry once only, and ends
     itself by an assertion over numbers of levels that there are not: a program has one or the other."""
@@ -92,6 +95,7 @@ class Generator:
 
     def __init__(self, variant: Variant, rng: random.Random) -> None:
         self.variant, self.rng = variant, rng
+        self.sids = variant.topology.sids
         self.believed = Believed()
         self.left_out: Counter[str] = Counter()
         """Hazards: what was not done because it need not mean the same, and how often."""
@@ -111,10 +115,12 @@ class Generator:
             (3, self._registers),
             (45, self._dma),
             (12, self._testdev),
-            (2, self._remap_interrupts),
+            (3, self._remap_interrupts),
+            (5, self._message),
+            (1, self._start_again),
         ]
         if variant.mode == "scalable":
-            self._kinds.append((7, self._pasid))
+            self._kinds += [(7, self._pasid), (3, self._pasid_descriptors)]
 
     def program(self, length: int) -> list[Operation]:
         """At least ``length`` operations, from a reset on."""
@@ -130,9 +136,9 @@ class Generator:
     # -- the beginning -----------------------------------------------------------------------------------------------
 
     def _begin(self) -> Iterator[Operation]:
-        self.believed = Believed(function_domain=dict.fromkeys(FUNCTIONS, 0), silent=self.rng.random() < 0.4)
+        self.believed = Believed(function_domain=dict.fromkeys(self.sids, 0), silent=self.rng.random() < 0.4)
         yield Operation("reset", "system_reset", ("system_reset",))
-        yield bring_up()
+        yield bring_up(self.variant.topology)
         yield clear(ROOTS[0], TABLES.last + 1 - ROOTS[0])
         fills = [f"memset {page:#x} {PAGE:#x} {number + 1:#x}" for number, page in enumerate((*PAGES, *LARGE))]
         yield Operation("clear", "fill the pages", (f"memset {DATA.start:#x} {DATA.size:#x} 0xee", *fills))
@@ -142,31 +148,53 @@ class Generator:
             for place in domain.leaves[:5]:
                 yield entry("leaf", place.gpa, self._leaf_value(self.rng.choice(PAGES), R | W))
         yield from self._good_roots()
-        for devfn in FUNCTIONS:
-            yield self._put_context(devfn, self._good_context(0))
-        scalable = 1 << 10 if self.variant.mode == "scalable" else 0
-        yield sequence("command", "SRTP", (RTADDR, 8, ROOTS[0] | scalable), (GCMD, 4, SRTP), (GSTS, 4, None))
+        for sid in self.sids:
+            yield self._put_context(sid, self._good_context(0))
+        yield from self._set_up()
+
+    def _set_up(self) -> Iterator[Operation]:
+        """The unit, after a reset."""
+        yield self._set_root(ROOTS[0])
         yield self._global_by_register()
         if self.rng.random() < 0.6:
             yield self._queue_on()
         if self.rng.random() < 0.95:
             yield self._set_gcmd(TE)
 
+    def _set_root(self, root: int) -> Operation:
+        scalable = 1 << 10 if self.variant.mode == "scalable" else 0
+        return sequence("command", "SRTP", (RTADDR, 8, root | scalable), (GCMD, 4, SRTP), (GSTS, 4, None))
+
+    def _start_again(self) -> Iterator[Operation]:
+        """A reset, from which the tables stay."""
+        believed = self.believed
+        believed.queue = believed.remapping = believed.latched = False
+        yield Operation("reset", "system_reset", ("system_reset",))
+        if self.rng.random() < 0.2:
+            yield from self._registers()
+        yield bring_up(self.variant.topology)
+        yield from self._set_up()
+
     def _good_roots(self) -> Iterator[Operation]:
         for root in ROOTS:
-            if self.variant.mode == "legacy":
-                yield entry("root", root, CONTEXTS | 1, 0)
-            else:
-                yield entry("root", root, CONTEXTS | 1, (CONTEXTS + PAGE) | 1)
+            for bus in self.variant.topology.buses:
+                yield entry("root", root + bus * 16, *self.good_root(bus))
         if self.variant.mode == "scalable":
             yield entry("directory", PASID_DIRECTORY, PASID_TABLE | 1)
             yield entry("pasid", PASID_TABLE, *self._good_pasid(0))
             yield entry("pasid", PASID_TABLE + 64, *self._good_pasid(1))
 
+    def good_root(self, bus: int) -> tuple[int, int]:
+        """The root entry of ``bus``."""
+        contexts = self.variant.topology.contexts(bus)
+        return contexts | 1, 0 if self.variant.mode == "legacy" else (contexts + PAGE) | 1
+
+    def _keep(self) -> int:
+        """What a driver leaves on; here: queue, translation, interrupt remapping."""
+        return TE | (QIE if self.believed.queue else 0) | (IRE if self.believed.remapping else 0)
+
     def _set_gcmd(self, bits: int) -> Operation:
-        """A driver keeps what is on; here: the queue and translation."""
-        keep = (QIE if self.believed.queue else 0) | TE
-        return sequence("command", f"GCMD {bits:#x}", (GCMD, 4, keep | bits), (GSTS, 4, None))
+        return sequence("command", f"GCMD {bits:#x}", (GCMD, 4, self._keep() | bits), (GSTS, 4, None))
 
     def _queue_on(self) -> Operation:
         believed = self.believed
@@ -175,7 +203,7 @@ class Generator:
         steps = (
             (IQT, 4, 0),
             (IQA, 8, QUEUE | believed.wide << 11),
-            (GCMD, 4, TE | QIE),
+            (GCMD, 4, self._keep()),
             (GSTS, 4, None),
             (IQH, 8, None),
         )
@@ -252,13 +280,17 @@ class Generator:
         table = domain.root3 if levels == 3 else domain.root
         return table | 1, domain.did << 8 | levels - 2
 
-    def _put_context(self, devfn: int, words: tuple[int, ...]) -> Operation:
+    def context_at(self, sid: int) -> int:
+        """Where the context entry of ``sid`` is."""
         size = 16 if self.variant.mode == "legacy" else 32
-        return entry(f"context {devfn:#x}", CONTEXTS + devfn * size, *words)
+        return self.variant.topology.contexts(sid >> 8) + (sid & 0xFF) * size
+
+    def _put_context(self, sid: int, words: tuple[int, ...]) -> Operation:
+        return entry(f"context {sid:#x}", self.context_at(sid), *words)
 
     def _context(self) -> Iterator[Operation]:
         rng = self.rng
-        devfn = rng.choice(FUNCTIONS)
+        sid = rng.choice(self.sids)
         index = rng.choice((0, 0, 1))
         words = list(self._good_context(index))
         kind = rng.random()
@@ -274,10 +306,10 @@ class Generator:
             words[1] = words[1] & ~7 | rng.randrange(8)
         elif kind < 0.5:
             words[0] = OUTSIDE | 1
-        self.believed.function_domain[devfn] = index
-        yield self._put_context(devfn, tuple(words))
+        self.believed.function_domain[sid] = index
+        yield self._put_context(sid, tuple(words))
         if rng.random() < 0.9:
-            yield self._flush_contexts(devfn)
+            yield self._flush_contexts(sid)
             if rng.random() < 0.9:
                 yield from self._flush_domains()
 
@@ -290,9 +322,10 @@ class Generator:
 
     def _root(self) -> Iterator[Operation]:
         rng = self.rng
-        low = rng.choice((0, CONTEXTS | 1, CONTEXTS | 3, CONTEXTS | 1 | 1 << 50, OUTSIDE | 1))
-        high = 0 if self.variant.mode == "legacy" else (CONTEXTS + PAGE) | 1
-        yield entry("root", ROOTS[0], low, high if rng.random() < 0.9 else high ^ 1 << rng.randrange(64))
+        bus = self.sids[0] >> 8
+        good, high = self.good_root(bus)
+        low = rng.choice((0, good, good | 2, good | 1 << 50, OUTSIDE | 1))
+        yield entry("root", ROOTS[0] + bus * 16, low, high if rng.random() < 0.9 else high ^ 1 << rng.randrange(64))
         yield self._flush_contexts(None)
         yield from self._flush_domains()
         yield from self._dma()
@@ -330,7 +363,7 @@ class Generator:
         granularity = rng.choice((0, 1, 3))
         if self.believed.queue:
             yield self._push((7 | granularity << 4 | words[1] << 16 & 0xFFFF_0000 | index << 32, 0))
-        yield self._flush_contexts(rng.choice((None, *FUNCTIONS)))
+        yield self._flush_contexts(rng.choice((None, *self.sids)))
         yield from self._flush_domains()
         yield entry("directory", PASID_DIRECTORY, PASID_TABLE | 1)
 
@@ -371,8 +404,8 @@ class Generator:
         steps = ((IVA, 8, iova | mask & 63), (IOTLB, 8, 1 << 63 | 3 << 60 | did << 32), (IOTLB, 8, None))
         return sequence("invalidate", f"pages {iova:#x} am {mask} did {did}", *steps)
 
-    def _flush_contexts(self, devfn: int | None) -> Operation:
-        granularity, sid = (1, 0) if devfn is None else (3, devfn)
+    def _flush_contexts(self, one: int | None) -> Operation:
+        granularity, sid = (1, 0) if one is None else (3, one)
         mask = self.rng.choice((0, 0, 0, 1, 2, 3))
         if self._by_queue():
             return self._push((1 | granularity << 4 | DOMAINS[0].did << 16 | sid << 32 | mask << 48, 0))
@@ -396,12 +429,31 @@ class Generator:
             place = rng.choice(self._domain().leaves)
             yield self._flush_pages(did, place.iova, 0)
         elif kind == 1:
-            yield self._flush_contexts(rng.choice((None, *FUNCTIONS)))
+            yield self._flush_contexts(rng.choice((None, *self.sids)))
         elif self._by_queue():
             yield self._push((2 | rng.choice((1, 2)) << 4 | did << 16 | rng.choice((0, 3)) << 6, 0))
         else:
             steps = (IOTLB, 8, 1 << 63 | rng.choice((0, 1, 2)) << 60 | did << 32), (IOTLB, 8, None)
             yield sequence("invalidate", f"domain {did}", *steps)
+
+    def _pasid_descriptors(self) -> Iterator[Operation]:
+        """What there is for requests with PASIDs, and for caches of devices."""
+        rng = self.rng
+        did, sid, pasid = rng.choice((5, 6, 7, 8)), rng.choice(self.sids), rng.choice((0, 0, 0, 1, 5))
+        iova, mask = rng.choice(self._domain().leaves).iova, rng.choice((0, 0, 1, 9, 18))
+        kinds = (
+            (
+                6 | rng.choice((2, 2, 3, 1)) << 4 | did << 16 | pasid << 32,
+                rng.choice((0, iova | mask, iova | mask | 1 << 6)),
+            ),
+            (7 | rng.choice((0, 1, 3)) << 4 | did << 16 | pasid << 32, 0),
+            (3 | sid << 32 | rng.choice((0, 4)) << 16, rng.choice((iova, iova | 1, (1 << 64) - PAGE | 1))),
+            (8 | rng.choice((0, 4)) << 4 | sid << 16 | pasid << 32, rng.choice((iova, iova | 1 << 11, 1))),
+            (9 | sid << 16 | 1 << 4 | pasid << 32, rng.getrandbits(9) << 3),
+        )
+        yield self._push(rng.choice(kinds))
+        if rng.random() < 0.3:
+            yield from self._recover()
 
     def _odd_descriptors(self) -> Iterator[Operation]:
         """Unknown types, reserved bits; then the error is cleared, as a driver that goes on would."""
@@ -437,7 +489,7 @@ class Generator:
             commands = [*fill, store(UNIT + IQT, 4, 0), *(load(UNIT + at, 4) for at in (IQH, IQT, FSTS))]
             yield Operation("command", "waits all over the queue", tuple(commands))
             believed.tail = 0
-        steps = ((IQT, 4, 0), (GCMD, 4, TE), (GSTS, 4, None), (IQH, 4, None))
+        steps = ((IQT, 4, 0), (GCMD, 4, self._keep() & ~QIE), (GSTS, 4, None), (IQH, 4, None))
         yield sequence("command", "queue off", *steps)
         yield self._queue_on()
 
@@ -447,24 +499,35 @@ class Generator:
         rng, believed = self.rng, self.believed
         kind = rng.randrange(7)
         if kind == 0:
-            keep = QIE if believed.queue else 0
+            keep = self._keep() & ~TE
             yield sequence("command", "TE off", (GCMD, 4, keep), (GSTS, 4, None))
             yield from self._dma()
             yield sequence("command", "TE on", (GCMD, 4, keep | TE), (GSTS, 4, None))
         elif kind == 1:
             scalable = 1 << 10 if self.variant.mode == "scalable" else 0
             root = rng.choice(ROOTS)
-            steps = ((RTADDR, 8, root | scalable), (GCMD, 4, SRTP | TE | (QIE if believed.queue else 0)))
+            steps = ((RTADDR, 8, root | scalable), (GCMD, 4, SRTP | self._keep()))
             yield sequence("command", f"SRTP {root:#x}", *steps, (GSTS, 4, None), (RTADDR, 8, None))
         elif kind == 2 and believed.queue:
             believed.queue = False
-            yield sequence("command", "queue off", (GCMD, 4, TE), (GSTS, 4, None), (IQH, 4, None), (IQT, 4, None))
+            yield sequence(
+                "command", "queue off", (GCMD, 4, self._keep()), (GSTS, 4, None), (IQH, 4, None), (IQT, 4, None)
+            )
         elif kind == 3 or not believed.queue:
             yield self._queue_on()
         elif kind == 4:
-            yield self._set_gcmd(rng.choice((SFL, EAFL, WBF, CFI, IRE, SIRTP, 1 << rng.randrange(23))))
+            yield from self._odd_command(rng.choice((SFL, EAFL, WBF, CFI, IRE, SIRTP, 1 << rng.randrange(23))))
         else:
             yield register(rng.choice((VER, CAP, ECAP, GSTS, RTADDR, CCMD, FSTS, IQH, IQT, IQA)), rng.choice((4, 8)))
+
+    def _odd_command(self, bit: int) -> Iterator[Operation]:
+        believed = self.believed
+        if bit == IRE and not believed.latched:
+            self.left_out["interrupt remapping without a table since the reset"] += 1
+            return
+        believed.latched = believed.latched or bit == SIRTP
+        believed.remapping = believed.remapping or bit == IRE
+        yield self._set_gcmd(bit)
 
     def _look_at_faults(self) -> Iterator[Operation]:
         rng = self.rng
@@ -499,29 +562,64 @@ class Generator:
         yield register(offset, size, value)
 
     def _remap_interrupts(self) -> Iterator[Operation]:
-        """The table pointer, and entries; requests are messages of a device's."""
+        """The table pointer, and an entry."""
         rng = self.rng
-        keep = TE | (QIE if self.believed.queue else 0)
-        steps = ((IRTA, 8, REMAPPING | rng.choice((7, 7, 0, 15))), (GCMD, 4, keep | SIRTP), (GSTS, 4, None))
-        yield sequence("command", "SIRTP", *steps)
-        yield entry(
-            "irte", REMAPPING + 16 * rng.randrange(8), rng.choice((0, 1, 0x3_0001, 1 | 2)), rng.choice((0, 0x10))
-        )
-        if self._by_queue():
+        if rng.random() < 0.3 or not self.believed.remapping:
+            self.believed.remapping, self.believed.latched = rng.random() < 0.9, True
+            steps = ((IRTA, 8, REMAPPING | rng.choice((7, 7, 2, 0, 15))), (GCMD, 4, self._keep() & ~IRE | SIRTP))
+            yield sequence("command", "SIRTP", *steps, (GSTS, 4, None))
+            yield sequence("command", "IRE", (GCMD, 4, self._keep()), (GSTS, 4, None))
+        sid = rng.choice((self.sids[0], self.sids[0], rng.getrandbits(16)))
+        low = 1 | rng.randrange(32, 256) << 16 | rng.randrange(4) << 40
+        high = sid | rng.randrange(4) << 16 | rng.choice((0, 1, 1, 2, 3)) << 18
+        kind = rng.random()
+        if kind < 0.1:
+            low &= ~1
+        elif kind < 0.2:
+            low |= 2
+        elif kind < 0.4:
+            low ^= 1 << rng.randrange(64)
+        elif kind < 0.45:
+            high ^= 1 << rng.randrange(64)
+        yield entry("irte", REMAPPING + 16 * rng.randrange(8), low, high)
+        if self.believed.queue:
             yield self._push((4 | rng.choice((0, 1 << 4)) | rng.randrange(4) << 27 | rng.randrange(8) << 32, 0))
+
+    def _message(self) -> Iterator[Operation]:
+        """An interrupt: in remappable format, in compatibility format, or a write to somewhere else."""
+        rng = self.rng
+        index = rng.choice((rng.randrange(8), rng.randrange(8), rng.getrandbits(16)))
+        address = 0xFEE0_0010 | (index & 0x7FFF) << 5 | index >> 15 << 2 | rng.choice((0, 0, 8))
+        kind = rng.random()
+        if kind < 0.15:
+            address = 0xFEE0_0000 | rng.randrange(4) << 12
+        elif kind < 0.25:
+            place, offset = self._target(self.sids[0])
+            address = place.iova + offset
+        data = rng.choice((0, 0, rng.randrange(4), rng.randrange(32, 256), rng.getrandbits(16)))
+        if kind >= 0.8 and self.believed.remapping:
+            self.left_out["DMA as an interrupt request"] += 1
+            kind = 0.0
+        if kind < 0.8:
+            yield edu_message(self.variant.topology.edu, address, data)
+        else:
+            yield edu_dma(
+                address & ~3, rng.choice((4, 4, 8, 12)), to_ram=rng.random() < 0.8, offset=8 * rng.randrange(16)
+            )
+        yield from self._look_at_faults()
 
     # -- traffic -----------------------------------------------------------------------------------------------------
 
-    def _target(self, devfn: int) -> tuple[Place, int]:
+    def _target(self, sid: int) -> tuple[Place, int]:
         """A place of the function's domain, and an offset in its page."""
         rng = self.rng
-        domain = DOMAINS[self.believed.function_domain[devfn]]
+        domain = DOMAINS[self.believed.function_domain[sid]]
         place = rng.choice(domain.leaves) if rng.random() < 0.85 else rng.choice(domain.large)
         return place, 8 * rng.randrange(64)
 
     def _dma(self) -> Iterator[Operation]:
         rng = self.rng
-        place, offset = self._target(FUNCTIONS[0])
+        place, offset = self._target(self.sids[0])
         iova = place.iova + offset
         kind = rng.random()
         if kind < 0.02:
@@ -529,13 +627,19 @@ class Generator:
         elif kind < 0.04:
             iova = DATA.start + offset
         length = rng.choice((4, 8, 64, 64, 256))
+        if rng.random() < 0.15:
+            iova, length = iova | 0xE00, rng.choice((1024, 2048, 3000))
         yield edu_dma(iova, length, to_ram=rng.random() < 0.5, offset=8 * rng.randrange(16))
         if rng.random() < 0.4:
             yield from self._look_at_faults()
 
     def _testdev(self) -> Iterator[Operation]:
-        place, offset = self._target(FUNCTIONS[1])
+        place, offset = self._target(self.sids[1])
         page = self.rng.choice(PAGES)
-        yield device_test(place.iova + offset, page + offset, self.rng.choice((4, 4, 8, 64)))
+        yield device_test(
+            place.iova + (offset | 0xFE0 if self.rng.random() < 0.1 else offset),
+            page + offset,
+            self.rng.choice((4, 4, 8, 64)),
+        )
         if self.rng.random() < 0.4:
             yield from self._look_at_faults()

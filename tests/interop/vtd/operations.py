@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.interop.vtd.places import EDU_BAR, EDU_SLOT, TESTDEV_BAR, TESTDEV_SLOT, UNIT
+from tests.interop.vtd.places import EDU_BAR, TESTDEV_BAR, UNIT
+from tests.interop.vtd.topology import ROOT_BUS, Place, Topology, config
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.iommu_testdev import regs as testdev
 from vfio_model.ranges import U32_MAX
 
 _LETTER = {1: "b", 2: "w", 4: "l", 8: "q"}
+_EDU_MSI = 0x40
+"""Where edu has its MSI capability."""
 EDU_DONE_NS = (edu.DMA_DELAY_MS + 1) * 1_000_000
 
 
@@ -84,17 +86,23 @@ def device_test(iova: int, gpa: int, length: int) -> Operation:
     return Operation("testdev", f"testdev {length:#x} at {iova:#x}, {gpa:#x}", tuple(commands))
 
 
-def _config(slot: int, offset: int, size: int, value: int) -> Iterator[str]:
-    yield f"outl 0xcf8 {1 << 31 | slot << 11 | offset & 0xFC:#x}"
-    yield f"out{_LETTER[size]} {0xCFC + (offset & 3):#x} {value:#x}"
+def bring_up(topology: Topology = ROOT_BUS) -> Operation:
+    """What firmware does."""
+    return Operation("bring-up", "bus numbers, windows, BARs, decoding, bus mastering", tuple(topology.bring_up()))
 
 
-def bring_up() -> Operation:
-    """What firmware does: BARs, decoding, bus mastering."""
-    commands: list[str] = []
-    for slot, bar in ((EDU_SLOT, EDU_BAR), (TESTDEV_SLOT, TESTDEV_BAR)):
-        commands += [*_config(slot, 0x10, 4, bar), *_config(slot, 0x04, 2, 0x6)]
-    return Operation("bring-up", "BARs, decoding, bus mastering", tuple(commands))
+def edu_message(place: Place, address: int, data: int) -> Operation:
+    """edu's MSI capability is set up, and it interrupts."""
+    message = ((4, 4, address & U32_MAX), (8, 4, address >> 32), (12, 2, data & 0xFFFF), (2, 2, 1))
+    commands = [
+        text for at, size, value in message for text in config(place.bus, place.slot, _EDU_MSI + at, size, value)
+    ]
+    commands += [
+        store(EDU_BAR + edu.IRQ_RAISE, 4, 1),
+        load(EDU_BAR + edu.IRQ_STATUS, 4),
+        store(EDU_BAR + edu.IRQ_ACK, 4, 1),
+    ]
+    return Operation("message", f"edu sends {data & 0xFFFF:#x} to {address:#x}", tuple(commands))
 
 
 def memory(gpa: int, size: int) -> Operation:

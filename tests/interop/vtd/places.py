@@ -21,6 +21,8 @@ ROOTS = (0x10_0000, 0x10_1000)
 """Two root tables."""
 CONTEXTS = 0x10_2000
 """Of bus 0; two pages in scalable mode."""
+CONTEXTS_BELOW = 0x10_8000
+"""Of further buses, two pages each."""
 PASID_DIRECTORY, PASID_TABLE = 0x10_4000, 0x10_5000
 QUEUE = 0x10_6000
 STATUS = 0x11_0000
