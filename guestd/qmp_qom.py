@@ -63,7 +63,7 @@ def _line(types: Mapping[str, tuple[str, bool]], name: str) -> list[str]:
 def tree(guest: Guest) -> QomObject:
     """The root object, made anew from what there is."""
     own = guest.board.qom()
-    machine = QomObject(own.machine_type)
+    machine = QomObject(own.machine_type, properties=own.properties)
     machine.children = {name: QomObject("container") for name in ("peripheral", "peripheral-anon", "unattached")}
     for container, objects in own.objects.items():
         (machine.children[container] if container else machine).children |= objects
@@ -105,10 +105,10 @@ def _same(content: object) -> object:
     return content
 
 
-def find(guest: Guest, path: str) -> QomObject:
+def find(guest: Guest, path: str, *, says_ambiguous: bool = True) -> QomObject:
     """The object at ``path``: absolute, or a part that only one object ends with.
 
-    :raise CommandFailed: DeviceNotFound.
+    :raise CommandFailed: DeviceNotFound; if it ``says_ambiguous`` GenericError where several end so.
     """
     root = tree(guest)
     parts = [part for part in path.split("/") if part]
@@ -117,11 +117,11 @@ def find(guest: Guest, path: str) -> QomObject:
     else:
         found = [_descend(start, parts) for start in _all(root)]
     there = [each for each in found if each is not None]
-    if not there or not path:
-        raise CommandFailed(f"Device '{path}' not found", "DeviceNotFound")
-    if len(there) > 1:
+    if len(there) == 1:
+        return there[0]
+    if there and says_ambiguous:
         raise CommandFailed(f"Path '{path}' is ambiguous")
-    return there[0]
+    raise CommandFailed(f"Device '{path}' not found", "DeviceNotFound")
 
 
 def _descend(start: QomObject, parts: list[str]) -> QomObject | None:
@@ -146,7 +146,7 @@ def qom_list(guest: Guest, path: str) -> list[dict[str, str]]:
 
 def qom_get(guest: Guest, path: str, name: str) -> object:
     """``qom-get``: the value of one property; of a child its path."""
-    found = find(guest, path)
+    found = find(guest, path, says_ambiguous=False)
     if name == "type":
         return found.type
     if name in found.properties:

@@ -98,6 +98,7 @@ def host_properties(config: Q35Config) -> list[str]:
 def qom_tree(config: Q35Config, bridges: Mapping[str, PCIDevice]) -> QomTree:
     """The paths that QEMU has; ``bridges`` by id."""
     tree = QomTree(MACHINE_TYPE)
+    tree.properties["default-bus-bypass-iommu"] = "bool", lambda: config.default_bus_bypass_iommu
     host = QomObject("q35-pcihost", properties=dict(_SYSBUS))
     host.properties["bypass-iommu"] = "bool", lambda: config.default_bus_bypass_iommu
     tree.buses[ROOT_BUS] = host.children[ROOT_BUS] = QomObject("PCIE")

@@ -23,9 +23,10 @@ class QomObject:
 @dataclass
 class QomTree:
     """What of ``/machine`` a type of machine adds: objects by the container that they are in (``""``: the machine
-    itself), and the objects of its buses by their names.
+    itself), the objects of its buses by their names, and properties of the machine itself.
     """
 
     machine_type: str
     objects: dict[str, dict[str, QomObject]] = field(default_factory=dict)
     buses: dict[str, QomObject] = field(default_factory=dict)
+    properties: dict[str, tuple[str, Value]] = field(default_factory=dict)

@@ -195,13 +195,16 @@ def test_objects_have_qemus_paths(tree: Machine) -> None:
         path = path if "/" in path else f"/machine/peripheral/{path}"
         return tree.ask("qom-get", path=path, property=name)
 
-    assert get("/machine", "type") == "pc-q35-11.1-machine"
+    assert get("/machine", "type") == "pc-q35-11.1-machine" and get("/machine", "default-bus-bypass-iommu") is False
     assert get("/machine/q35", "pcie.0") == "/machine/q35/pcie.0"
     assert get("rp1", "rp1") == "/machine/peripheral/rp1/rp1"
     assert get("e0", "parent_bus") == "/machine/peripheral/rp1/rp1"
     assert get("rpx", "parent_bus") == "/machine/peripheral/px/px" and get("px", "bypass_iommu") is True
     assert [get("unit", name) for name in ("caching-mode", "aw-bits", "intremap", "eim")] == [True, 48, "on", "off"]
     assert get("/machine/unattached/device[2]", "type") == "ICH9-LPC" and get("q35/ioapic", "type") == "ioapic"
+    assert tree.refusal("qom-list", path="rp1") == ("GenericError", "Path 'rp1' is ambiguous"), "a port and its bus"
+    assert tree.refusal("qom-get", path="rp1", property="chassis") == ("DeviceNotFound", "Device 'rp1' not found")
+    assert tree.refusal("qom-list", path="") == ("GenericError", "Path '' is ambiguous")
     types = {each["name"] for each in tree.ask("qom-list-types", implements="pci-device")}
     assert types >= {"pcie-root-port", "pxb-pcie", "edu", "ICH9-LPC"}
     lines = tree.human("info qtree").splitlines()
