@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Callable
 
 import pytest
@@ -500,6 +501,17 @@ def test_nothing_is_done_at_once(bench: SvmBench) -> None:
     assert bench.ended() == [regs.STATUS_OK]
 
 
+def test_ranges_end_within_64_bits(bench: SvmBench) -> None:
+    last = (1 << 64) - PAGE
+    bench.port.pages[last] = RW
+    bench.start(WRITE, last + 8, PAGE - 8)
+    bench.idle()
+    bench.start(WRITE, last + 8, PAGE - 7)
+    bench.idle()
+    assert bench.ended() == [regs.STATUS_ERROR] * 2 and len(bench.port.asked) == 1
+    assert bench.port.memory[last][8:] == regs.pattern(PAGE - 8) and not bench.port.requests
+
+
 # -- what comes between
 
 
@@ -563,3 +575,37 @@ def test_requests_without_pasid_are_none_of_it(bench: SvmBench) -> None:
     bench.start(WRITE, BUFFER, 3 * PAGE)
     bench.serve()
     assert all(request.pasid != PCI_NO_PASID for request in bench.port.requests)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_guest_does(seed: int) -> None:
+    """Wild registers, PASIDs, responses, resets: a command ends, and the next good one works."""
+    chance = random.Random(seed)
+    bench = SvmBench(SvmDevice)
+    offsets = [*regs.PARAMETERS, regs.COMMAND, regs.COMMAND, regs.PASID, 0x58, 0x99]
+    values = [0, 1, 2, PASID, BUFFER, PAGE, 1 << 20, 1 << 63, ALL_ONES]
+    for _ in range(600):
+        match chance.randrange(8):
+            case 0:
+                bench.reset()
+            case 1:
+                for fn in [*bench.port.listeners.values()]:
+                    fn(chance.randrange(4), chance.choice([*PageResponse]))
+            case 2:
+                bench.port.pages[BUFFER + chance.randrange(4) * PAGE] = IOMMUAccessFlags(chance.randrange(64))
+            case 3:
+                bench.port.refuse = chance.choices([errno.ENOSPC, errno.EPERM, errno.EIO], k=2)
+            case 4:
+                bench.idle(chance.randrange(6))
+            case _:
+                size = chance.choice([4, 8, 8])
+                value = chance.choice(values) & (1 << size * 8) - 1
+                bench.write(chance.choice(offsets), value, size)
+    bench.reset()
+    bench.port.refuse.clear()
+    bench.port.pages = {BUFFER: RW}
+    bench.signals.clear()
+    bench.use(PASID)
+    bench.start(WRITE, BUFFER, PAGE)
+    bench.idle()
+    assert bench.ended() == [regs.STATUS_OK] and bench.port.memory[BUFFER] == regs.pattern(PAGE)

@@ -65,14 +65,15 @@ class Services(Protocol):
 
 
 class Command:
-    """Moves ``size`` bytes at ``address`` of ``pasid``: a pattern is written, or what is read goes into :attr:`crc`."""
+    """Moves ``size`` bytes at ``address`` of ``pasid``: a pattern is written, or what is read goes into :attr:`crc`. A
+    range that does not end within 64 bits is a failure."""
 
     def __init__(self, services: Services, pasid: int, address: int, size: int, *, write: bool, priv: bool) -> None:
         self._services, self._pasid = services, pasid
         self.address, self.size, self.write, self.priv = address, size, write, priv
         self.moved = 0
         self.crc = regs.CRC_START
-        self.phase = Phase.TRANSLATE
+        self.phase = Phase.TRANSLATE if address + size <= U64_MAX + 1 else Phase.FAILED
         self._cursor = address
         """How far the translations of this round have come."""
         self._group = 0
@@ -111,19 +112,16 @@ class Command:
 
     # -- translations ------------------------------------------------------------------------------------------------
 
-    @property
-    def _end(self) -> int:
-        return min(self.address + self.size, U64_MAX + 1)
-
     def _translate(self) -> None:
         atc, start = self._services.cache(self.priv), self._cursor
         if atc is None:
             self.end()
             return
-        if start >= self._end:
+        end = self.address + self.size
+        if start >= end:
             self.phase = Phase.MOVE
             return
-        request = AtsRequest(start, self._end - start, no_write=not self.write, max_entries=MAX_ENTRIES)
+        request = AtsRequest(start, end - start, no_write=not self.write, max_entries=MAX_ENTRIES)
         completion = atc.fill(request)
         if self.over:
             return
