@@ -140,8 +140,8 @@ QUIRKS: Final = (
         "message-requester",
         "11.1",
         "an interrupt request is its function's, however the write came about",
-        "only interrupts that a device signals are: other writes to the interrupt range have no source (0xffff, every "
-        "entry takes them), those of iommu-testdev source 0",
+        "only message interrupts of PCI devices are: those of the I/O APIC and other writes to the interrupt range "
+        "have no source (0xffff, every entry takes them), those of iommu-testdev source 0",
         "5.1.5, Interrupt Source Verification",
     ),
     Quirk(
