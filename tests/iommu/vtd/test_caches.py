@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.iommu.vtd.rig import NONE, RO, RW, TABLES, WO, Rig
-from vfio_model.iommu.vtd.caches import MAX_FRAMES, MAX_PAGES, Iotlb, Page
+from vfio_model.iommu.vtd.caches import MAX_FRAMES, MAX_PAGES, Front, Iotlb, Page
 from vfio_model.iommu.vtd.ports import RID, Granularity
+from vfio_model.memory.iotlb import IOMMUTLBEntry
 
 GLOBAL, DOMAIN, SELECTIVE = Granularity.GLOBAL, Granularity.DOMAIN, Granularity.SELECTIVE
 CONTEXT = TABLES + 0x1180
@@ -291,3 +294,46 @@ def test_a_peer_s_iotlb_is_looked_at_before_the_pasid_entry_of_requests_without_
     rig.translation.invalidate_contexts(GLOBAL)
     assert rig.translate(0)[3]
     assert rig.blocked(0x9000) == [0x51]
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 2), st.integers(0, 3), st.integers(0, 2), st.integers(0, 40)),
+    st.tuples(st.just("drop"), st.integers(1, 2), st.integers(0, 3), st.integers(0, 2), st.integers(0, 40)),
+)
+
+
+@given(st.lists(STEPS, max_size=60), st.booleans())
+def test_few_pages_are_dropped_as_if_all_were_looked_at(
+    steps: list[tuple[str, int, int, int, int]], by_source: bool
+) -> None:
+    """Who 0 has no PASID; addresses are by pages, of which 512 are a page of level 2."""
+    ranged, scanned = Iotlb(by_source, lambda: None), Iotlb(by_source, lambda: None)
+    front, all_of_front = Front(), Front()
+    for number, (kind, did, who, size, place) in enumerate(steps):
+        first = place * 300 << 12
+        if kind == "add":
+            level = 1 + size // 2
+            iova = first & ~((1 << 3 + 9 * level) - 1)
+            page = Page(iova, level, number << 30, 3, 0, True, did, who, who > 0)
+            for iotlb in (ranged, scanned):
+                iotlb.add(who, page)
+            for each in (front, all_of_front):
+                each.add(first >> 12, IOMMUTLBEntry(None, first, number, 0xFFF, RW), page)
+            continue
+        last = first + (0x1000 << 4 * size) - 1
+        tagged_too = who == 0
+
+        def doomed(page: Page, who: int = who, first: int = first, last: int = last) -> bool:
+            return page.tagged or page.meets(first, last) if who == 0 else page.pasid == who and page.meets(first, last)
+
+        ranged.drop_range(did, first, last, doomed, tagged_too=tagged_too)
+        scanned.drop(did, doomed)
+        front.drop_range(did, first, last, doomed, tagged_too=tagged_too)
+        all_of_front.drop(did, doomed)
+        assert len(ranged) == len(scanned)
+        assert front.readable == all_of_front.readable
+    for did in (1, 2):
+        for who in range(4):
+            for place in range(42 * 300):
+                if place % 50 == 0:
+                    assert ranged.find(did, who, place << 12) == scanned.find(did, who, place << 12)

@@ -238,4 +238,5 @@ class VtdOps(PCIIOMMUOps):
         lookup, addr = self._lookup, request.addr & ~_LOW
         _, _, binding = lookup.binding(space)
         if binding is not None:
-            lookup.drop_pages(binding.did, lambda page: page.pasid == request.pasid and page.meets(addr, addr | _LOW))
+            within = addr, addr | _LOW
+            lookup.drop_pages(binding.did, lambda page: page.pasid == request.pasid and page.meets(*within), within)

@@ -57,6 +57,10 @@ class Iotlb:
         self._count = 0
         self._levels: tuple[int, ...] = ()
         """Of the pages that were cached since all were dropped."""
+        self._owners: dict[int, set[Hashable]] = {}
+        """Whose pages a domain may have."""
+        self._tagged: set[int] = set()
+        """Domains that may have pages tagged by a PASID."""
 
     def __len__(self) -> int:
         return self._count
@@ -90,21 +94,53 @@ class Iotlb:
         before = len(pages)
         pages[key] = page
         self._count += len(pages) - before
+        self._owners.setdefault(page.did, set()).add(who)
+        if page.tagged:
+            self._tagged.add(page.did)
 
     def clear(self) -> None:
         """Drop all."""
         self._domains.clear()
         self._count = 0
         self._levels = ()
+        self._owners.clear()
+        self._tagged.clear()
 
     def drop(self, did: int, doomed: Doomed) -> None:
         """Drop the pages of ``did`` that are ``doomed``."""
         pages = self._domains.get(did)
         if pages:
             gone = [key for key, page in pages.items() if doomed(page)]
-            for key in gone:
-                del pages[key]
-            self._count -= len(gone)
+            self._remove(did, pages, gone)
+
+    def drop_range(self, did: int, first: int, last: int, doomed: Doomed, *, tagged_too: bool) -> None:
+        """As :meth:`drop`; what is doomed has a byte in ``first``..``last`` (inclusive), or with ``tagged_too`` is
+        tagged by a PASID.
+        """
+        pages = self._domains.get(did)
+        if not pages:
+            return
+        owners = self._owners[did]
+        looks = ((last - first >> 12) + 1 + len(self._levels)) * len(owners)
+        if looks >= len(pages) or (tagged_too and did in self._tagged):
+            self.drop(did, doomed)
+            return
+        keys = (
+            (who, level, number)
+            for level in self._levels
+            for number in range(first >> 3 + 9 * level, (last >> 3 + 9 * level) + 1)
+            for who in owners
+        )
+        gone = [key for key in keys if (page := pages.get(key)) is not None and doomed(page)]
+        self._remove(did, pages, gone)
+
+    def _remove(self, did: int, pages: dict[Key, Page], gone: list[Key]) -> None:
+        for key in gone:
+            del pages[key]
+        self._count -= len(gone)
+        if not pages:
+            self._owners.pop(did, None)
+            self._tagged.discard(did)
 
 
 class Front:
@@ -114,21 +150,22 @@ class Front:
     is not set yet is not writable here.
     """
 
-    __slots__ = ("_owners", "_scattered", "readable", "writable")
+    __slots__ = ("_large", "_owners", "_tagged", "readable", "writable")
 
     def __init__(self) -> None:
         self.readable: dict[int, IOMMUTLBEntry] = {}
         self.writable: dict[int, IOMMUTLBEntry] = {}
         self._owners: dict[int, Page] = {}
-        self._scattered = False
-        """Whether an invalidation of few pages can take frames elsewhere."""
+        self._large = self._tagged = False
+        """Whether some may be of large pages, or of pages tagged by a PASID."""
 
     def add(self, frame: int, entry: IOMMUTLBEntry, page: Page) -> None:
         """``entry`` is what ``page`` says of ``frame``."""
         if len(self._owners) >= MAX_FRAMES:
             self.clear()
         self._owners[frame] = page
-        self._scattered = self._scattered or page.level > 1 or page.tagged
+        self._large = self._large or page.level > 1
+        self._tagged = self._tagged or page.tagged
         if page.perm & 1:
             self.readable[frame] = entry
         if page.perm & 2 and page.dirty:
@@ -143,17 +180,17 @@ class Front:
         self.readable.clear()
         self.writable.clear()
         self._owners.clear()
-        self._scattered = False
+        self._large = self._tagged = False
 
     def drop(self, did: int, doomed: Doomed) -> None:
         """Forget the frames of pages of ``did`` that are ``doomed``."""
         for frame in [frame for frame, page in self._owners.items() if page.did == did and doomed(page)]:
             self._forget(frame)
 
-    def drop_range(self, did: int, first: int, last: int, doomed: Doomed) -> None:
-        """As :meth:`drop`; what is doomed is in ``first``..``last`` (inclusive), large, or tagged by a PASID."""
+    def drop_range(self, did: int, first: int, last: int, doomed: Doomed, *, tagged_too: bool) -> None:
+        """As :meth:`Iotlb.drop_range`."""
         low, high = first >> 12, last >> 12
-        if self._scattered or high - low >= len(self._owners):
+        if self._large or (tagged_too and self._tagged) or high - low >= len(self._owners):
             self.drop(did, doomed)
             return
         for frame in range(low, high + 1):

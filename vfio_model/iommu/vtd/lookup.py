@@ -61,15 +61,19 @@ class Lookup:
         for space in self.spaces.values():
             space.front.clear()
 
-    def drop_pages(self, did: int, doomed: Doomed, within: tuple[int, int] | None = None) -> None:
-        """Forget the pages of ``did`` that are ``doomed``. ``within``: these lie in that range (inclusive), or are
-        large, or tagged by a PASID."""
-        self.iotlb.drop(did, doomed)
-        for space in self.spaces.values():
-            if within is None:
+    def drop_pages(
+        self, did: int, doomed: Doomed, within: tuple[int, int] | None = None, *, tagged_too: bool = False
+    ) -> None:
+        """Forget the pages of ``did`` that are ``doomed``. ``within``: these have a byte in that range (inclusive), or
+        with ``tagged_too`` are tagged by a PASID."""
+        if within is None:
+            self.iotlb.drop(did, doomed)
+            for space in self.spaces.values():
                 space.front.drop(did, doomed)
-            else:
-                space.front.drop_range(did, *within, doomed)
+            return
+        self.iotlb.drop_range(did, *within, doomed, tagged_too=tagged_too)
+        for space in self.spaces.values():
+            space.front.drop_range(did, *within, doomed, tagged_too=tagged_too)
 
     # -- what translates -----------------------------------------------------------------------------------------
 

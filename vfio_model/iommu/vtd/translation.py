@@ -184,7 +184,8 @@ class Translation:
         else:
             first = addr & ~0xFFF & -(0x1000 << am)
             last = first + (0x1000 << am) - 1
-            self.lookup.drop_pages(did, lambda page: page.tagged or page.meets(first, last), (first, last))
+            within = first, last
+            self.lookup.drop_pages(did, lambda page: page.tagged or page.meets(*within), within, tagged_too=True)
             for space in self._followed():
                 self._sync(space, did, first, last)
 
@@ -200,7 +201,7 @@ class Translation:
                 return addr is None
             return page.pasid == pasid and page.meets(first, last)
 
-        self.lookup.drop_pages(did, doomed)
+        self.lookup.drop_pages(did, doomed, None if addr is None else (first, last))
         for space in self._followed():
             if (RID_PASID if space.pasid == RID else space.pasid) != pasid:
                 continue
