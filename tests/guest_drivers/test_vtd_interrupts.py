@@ -8,6 +8,7 @@ from tests.guest_drivers.vtd_rig import DATA, EDU, TESTDEV, Rig
 from vfio_model.devices.edu import regs as edu
 from vfio_model.guest_drivers.pci import DriverError, enable_msi
 from vfio_model.guest_drivers.vtd_interrupts import remappable_message, remappable_pin
+from vfio_model.iommu.vtd.options import VtdOptions
 from vfio_model.iommu.vtd.regs import FaultReason
 from vfio_model.machine.q35.ioapic import SELECT, TABLE, WINDOW
 from vfio_model.machine.q35.regs import IOAPIC_BASE, IOAPIC_SID
@@ -70,6 +71,22 @@ def test_pins_go_through_their_entries() -> None:
     raise_edu(rig)
     assert vectors(rig) == [0x71]
     assert [(each.reason, each.sid) for each in rig.vtd.faults()] == [(FaultReason.IR_ENTRY_NOT_PRESENT, IOAPIC_SID)]
+
+
+@pytest.mark.parametrize(("quirks", "passes"), [((), False), (("platform-without-source",), True)])
+def test_pins_have_the_io_apics_source_id_but_by_quirk(quirks: tuple[str, ...], passes: bool) -> None:
+    rig = Rig(VtdOptions(quirks=frozenset(quirks)))
+    table = rig.vtd.remap_interrupts()
+    index = table.allocate(EDU, 0x71, level=True)
+    rte(rig, PIN, remappable_pin(index, 0x71, level=True))
+    raise_edu(rig)
+    table.free(index)
+    rig.machine.ioapic.end_of_interrupt(0x71)
+    raise_edu(rig)
+    wrong = (FaultReason.IR_SID_MISMATCH, IOAPIC_SID)
+    assert vectors(rig) == ([0x71] if passes else [])
+    found = [(each.reason, each.sid) for each in rig.vtd.faults()]
+    assert found == [(FaultReason.IR_ENTRY_NOT_PRESENT, 0xFFFF) if passes else wrong]
 
 
 def test_the_table_has_an_end() -> None:

@@ -35,6 +35,7 @@ FLAGS_SET_ONCE: Final = "flags-set-once"
 PASID_CHECKED_ONCE: Final = "pasid-checked-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 GOES_ON_AFTER_FAULT: Final = "goes-on-after-fault"
+PLATFORM_WITHOUT_SOURCE: Final = "platform-without-source"
 WAIT_INTERRUPT_ANYWAY: Final = "wait-interrupt-anyway"
 ALL: Final = "qemu"
 """Selects every selectable quirk."""
@@ -137,11 +138,19 @@ QUIRKS: Final = (
         selectable=True,
     ),
     Quirk(
+        PLATFORM_WITHOUT_SOURCE,
+        "11.1",
+        "interrupts of the I/O APIC have its source ID, which entries verify and faults show",
+        "they have none: 0xffff, and every entry takes them",
+        "5.1.5, Interrupt Source Verification",
+        selectable=True,
+    ),
+    Quirk(
         "message-requester",
         "11.1",
         "an interrupt request is its function's, however the write came about",
-        "only message interrupts of PCI devices are: those of the I/O APIC and other writes to the interrupt range "
-        "have no source (0xffff, every entry takes them), those of iommu-testdev source 0",
+        "only message interrupts of PCI devices are: other writes to the interrupt range have no source (0xffff, every "
+        "entry takes them), those of iommu-testdev source 0",
         "5.1.5, Interrupt Source Verification",
     ),
     Quirk(

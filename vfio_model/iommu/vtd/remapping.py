@@ -30,6 +30,7 @@ _REDIRECTION_HINT, _LOGICAL = regs.bit(3), regs.bit(2)
 """Of a message's address."""
 _ASSERT, _LEVEL = regs.bit(14), regs.bit(15)
 """Of its data."""
+_NO_SOURCE = 0xFFFF
 _QUALIFIED = frozenset(
     (
         regs.FaultReason.IR_ENTRY_NOT_PRESENT,
@@ -55,6 +56,7 @@ class InterruptRemapping:
         trace: Trace,
     ) -> None:
         self._options, self._registers, self._faults = options, registers, faults
+        self._no_sources = options.has(quirks.PLATFORM_WITHOUT_SOURCE)
         self._system, self._message, self._trace = system, message, trace
         self.reset()
 
@@ -100,6 +102,10 @@ class InterruptRemapping:
             )
         self._message(*remapped)
         return MemTxResult.OK
+
+    def platform_request(self, sid: int, address: int, data: int) -> MemTxResult:
+        """The same of what is no PCI function: the I/O APIC."""
+        return self.request(_NO_SOURCE if self._no_sources else sid, address, data)
 
     def _remapped(self, sid: int, address: int, data: int) -> tuple[int, int] | None:
         if not self.enabled:
@@ -148,6 +154,8 @@ class InterruptRemapping:
     def _allowed(self, sid: int, high: int) -> bool:
         """Whether the entry is for ``sid``: any, one function (of its function number the bits that SQ names do not
         matter), or the functions of some buses."""
+        if self._no_sources and sid == _NO_SOURCE:
+            return True
         kind, wanted = regs.IRTE_SVT.of(high), regs.IRTE_SID.of(high)
         if kind == _SVT_SID:
             return not (sid ^ wanted) & _SQ_MASKS[regs.IRTE_SQ.of(high)]

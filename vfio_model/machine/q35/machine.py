@@ -180,7 +180,7 @@ class Q35Machine(Machine):
 
     def _ioapic_message(self, address: int, data: int) -> None:
         if self.iommu is not None:
-            self.iommu.interrupts.request(regs.IOAPIC_SID, address, data)
+            self.iommu.interrupts.platform_request(regs.IOAPIC_SID, address, data)
         else:
             self.messages.deliver(address, data)
 
