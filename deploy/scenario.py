@@ -22,6 +22,7 @@ from protocols.interpose import Rule, errno_number
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.svm_program import TESTS
 from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.pci.bridges import BRIDGES
 from vfio_model.ranges import is_aligned
 from vfio_model.uapi.containers import DRIVERS
 from vfio_model.vfio.kinds import CONTAINER_KINDS, PREFERENCE, ContainerChoice, ContainerKind
@@ -147,6 +148,12 @@ class Bridge(Struct, forbid_unknown_fields=True, kw_only=True):
     props: dict[str, Prop] = {}
     """QEMU's properties of it."""
 
+    def __post_init__(self) -> None:
+        known = sorted({*BRIDGES[self.driver].PROPS} - {"id"})
+        for name in self.props:
+            if name not in known:
+                raise ValueError(f"props: {self.driver} has no property {name}; known: {', '.join(known) or 'none'}")
+
 
 class Q35(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="q35"):
     """A PC with PCI Express."""
@@ -204,7 +211,7 @@ def _check_iommu(given: Mapping[str, Prop | list[str]]) -> None:
     try:
         VtdOptions(**options)  # type: ignore[arg-type]  # checked above
     except ConfigError as error:
-        raise ValueError(f"iommu: {error.what}") from error
+        raise ValueError(f"iommu: {error.what}" + (f"; {error.hint}" if error.hint else "")) from error
 
 
 Machine = Pseries | Q35
@@ -536,7 +543,7 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._refuse_doubles("id", [device.id for device in self.devices])
-        self._refuse_doubles("addr", [self.machine.place(device) for device in self.devices])
+        self._refuse_doubles("addr", [self._place(index, device) for index, device in enumerate(self.devices)])
         known = {device.id for device in self.devices}
         if self.restart != "never" and any(isinstance(step.migrate, Migrate) for step in self.steps):
             raise ValueError("restart: a guest that has moved cannot be started afresh; not with a migrate step")
@@ -555,6 +562,12 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
             for device in filter(None, wanted):
                 if device not in known:
                     raise ValueError(f"steps[{index}].{name}: no device has the id {device}")
+
+    def _place(self, index: int, device: Device) -> str:
+        try:
+            return self.machine.place(device)
+        except ValueError as error:
+            raise ValueError(f"devices[{index}].bus: {error}") from error
 
     def _check_pages(self, where: str, action: MapPages | UnmapPages) -> None:
         if isinstance(self.machine, Pseries) == bool(action.device):

@@ -1,7 +1,8 @@
 """YAML with line numbers: a schema error names file, line and field.
 
 msgspec says *where* by a path (``$.steps[3].dma.iova``); the composed YAML nodes know the lines. This module joins
-the two: ``boot.yaml:12: steps[3].dma.iova: Expected int, got str``. Duplicate keys, which YAML loaders pass over
+the two: ``boot.yaml:12: steps[3].dma.iova: Expected int, got str``. A check of a schema's own names the field in its
+message, ``steps[3].dma: …``, relative to the object that has the check. Duplicate keys, which YAML loaders pass over
 silently, are errors. Floats are left as strings: ``02.0`` is a PCI address here, and nothing else needs a fraction
 but seconds, which are parsed later.
 """
@@ -9,11 +10,13 @@ but seconds, which are parsed later.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import yaml
+from msgspec import inspect
 
 from deploy.quantity import dec_hook
 from vfio_model.errors import ConfigError
@@ -22,6 +25,9 @@ T = TypeVar("T")
 
 _PATH = re.compile(r"^(?P<what>.*) - at `(?P<where>(?:key in )?`?\$[^`]*)`$", re.DOTALL)
 _TOKEN = re.compile(r"\.([^.\[\]]+)|\[([0-9]+|\.\.\.)\]")
+_NAMED = re.compile(r"[a-z_]\w*(?:\.\w+|\[[0-9]+\])*(?=: )")
+"""A field at the beginning of a message."""
+_ONE_OF_FEW = re.compile(r"Invalid (?:enum )?value '")
 _FIELD = re.compile(r"(?:unknown|missing required) field `([^`]+)`")
 _FLOAT = "tag:yaml.org,2002:float"
 
@@ -78,17 +84,49 @@ def parse(text: str, name: str, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
-        raise _located(str(error), root, name) from error
+        raise _located(str(error), root, name, kind) from error
 
 
-def _located(message: str, root: yaml.Node, name: str) -> ConfigError:
+def _located(message: str, root: yaml.Node, name: str, kind: object) -> ConfigError:
     match = _PATH.match(message)
     what, path = (match["what"], match["where"]) if match else (message, "$")
-    tokens = [field or int_or_dots for field, int_or_dots in _TOKEN.findall(path.split("$", 1)[1])]
-    named = _FIELD.search(what)
-    mark = _mark(root, [*tokens, named[1]] if named and "unknown" in named[0] else tokens)
+    tokens = _tokens(path.split("$", 1)[1])
+    named, own = _FIELD.search(what), _NAMED.match(what)
+    inner = [named[1]] if named and "unknown" in named[0] else _tokens(f".{own[0]}") if own else []
+    mark = _mark(root, [*tokens, *inner])
     field = path.split("$", 1)[1].lstrip(".").replace("[...]", "")
-    return ConfigError((f"{field}: " if field else "") + what.replace("`", ""), where=f"{name}:{mark.line + 1}")
+    known = ", ".join(_known(kind, tokens)) if _ONE_OF_FEW.match(what) else ""
+    text = (f"{field}: " if field else "") + what.replace("`", "")
+    return ConfigError(text, where=f"{name}:{mark.line + 1}", hint=f"known: {known}" if known else "")
+
+
+def _tokens(path: str) -> list[str]:
+    return [field or int_or_dots for field, int_or_dots in _TOKEN.findall(path)]
+
+
+def _known(kind: object, tokens: list[str]) -> list[str]:
+    """The words that may stand at ``tokens`` in a ``kind``."""
+    types = list(_alternatives(inspect.type_info(kind)))
+    for token in tokens:
+        types = [deeper for one in types for below in _below(one, token) for deeper in _alternatives(below)]
+    return sorted({str(word) for one in types if isinstance(one, inspect.LiteralType) for word in one.values})
+
+
+def _alternatives(one: inspect.Type) -> Iterator[inspect.Type]:
+    if isinstance(one, inspect.UnionType):
+        yield from one.types
+    else:
+        yield one
+
+
+def _below(one: inspect.Type, token: str) -> Iterator[inspect.Type]:
+    """The type of the value at ``token`` in a value of type ``one``."""
+    if isinstance(one, inspect.StructType):
+        if token == one.tag_field:
+            yield inspect.LiteralType((one.tag,))
+        yield from (field.type for field in one.fields if field.encode_name == token)
+    elif isinstance(one, inspect.ListType):
+        yield one.item_type
 
 
 def _mark(node: yaml.Node, tokens: list[str]) -> yaml.Mark:

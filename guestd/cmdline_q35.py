@@ -39,7 +39,7 @@ _NO_MEANING: Final = re.compile(
     r"append|boot|bus-lock-ratelimit|dt-compatible|dtb|dumpdtb|firmware|initrd|kernel|kernel-irqchip|max-fw-size"
     r"|max-ram-below-4g|memory-encryption|phandle-start|smbios-entry-point-type|smp|smp-cache\..*|smp\..*|boot\..*|x-.*"
 )
-_IOMMU_PROPERTIES: Final = {**IOMMU_PROPERTIES, "nested": "bool", "invalidation": "str", "quirks": "str"}
+_IOMMU_PROPERTIES: Final = {**IOMMU_PROPERTIES, "nested": "bool", "invalidation": "sync|async", "quirks": "str"}
 _PCI: Final[Mapping[str, str]] = {
     **{"acpi-index": "uint32", "addr": "addr", "bus": "bus", "failover_pair_id": "str", "multifunction": "bool"},
     **{"rombar": "number", "romfile": "str", "romsize": "uint32", "sriov-pf": "str"},
@@ -175,7 +175,7 @@ class Q35Words(MachineWords):
         except msgspec.ValidationError as error:
             raise ConfigError(str(error)) from error
         except ConfigError as error:
-            raise ConfigError(error.what) from error
+            raise ConfigError(error.what, hint=error.hint) from error
 
     # -- bridges -----------------------------------------------------------------------------------------------------
 
@@ -239,6 +239,10 @@ def _typed(name: str, kind: str, value: object) -> int | str | bool:
         return switch(name, value)
     if kind in _CHOICES and value not in _CHOICES[kind]:
         raise ConfigError(f"Parameter '{name}' does not accept value '{value}'")
+    if "|" in kind:
+        if value not in kind.split("|"):
+            raise ConfigError(f"Parameter '{name}' does not accept value '{value}'", hint=f"known: {kind}")
+        return str(value)
     if kind in _BITS:
         found = number(name, value)
         if found >> _BITS[kind]:

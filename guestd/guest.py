@@ -114,7 +114,10 @@ class Guest:
                 raise ConfigError(f"in-kernel acceleration: {error}", where="machine.kvm") from error
         self.backends.start()
         for config in self.config.devices:
-            self.add_device(config)
+            try:
+                self.add_device(config)
+            except ConfigError as error:
+                raise ConfigError(error.what, where=error.where or f"device {config.id}", hint=error.hint) from error
 
     def _accelerate(self, port: KvmPort | None = None) -> None:
         machine = self.machine

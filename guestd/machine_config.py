@@ -243,7 +243,7 @@ class Q35Config(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
             try:
                 self.iommu.options()
             except ConfigError as error:
-                raise ValueError(f"iommu: {error.what}") from error
+                raise ValueError(f"iommu: {error.what}" + (f"; {error.hint}" if error.hint else "")) from error
 
 
 MachineConfig = PseriesConfig | Q35Config

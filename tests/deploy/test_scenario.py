@@ -69,7 +69,7 @@ def test_a_step_is_known_by_its_key() -> None:
             "machine: {ram: 100}\n",
             "mine.yaml:8: machine: ram must be a positive multiple of page_size (65536), not 100",
         ),
-        ("host:\n  hpa: random\n", "mine.yaml:9: host.hpa: Invalid enum value 'random'"),
+        ("host:\n  hpa: random\n", "mine.yaml:9: host.hpa: Invalid enum value 'random' (known: contiguous, scatter)"),
         ("name: again\n", "mine.yaml:8: name: given twice"),
         ("host: [\n", "mine.yaml:9: not YAML: expected the node content, but found '<stream end>'"),
         ("notifier: 3\n", "mine.yaml:8: notifier: Expected str, got int"),

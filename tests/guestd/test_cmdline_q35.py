@@ -75,7 +75,9 @@ def test_properties_of_the_iommu() -> None:
     assert options.has("no-fault-on-hit")
     auto = machine("-device intel-iommu").iommu
     assert auto is not None and auto.options().intremap and not auto.options().eim
-    with pytest.raises(ConfigError, match="no quirk 'nonsense'"):
+    with pytest.raises(ConfigError, match=r"'invalidation' does not accept value 'later' \(known: sync\|async\)"):
+        config("-device intel-iommu,invalidation=later")
+    with pytest.raises(ConfigError, match=r"no quirk 'nonsense' can be selected \(known: qemu, "):
         machine("-device intel-iommu,quirks=nonsense")
 
 

@@ -222,6 +222,14 @@ def test_an_unknown_model_is_a_configuration_error(runtime_dir: Path, loop: Loop
     guest.close()
 
 
+def test_a_property_that_its_model_does_not_have_is_named_with_the_device(runtime_dir: Path, loop: Loop) -> None:
+    device = DeviceConfig(id="x", model="edu", addr="02.0", props={"nope": 1})
+    guest = Guest(GuestConfig(machine=PseriesConfig(ram=1 << 24), devices=[device]), runtime_dir, loop, ListTrace())
+    with pytest.raises(ConfigError, match=r"device x: EduDevice has no property 'nope' \(properties: dma_mask\)"):
+        guest.start()
+    guest.close()
+
+
 def test_the_commands_of_qmp_are_commands_here_too(running: Running) -> None:
     assert running.document(control.Qmp("query-status")) == {"status": "running", "running": True}
     running.ask(control.Qmp("stop"))
