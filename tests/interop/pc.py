@@ -87,7 +87,7 @@ class PcQemu:
         if error is None:
             assert status == 0, f"QEMU ended with {status}: {said}"
         else:
-            print(f"QEMU said: {said}")
+            print(f"{self._child.args[0]} (status {status}) said: {said}")
 
     def _end(self) -> None:
         if self._child.poll() is None:

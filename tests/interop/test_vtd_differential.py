@@ -10,9 +10,12 @@ import pytest
 from tests.interop.vtd.campaign import Campaign
 
 pytestmark = pytest.mark.timeout(1500)
-KINDS = ("edu", "testdev", "entry", "invalidate", "queue", "register", "command", "faults")
-REASONS = (0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0xA, 0xB, 0xC, 0x51, 0x59, 0x5B, 0x71, 0x72, 0x80, 0x85)
-"""Those that a driver's mistakes lead to often."""
+KINDS = ("edu", "testdev", "entry", "invalidate", "queue", "register", "command", "faults", "message", "reset")
+REASONS = (
+    *(0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0x7, 0x9, 0xA, 0xB, 0xC, 0x21, 0x22, 0x24, 0x26),
+    *(0x50, 0x51, 0x58, 0x59, 0x5B, 0x70, 0x71, 0x72, 0x73, 0x80, 0x81, 0x85, 0x87),
+)
+"""Of the mistakes that every run makes."""
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,7 @@ def test_every_kind_of_operation_occurs_often(vtd_campaign: Campaign, kind: str)
 @pytest.mark.parametrize("reason", REASONS, ids=hex)
 def test_faults_of_every_reason_are_seen(vtd_campaign: Campaign, reason: int) -> None:
     assert vtd_campaign.seen[f"reason {reason:#x}"] >= 3
+
+
+def test_faults_overflow_and_the_queue_stops(vtd_campaign: Campaign) -> None:
+    assert vtd_campaign.seen["PFO"] >= 50 and vtd_campaign.seen["IQE"] >= 50

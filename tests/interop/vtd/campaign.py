@@ -144,7 +144,7 @@ class Campaign:
             done = 0
             while done < operations:
                 generator = Generator(variant, rng)
-                program = generator.program(LENGTH)
+                program = generator.program(LENGTH) if done else generator.tour()
                 self.left_out += generator.left_out
                 found = compare(variant, machines, program)
                 if isinstance(found, Difference):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from tests.interop.vtd.mistakes import mistakes, steps
 from tests.interop.vtd.operations import (
     Operation,
     bring_up,
@@ -55,6 +56,8 @@ TE, SRTP, SFL, EAFL, WBF, QIE, IRE, SIRTP, CFI = (1 << bit for bit in (31, 30, 2
 R, W = 1, 2
 PS, ACCESSED, DIRTY = 1 << 7, 1 << 5, 1 << 6
 _QUEUE_SLOTS = 256
+TOURS = 2
+"""How often each mistake is in a program that is a tour of them."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,57 @@ class Generator:
         while len(made) < length:
             (_, make), *_ = self.rng.choices(self._kinds, weights)
             made += make()
-        made += [memory(DATA.start, DATA.size), memory(TABLES.start, TABLES.size), memory(STATUS, PAGE)]
-        return made
+        return [*made, *self._end()]
+
+    def tour(self) -> list[Operation]:
+        """Each mistake some times, in no order: queue off, translation and interrupt remapping on."""
+        made = list(self._tables())
+        self.prologue = len(made)
+        remapping = "intremap=off" not in self.variant.properties
+        self.believed.remapping = remapping
+        made += [self._set_root(ROOTS[0]), sequence("command", "IRTA", (IRTA, 8, REMAPPING | 7))]
+        made += [self._set_gcmd(SIRTP), self._global_by_register()]
+        each = list(mistakes(self, remapping=remapping)) * TOURS
+        self.rng.shuffle(each)
+        for mistake in each:
+            wrong, met, right = steps(mistake, self.topology)
+            made += [wrong, self._global_by_register(), met, self._faults_taken(), right]
+        return [*made, *self._end()]
+
+    @staticmethod
+    def _faults_taken() -> Operation:
+        first = (FSTS, 4, None), (FRCD, 8, None), (FRCD + 8, 8, None)
+        return sequence("faults", "faults", *first, (FRCD + 8, 8, 1 << 63), (FSTS, 4, 0x11), (FSTS, 4, None))
+
+    @property
+    def topology(self) -> Topology:
+        """Of the variant."""
+        return self.variant.topology
+
+    @property
+    def scalable(self) -> bool:
+        """The mode of the root table."""
+        return self.variant.mode == "scalable"
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether page tables are those of the first stage."""
+        return self.variant.first_stage
+
+    @staticmethod
+    def _end() -> Iterator[Operation]:
+        yield from (memory(DATA.start, DATA.size), memory(TABLES.start, TABLES.size), memory(STATUS, PAGE))
 
     # -- the beginning -----------------------------------------------------------------------------------------------
 
     def _begin(self) -> Iterator[Operation]:
+        yield from self._tables()
+        yield from self._set_up()
+
+    def _tables(self) -> Iterator[Operation]:
         self.believed = Believed(function_domain=dict.fromkeys(self.sids, 0), silent=self.rng.random() < 0.4)
         yield Operation("reset", "system_reset", ("system_reset",))
-        yield bring_up(self.variant.topology)
+        yield bring_up(self.topology)
         yield clear(ROOTS[0], TABLES.last + 1 - ROOTS[0])
         fills = [f"memset {page:#x} {PAGE:#x} {number + 1:#x}" for number, page in enumerate((*PAGES, *LARGE))]
         yield Operation("clear", "fill the pages", (f"memset {DATA.start:#x} {DATA.size:#x} 0xee", *fills))
@@ -149,8 +194,7 @@ class Generator:
                 yield entry("leaf", place.gpa, self._leaf_value(self.rng.choice(PAGES), R | W))
         yield from self._good_roots()
         for sid in self.sids:
-            yield self._put_context(sid, self._good_context(0))
-        yield from self._set_up()
+            yield self._put_context(sid, self.good_context(0))
 
     def _set_up(self) -> Iterator[Operation]:
         """The unit, after a reset."""
@@ -172,21 +216,21 @@ class Generator:
         yield Operation("reset", "system_reset", ("system_reset",))
         if self.rng.random() < 0.2:
             yield from self._registers()
-        yield bring_up(self.variant.topology)
+        yield bring_up(self.topology)
         yield from self._set_up()
 
     def _good_roots(self) -> Iterator[Operation]:
         for root in ROOTS:
-            for bus in self.variant.topology.buses:
+            for bus in self.topology.buses:
                 yield entry("root", root + bus * 16, *self.good_root(bus))
         if self.variant.mode == "scalable":
             yield entry("directory", PASID_DIRECTORY, PASID_TABLE | 1)
-            yield entry("pasid", PASID_TABLE, *self._good_pasid(0))
-            yield entry("pasid", PASID_TABLE + 64, *self._good_pasid(1))
+            yield entry("pasid", PASID_TABLE, *self.good_pasid(0))
+            yield entry("pasid", PASID_TABLE + 64, *self.good_pasid(1))
 
     def good_root(self, bus: int) -> tuple[int, int]:
         """The root entry of ``bus``."""
-        contexts = self.variant.topology.contexts(bus)
+        contexts = self.topology.contexts(bus)
         return contexts | 1, 0 if self.variant.mode == "legacy" else (contexts + PAGE) | 1
 
     def _keep(self) -> int:
@@ -273,7 +317,8 @@ class Generator:
 
     # -- contexts ----------------------------------------------------------------------------------------------------
 
-    def _good_context(self, index: int) -> tuple[int, ...]:
+    def good_context(self, index: int) -> tuple[int, ...]:
+        """That of a domain."""
         if self.variant.mode == "scalable":
             return PASID_DIRECTORY | 1, index, 0, 0
         domain, levels = DOMAINS[index], self.rng.choice(self.variant.levels)
@@ -283,7 +328,7 @@ class Generator:
     def context_at(self, sid: int) -> int:
         """Where the context entry of ``sid`` is."""
         size = 16 if self.variant.mode == "legacy" else 32
-        return self.variant.topology.contexts(sid >> 8) + (sid & 0xFF) * size
+        return self.topology.contexts(sid >> 8) + (sid & 0xFF) * size
 
     def _put_context(self, sid: int, words: tuple[int, ...]) -> Operation:
         return entry(f"context {sid:#x}", self.context_at(sid), *words)
@@ -292,7 +337,7 @@ class Generator:
         rng = self.rng
         sid = rng.choice(self.sids)
         index = rng.choice((0, 0, 1))
-        words = list(self._good_context(index))
+        words = list(self.good_context(index))
         kind = rng.random()
         if kind < 0.12:
             words[0] &= ~1
@@ -333,7 +378,8 @@ class Generator:
         yield self._flush_contexts(None)
         yield from self._flush_domains()
 
-    def _good_pasid(self, index: int) -> tuple[int, ...]:
+    def good_pasid(self, index: int) -> tuple[int, ...]:
+        """That of a domain."""
         domain = DOMAINS[index]
         if self.variant.first_stage:
             return 1 | 2 << 2 | 1 << 6, PASID_DID + index, domain.root, 0, 0, 0, 0, 0
@@ -344,7 +390,7 @@ class Generator:
     def _pasid(self) -> Iterator[Operation]:
         rng = self.rng
         index = rng.choice((0, 0, 1))
-        words = list(self._good_pasid(index))
+        words = list(self.good_pasid(index))
         kind = rng.random()
         if kind < 0.1:
             words[0] &= ~1
@@ -601,7 +647,7 @@ class Generator:
             self.left_out["DMA as an interrupt request"] += 1
             kind = 0.0
         if kind < 0.8:
-            yield edu_message(self.variant.topology.edu, address, data)
+            yield edu_message(self.topology.edu, address, data)
         else:
             yield edu_dma(
                 address & ~3, rng.choice((4, 4, 8, 12)), to_ram=rng.random() < 0.8, offset=8 * rng.randrange(16)
