@@ -14,6 +14,7 @@ from guestd.machines.q35_places import add_bridge, root_places
 from guestd.machines.qom import QomTree
 from guestd.machines.walk import Walk
 from guestd.places import EXPANDER, Buses, Occupant
+from guestd.remote_peer import is_answering
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.vtd.ports import RID
 from vfio_model.iommu.vtd.queue import InvalidationQueue
@@ -48,6 +49,7 @@ class Q35Board(Board):
         )
         if self.machine.iommu is not None:
             self._completes_later(self.machine.iommu.queue, parts)
+            self.machine.iommu.translation.lookup.may_switch = lambda: not is_answering()
         self._buses: dict[str, PCIBus] = {ROOT_BUS: self.machine.root_bus}
         self._bridges: dict[str, PCIDevice] = {}
         for bridge in config.bridges:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
+
+import pytest
 
 from deploy import run, shipped
 from deploy.scenario import Scenario, Step, Svm
@@ -40,5 +43,17 @@ def test_the_program_with_the_device_in_guestd() -> None:
     scenario = shipped.load_scenario(SCENARIO)
     scenario.devices[0].attach = "emulated"
     tests = [test for test in svm_program.TESTS if test not in ("huge_pages", "pri_stress")]
+    scenario.steps = [Step(svm=Svm(device="svm", test=test)) for test in tests]
+    assert [*facts_of(scenario)] == tests
+
+
+@pytest.mark.parametrize("dma", ["mapped", "message"])
+def test_a_device_that_is_passed_through_without_a_pasid_keeps_its_connection(
+    dma: Literal["mapped", "message"],
+) -> None:
+    """Its first message interrupt makes the unit find the pass-through, while the device is being answered."""
+    scenario = shipped.load_scenario(SCENARIO)
+    scenario.devices[0].dma = dma
+    tests = ["svm_write", "permission_error", "stack_operations"]
     scenario.steps = [Step(svm=Svm(device="svm", test=test)) for test in tests]
     assert [*facts_of(scenario)] == tests

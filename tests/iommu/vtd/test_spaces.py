@@ -128,6 +128,20 @@ def test_pass_through_that_appears_without_an_invalidation_is_found_by_the_first
     assert rig.faults.take() == []
 
 
+def test_a_space_stays_as_it_is_while_nobody_can_be_told() -> None:
+    rig = Rig()
+    rig.enable()
+    space = rig.space()
+    rig.legacy(tt=2)
+    rig.translation.lookup.may_switch = lambda: False
+    dma = DMASpace(space.address_space)
+    assert not dma.write(0x1000, b"abcd") and rig.low[0x1000:0x1004] == b"abcd"
+    assert space.translated
+    rig.translation.lookup.may_switch = lambda: True
+    assert not dma.write(0x1004, b"efgh") and rig.low[0x1004:0x1008] == b"efgh"
+    assert not space.translated
+
+
 def test_a_mapping_in_place_rings_when_its_page_is_invalidated() -> None:
     rig = rig_with_pages()
     rung: list[int] = []

@@ -8,7 +8,7 @@ entry is cached once it was good; PASID entries are read anew with each walk.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from vfio_model.iommu.vtd import quirks
 from vfio_model.iommu.vtd.caches import Doomed, Iotlb, Page
@@ -53,6 +53,9 @@ class Lookup:
         self._silent = options.has(quirks.NO_FAULT_ON_HIT)
         self._marks = not options.has(quirks.FLAGS_SET_ONCE)
         self.iotlb = Iotlb(self.by_source, self._overflowed)
+        self.may_switch: Callable[[], bool] = lambda: True
+        """Whether an address space may change in the middle of an access: not where those who follow it cannot be told
+        now. It is then translated for longer."""
         self.spaces: dict[tuple[int, int, int], VtdSpace] = {}
         """By identity of the bus (the space keeps it alive), devfn and PASID."""
 
@@ -206,7 +209,7 @@ class Lookup:
         if want:
             self._trace("vtd_translate_pt", sid=space.sid, addr=addr & ~_LOW)
             now = self.peek(space)
-            if space.translated and now is not None and now.type is TableType.PASS_THROUGH:
+            if space.translated and now is not None and now.type is TableType.PASS_THROUGH and self.may_switch():
                 self._trace("vtd_pt_enable_fast_path", sid=space.sid, success=1)
                 space.show(False)
         return IOMMUTLBEntry(self.system, addr & ~_LOW, addr & ~_LOW, _LOW, _RW, space.pasid)
