@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,8 +16,11 @@ from deploy import run, scenario, yaml_lines
 from deploy.quantity import dec_hook
 from tests.deploy.page import Page, Step
 from tests.deploy.raw_client import RawClient
+from tests.machine.q35_boards import ram_block
 from vfio_model import device_api
 from vfio_model.devices import DEVICES
+from vfio_model.iommu.vtd.options import VtdOptions
+from vfio_model.machine.q35.machine import Q35Machine, Q35Options
 from vfio_model.memory.dma import DMASpace
 from vfio_model.pci.device import PCIDevice
 from vfio_model.testing import Bench
@@ -91,6 +95,15 @@ def test_the_example_of_a_scenario_runs() -> None:
     example = yaml_lines.parse(code("scenarios.md", "yaml"), "scenarios.md", scenario.Scenario)
     verdict = run.run(example, DOCS, None, lambda *_: None, inline=True)
     assert verdict.passed, verdict.reason
+
+
+def test_the_program_on_the_page_of_the_pc_runs_as_written() -> None:
+    machine = Q35Machine([ram_block()], Q35Options(iommu=VtdOptions()))
+    machine.root_bus.plug(DEVICES["edu"], 0x10)
+    names: dict[str, Any] = {"machine": machine}
+    exec(code("q35.md", "python"), names)
+    assert names["functions"][1].device_id == 0x11E8
+    assert names["vtd"].faults() == [] and names["domain"].table.find(0x4000_0000) is None
 
 
 def test_the_device_of_ones_own_runs_as_written(runtime_dir: Path) -> None:
