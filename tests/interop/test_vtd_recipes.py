@@ -97,20 +97,20 @@ class Driver:
         self.set(0xF0, iova, 8)
         self.set(0xF8, 1 << 63 | 3 << 60 | did << 32, 8)
 
-    def queue(self) -> None:
-        """Of 128-bit descriptors."""
+    def queue(self, *, wide: bool = False) -> None:
+        """Of 128-bit descriptors, or of ``wide`` ones with 256 bits."""
         self.set(0x88, 0)
-        self.set(0x90, QUEUE, 8)
+        self.set(0x90, QUEUE | wide << 11, 8)
         self.set(0x18, TE | QIE)
         assert self.reg(0x1C) & QIE
-        self.tail = 0
+        self.tail, self.wide = 0, wide
 
     def push(self, *descriptors: tuple[int, int]) -> None:
         """At the tail."""
         for low, high in descriptors:
-            self.put(QUEUE + self.tail * 16, low, high)
+            self.put(QUEUE + (self.tail << 4 + self.wide), low, high, *(0, 0) * self.wide)
             self.tail += 1
-        self.set(0x88, self.tail << 4)
+        self.set(0x88, self.tail << 4 + self.wide)
 
     def write(self, iova: int = IOVA, length: int = 64) -> bool:
         """edu fills ``iova``: whether it got there without a fault. The fault stays."""
@@ -164,6 +164,19 @@ def test_the_registers_at_reset(kind: str) -> None:
         assert (one.reg(0x38), one.reg(0xA0), one.reg(0x34), one.reg(0x1C)) == (1 << 31, 1 << 31, 0, 0)
 
 
+def test_a_reset_restores_every_register(kind: str) -> None:
+    with machine(kind, "scalable-mode=on,fsts=on") as one:
+        assert one.reg(0x08, 8) >> 8 & 0x1F == 6
+        assert one.reg(0x08, 8) >> 16 & 0x3F == 47
+        assert one.reg(0x10, 8) >> 43 & 1 and one.reg(0x10, 8) >> 47 & 1
+        before = [one.reg(offset) for offset in range(0, 0x230, 4)]
+        one.scalable(pgtt=4)
+        one.enable(scalable=True)
+        one.queue()
+        one.pc.qmp.ask("system_reset", until="RESET")
+        assert [one.reg(offset) for offset in range(0, 0x230, 4)] == before
+
+
 # -- modes -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,8 +225,9 @@ def test_scalable_first_stage_sets_accessed_and_dirty(kind: str) -> None:
         assert one.pc.load(L4, 8) & 0x60 == 0x20
 
 
-def test_scalable_pass_through(kind: str) -> None:
-    with machine(kind, "scalable-mode=on,fsts=on") as one:
+@pytest.mark.parametrize("properties", ["scalable-mode=on", "scalable-mode=on,fsts=on"])
+def test_scalable_pass_through(kind: str, properties: str) -> None:
+    with machine(kind, properties) as one:
         one.scalable(pgtt=4)
         one.enable(scalable=True)
         assert one.check(OTHER, OTHER) == 0
@@ -278,6 +292,37 @@ def test_the_queue_invalidates_by_every_granularity(kind: str, descriptor: tuple
         one.push(descriptor, (2 << 32 | 0x25, STATUS))
         assert (one.reg(0x80), one.pc.load(STATUS, 4)) == (0x20, 2)
         assert one.check(OTHER) == 0
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "forgotten"),
+    [
+        ((DID << 16 | 0x26, 0), True),
+        ((DID << 16 | 0x36, IOVA), True),
+        ((DID << 16 | 0x36, IOVA | 2), True),
+        ((DID << 16 | 0x36, IOVA + 0x1000), False),
+        ((DID << 16 | 1 << 32 | 0x26, 0), False),
+        ((DID + 1 << 16 | 0x26, 0), False),
+        ((DID << 16 | 0x32, IOVA + 0x1000), True),
+        ((0x37, 0), False),
+        ((DID << 16 | 0x07, 0), False),
+        ((DID << 16 | 0x17, 0), False),
+    ],
+)
+def test_first_stage_translations_are_invalidated_by_pasid(
+    kind: str, descriptor: tuple[int, int], forgotten: bool
+) -> None:
+    with machine(kind, "scalable-mode=on,fsts=on") as one:
+        one.table(flags=FIRST_STAGE)
+        one.leaf(DATA | FIRST_STAGE)
+        one.scalable(pgtt=1)
+        one.enable(scalable=True)
+        assert one.check(DATA) == 0
+        one.leaf(OTHER | FIRST_STAGE)
+        one.queue(wide=True)
+        one.push(descriptor, (2 << 32 | 0x25, STATUS))
+        assert (one.reg(0x80), one.reg(0x34), one.pc.load(STATUS, 4)) == (0x40, 0, 2)
+        assert one.check(OTHER if forgotten else DATA) == 0
 
 
 def test_an_unknown_descriptor_stops_the_queue(kind: str) -> None:
