@@ -95,11 +95,11 @@ def test_smi_lock_stays() -> None:
 
 def test_a_reset_leaves_what_has_no_reset_value() -> None:
     machine = q35()
-    for devfn, offset in ((MCH, 0x44), (MCH, 0x91), (LPC, 0x45), (LPC, 0x60), (LPC, 0xF0), (SMBUS, 0x44)):
+    kept = [(MCH, 0x44), (MCH, 0x91), (LPC, 0x45), (SMBUS, 0x44), (SMBUS, 0x40), (AHCI, 0x90)]
+    for devfn, offset in (*kept, (LPC, 0x60), (LPC, 0xF0)):
         config_write(machine, devfn, offset, 0xA4, 1)
     machine.reset()
-    kept = [(devfn, at) for devfn, at in ((MCH, 0x44), (MCH, 0x91), (LPC, 0x45), (SMBUS, 0x44))]
-    assert [config_read(machine, devfn, at, 1) for devfn, at in kept] == [0xA4] * 4
+    assert [config_read(machine, devfn, at, 1) for devfn, at in kept] == [0xA4] * 6
     assert (config_read(machine, LPC, 0x60, 1), config_read(machine, LPC, 0xF0)) == (0x80, 0)
 
 

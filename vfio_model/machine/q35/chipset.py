@@ -11,7 +11,7 @@ not named here keep what is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vfio_model.machine.q35 import regs
 from vfio_model.pci.bar import BarSpec, BarType
@@ -142,7 +142,16 @@ class Ich9Lpc(PCIDevice):
 
 
 class _Quiet(PCIDevice):
-    """A function whose registers all read zero and keep nothing."""
+    """A function whose registers all read zero and keep nothing. ``KEPT``: its register in configuration space that a
+    reset leaves alone, as QEMU does."""
+
+    KEPT: ClassVar[str]
+
+    def reset_hold(self) -> None:
+        """All but that one."""
+        kept = self.config.get(self.KEPT)
+        super().reset_hold()
+        self.config.set(self.KEPT, kept)
 
     def bar_read(self, bar: int, offset: int, size: int) -> int | None:
         """Zero."""
@@ -154,6 +163,7 @@ class Ich9Ahci(_Quiet):
 
     VENDOR_ID, DEVICE_ID, CLASS_ID, REVISION = INTEL, 0x2922, 0x0106, 2
     CLASS_PROG, INTERRUPT_PIN = 1, 1
+    KEPT = "map"
     BARS = (BarSpec(4, 32, BarType.IO, access=(1, 4)), BarSpec(5, 4096, access=(1, 8)))
     VMSTATE = VMStateDescription("ich9_ahci", 1, (PARENT,))
 
@@ -179,6 +189,7 @@ class Ich9Smbus(_Quiet):
 
     VENDOR_ID, DEVICE_ID, CLASS_ID, REVISION = INTEL, 0x2930, 0x0C05, 2
     INTERRUPT_PIN = 1
+    KEPT = "hostc"
     BARS = (BarSpec(4, 64, BarType.IO, access=(1, 4)),)
     VMSTATE = VMStateDescription("ich9_smb", 1, (PARENT,))
 
