@@ -77,6 +77,8 @@ def test_smbase_answers_and_is_locked() -> None:
         assert config_read(machine, MCH, 0x9C, 1) == then
     machine.reset()
     assert config_read(machine, MCH, 0x9C, 1) == 0
+    config_write(machine, MCH, 0x9C, 0x43, 1)
+    assert config_read(machine, MCH, 0x9C, 1) == 2, "locked without having asked"
 
 
 def test_tseg_says_how_much_it_can_be() -> None:

@@ -80,6 +80,8 @@ class Mch(PCIDevice):
             new = regs.SMBASE_LOCK if new & regs.SMBASE_LOCK else old
         elif new == regs.SMBASE_QUERY:
             new = regs.SMBASE_IN_RAM
+        elif new & regs.SMBASE_LOCK:
+            new = regs.SMBASE_LOCK
         self.config.set("smbase", new)
 
     def _tseg_written(self) -> None:
