@@ -47,6 +47,7 @@ from tests.interop.vtd.places import (
     Place,
 )
 from tests.interop.vtd.topology import ROOT_BUS, Topology
+from vfio_model.ranges import U64_MAX
 
 VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD, FSTS = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28, 0x34
 FECTL, FEDATA, FEADDR, FEUADDR = 0x38, 0x3C, 0x40, 0x44
@@ -280,6 +281,7 @@ class Generator:
         perm = self.rng.choice((3, 3, 3, 3, 1, 2, 0))
         page = self.rng.choice(PAGES) if self.rng.random() < 0.97 else OUTSIDE
         value = self._odd(self._leaf_value(page, perm)) if perm or self.rng.random() < 0.3 else 0
+        value = value if self.rng.random() < 0.99 else U64_MAX
         yield entry("leaf", place.gpa, value)
         yield from self._after(domain, place)
 
@@ -298,7 +300,7 @@ class Generator:
         domain = self._domain()
         place = self.rng.choice(domain.inner)
         good = self._inner_value(place)
-        value = self.rng.choice((good, good, good, good & ~W, good & ~R, 0, OUTSIDE | 7, self._odd(good)))
+        value = self.rng.choice((good, good, good, good & ~W, good & ~R, 0, OUTSIDE | 7, self._odd(good), U64_MAX))
         yield entry("inner", place.gpa, value)
         yield from self._after(domain, place)
         if value != good and self.rng.random() < 0.9:

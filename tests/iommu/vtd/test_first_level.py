@@ -212,3 +212,11 @@ def test_every_type_alone_in_a_unit_that_nests() -> None:
     assert rig.translate(0x5000, RW, 5)[1] == TABLES + 0x10_5000
     rig.scalable(6, 1 << 6 | 2 << 2 | 1, 1, TABLES + 0x10_0000)
     assert rig.blocked(0, RO, 6) == [0x71], "its tables are where it says, not behind the second level"
+
+
+@pytest.mark.parametrize(("at", "peer_s"), [(0x1000_47F0, 0x73), (0x1000_5240, 0x70), (LEAF, 0x70)])
+def test_an_entry_of_all_ones_has_reserved_bits_but_a_peer_s(at: int, peer_s: int) -> None:
+    for quirks, expected in ((frozenset(), 0x72), (frozenset({"all-ones-unreadable"}), peer_s)):
+        rig = example(quirks=quirks)
+        rig.store(at, (1 << 64) - 1)
+        assert rig.blocked(IOVA, RO, 5) == [expected]

@@ -159,3 +159,13 @@ def test_a_page_over_the_interrupt_range_is_no_translation() -> None:
     assert rig.blocked(IOVA) == [0xE]
     rig, _ = mapped(0xFEF0_0003)
     assert rig.translate(IOVA)[1] == 0xFEF0_0000
+
+
+@pytest.mark.parametrize(("level", "peer_s"), [(4, 3), (3, 7), (2, 7), (1, 7)])
+def test_an_entry_of_all_ones_has_reserved_bits_but_a_peer_s(level: int, peer_s: int) -> None:
+    for quirks, expected in ((frozenset(), 0xC), (frozenset({"all-ones-unreadable"}), peer_s)):
+        rig = Rig(quirks=quirks)
+        table = rig.legacy()
+        rig.tables_for(table, 4, 0, (1 << 64) - 1, level=level)
+        rig.enable()
+        assert rig.blocked(0) == [expected]

@@ -32,6 +32,7 @@ SVT_BUS_SWAPPED: Final = "svt-bus-swapped"
 FPD_WHEN_PRESENT: Final = "fpd-when-present"
 FS1GP_IGNORED: Final = "fs1gp-ignored"
 FLAGS_SET_ONCE: Final = "flags-set-once"
+ALL_ONES_UNREADABLE: Final = "all-ones-unreadable"
 PASID_CHECKED_ONCE: Final = "pasid-checked-once"
 PASS_THROUGH_LINGERS: Final = "pass-through-lingers"
 GOES_ON_AFTER_FAULT: Final = "goes-on-after-fault"
@@ -109,6 +110,14 @@ QUIRKS: Final = (
         "a walk sets both if neither is set, else none of them, and a cached translation sets none: the leaf of a page "
         "that was read first never becomes dirty",
         "3.6.2, Accessed and Dirty Flags: before a write the dirty flag is set",
+        selectable=True,
+    ),
+    Quirk(
+        ALL_ONES_UNREADABLE,
+        "2.2 to 11.1",
+        "a paging entry of all ones has reserved bits set (0xc, 0x72)",
+        "it counts as one that cannot be read (0x7 and 0x70, 0x3 and 0x73 at the top)",
+        "7.1, Fault Conditions: reserved fields of a paging entry",
         selectable=True,
     ),
     Quirk(

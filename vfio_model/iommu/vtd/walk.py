@@ -92,6 +92,7 @@ class Walker:
         self.second_reserved, self.first_reserved = second_reserved(options), first_reserved(options)
         self._address = ADDRESS_BITS & (1 << options.aw_bits) - 1
         self._flags_once = options.has(quirks.FLAGS_SET_ONCE)
+        self._ones = options.has(quirks.ALL_ONES_UNREADABLE)
         scalable = options.scalable_mode
         self._interrupt = Reason.SCALABLE_INTERRUPT_ADDRESS if scalable else Reason.INTERRUPT_ADDRESS
 
@@ -107,10 +108,21 @@ class Walker:
             done = self._first(binding, iova, want, soft_write)
         else:
             done = self._nested(binding, iova, want, soft_write)
+        if done.pte == U64_MAX and done.reason and self._ones:
+            return self._unreadable(binding, done.level)
         page = done.page
         if page <= INTERRUPT_LAST and page | _PAGE_MASKS[done.level] >= INTERRUPT_FIRST and done.reason is _GOOD:
             return Walk(self._interrupt, done.level)
         return done
+
+    @staticmethod
+    def _unreadable(binding: Binding, level: int) -> Walk:
+        """By quirk: an entry that is all ones."""
+        if binding.type is TableType.SECOND:
+            top, reason = level == binding.second_levels, Reason.PAGING_UNREADABLE
+            return Walk(Reason.CONTEXT_INVALID if top else reason, level)
+        top = level == binding.first_levels
+        return Walk(Reason.FIRST_ROOT_INVALID if top else Reason.FIRST_UNREADABLE, level)
 
     # -- second level --------------------------------------------------------------------------------------------
 
@@ -135,7 +147,7 @@ class Walker:
                 return Walk(Reason.WRITE if write else Reason.READ, level)
             leaf = level == 1 or pte & LARGE
             if pte & (large if level > 1 and leaf else plain)[level]:
-                return Walk(Reason.PAGING_RESERVED, level)
+                return Walk(Reason.PAGING_RESERVED, level, pte=pte)
             if leaf:
                 return Walk(_GOOD, level, pte & mask & ~_PAGE_MASKS[level], perm, pte)
             addr = pte & mask
@@ -157,7 +169,7 @@ class Walker:
             writable = writable and bool(pte & WRITABLE)
             reason = self._first_permits(pte, level, want)
             if reason:
-                return Walk(reason, level)
+                return Walk(reason, level, pte=pte)
             leaf = level == 1 or bool(pte & LARGE)
             marked = self._marked(pte, want, leaf and writable and (soft_write or bool(want & WRITE)))
             if marked != pte and not memory.store(at, marked):
