@@ -1,7 +1,7 @@
 """Accesses that go on after a piece that failed, as QEMU's do.
 
-What fails reads zero and takes nothing, what comes behind it moves, and the result has the bits of all failures. A piece
-is a page of an IOMMU, an access that an I/O region takes, or what of the access lies in one range or in one hole.
+What fails reads zero and takes nothing, what comes behind it moves, and the result has the bits of all failures. A
+piece is a page of an IOMMU, an access that an I/O region takes, or what of the access lies in one range or one hole.
 """
 
 from __future__ import annotations
