@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import socket
-from contextlib import closing
 
 import numpy as np
 import psutil
@@ -16,14 +16,15 @@ from deploy.bench import atc, dma, emulated, mapped, nvme, pages, vfio_user, wal
 from deploy.bench.measure import Row
 from deploy.bench.report import show
 from deploy.bench.stream_echo import echo
+from deploy.inline.vfio_user import attached
 from deploy.inline.vtd_guest import running
-from protocols.transport.vfio_user import connect
 from protocols.vfio_user import messages as wire
-from protocols.vfio_user.messages import Capabilities, Command
+from protocols.vfio_user.messages import Command
 from vfio_model.devices.edu import regs as edu
 from vfio_model.devices.nvme.regs import NvmOpcode
 from vfio_model.errors import VfioModelError
 from vfio_model.memory.types import IOMMUAccessFlags
+from vfio_model.vfio.vfio_user import DmaChange
 
 
 def open_descriptors(pid: int) -> int:
@@ -56,18 +57,14 @@ def test_the_bare_client_asks_what_ours_asks() -> None:
     os.close(memory)
 
 
-def test_a_served_device_is_asked_maps_and_unmaps() -> None:
+def test_guestds_own_client_reads_maps_and_unmaps() -> None:
     memory = vfio_user.guest_memory()
-    with vfio_user.served("edu") as (path, pid), closing(connect(path, "edu", Capabilities())) as endpoint:
-        client = vfio_user.Client(endpoint)
-        answer = client.ask(Command.REGION_READ, wire.RegionAccess(edu.IDENTIFICATION, 0, 4))
-        assert isinstance(answer, wire.RegionAccess)
-        assert answer.data == edu.IDENTIFICATION_VALUE.to_bytes(4, "little")
-        assert client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory]) == wire.Empty()
-        with pytest.raises(VfioModelError, match="File exists"):
-            client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory])
-        client.ask(Command.DMA_UNMAP, wire.DmaUnmap(size=4096))
-        assert client.ask(Command.DMA_MAP, wire.DmaMap(flags=3, size=4096), [memory]) == wire.Empty()
+    change = DmaChange(True, 0, 4096, 3, memory)
+    with vfio_user.served("edu") as (path, pid), attached(path, "edu") as client:
+        data = client.region_read(0, edu.IDENTIFICATION, 4)
+        assert data == edu.IDENTIFICATION_VALUE.to_bytes(4, "little")
+        assert client.dma_many([change]) == [0]
+        assert client.dma_many([change]) == [errno.EEXIST]
     assert not psutil.pid_exists(pid)
     os.close(memory)
 

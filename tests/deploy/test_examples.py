@@ -177,12 +177,13 @@ def test_a_copy_goes_on_in_another_process(runtime_dir: Path, ram: Ram, events: 
         submit(here, 0, copy, length)
         here.wait(lambda: ram.view[copy : copy + PAGE] == data[:PAGE])
         here.go(raw.PRE_COPY)
-        assert here.save() == b"", "nothing before it stands"
+        first = here.save()
+        assert first and here.save() == b"", "its state, while it goes on; then what of it has changed"
         here.go(raw.STOP_COPY)
         assert here.read(0, copier.QUEUED, 8) == 1, "under way"
         moved = ram.view[copy : copy + length]
         there.go(raw.RESUMING)
-        there.load(here.save())
+        there.load(first + here.save())
         assert there.read(0, copier.QUEUED, 8) == 0, "not taken before all of it was written"
         there.go(raw.STOP)
         assert there.read(0, copier.QUEUED, 8) == 1

@@ -73,7 +73,7 @@ def test_a_guest_whose_destination_cannot_take_it_goes_on(tmp_path: Path) -> Non
         {"hcall": {"name": "H_GET_TCE", "args": [0x80000000, 0]}},
     ]
     devices = [{"id": "nic", "model": "edu", "attach": "assigned", "addr": "02.0"}]
-    document = {"name": "stays", "machine": {"ram": 64 << 20}, "devices": devices, "steps": steps}
+    document = {"name": "stays", "machine": {"type": "pseries", "ram": 64 << 20}, "devices": devices, "steps": steps}
     verdict = run.run(msgspec.convert(document, Scenario, dec_hook=dec_hook), Path(), None, lambda *_: None)
     assert verdict.passed and verdict.leftovers == [], verdict.reason
     assert "failed" in verdict.steps[4].text and "is gone" in verdict.steps[4].text
