@@ -16,7 +16,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from protocols.codec import Codec
-from protocols.fields import U32, U64, Message, Name, Pid, Text
+from protocols.fields import U64, Message, Name, Pid, Text
 
 MAX_SPACES = 1024
 MAX_RECORDS = 4096
