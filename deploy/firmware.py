@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deploy import dma_drivers
-from deploy.scenario import Q35, ROOT_BUS, Device, Machine, Pseries
+from deploy.scenario import Q35, ROOT_BUS, Device, Pseries, Scenario
 from deploy.system import DmaDriver, GuestCpu
 from vfio_model.errors import ConfigError
-from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.pc import PortConfig, enable_ecam, mmio_window
 from vfio_model.guest_drivers.pci import MmioWindow, PciFunction, bring_up
@@ -80,61 +79,67 @@ class _PcFirmware:
         return None if function is None else (function, mmio_window().to_cpu)
 
 
-class Firmware:
-    """The functions of ``machine``, once :meth:`bring_up` has run."""
+class DrivenGuest:
+    """The part of a system that is the guest's firmware and drivers; :attr:`cpu` is the rest's to set."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    cpu: GuestCpu
+
+    def __init__(self, scenario: Scenario) -> None:
+        machine = self._machine = scenario.machine
+        self._devices = {device.id: device for device in scenario.devices}
+        self._firmware = _PseriesFirmware(machine) if isinstance(machine, Pseries) else _PcFirmware(machine)
+        self._drivers: dict[str, DmaDriver] = {}
         self._kernel: tuple[str, SvmKernel] | None = None
         """The device that it drives, and the kernel."""
-        self._firmware = _PseriesFirmware(machine) if isinstance(machine, Pseries) else _PcFirmware(machine)
 
-    def bring_up(self, cpu: GuestCpu) -> None:
-        """Find and start everything that is plugged now."""
-        self._firmware.bring_up(cpu)
+    def bring_up(self) -> None:
+        """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
+        self._firmware.bring_up(self.cpu)
 
-    def driver(self, cpu: Cpu, device: Device) -> DmaDriver:
-        """A DMA driver of ``device``.
+    def driver(self, device: str) -> DmaDriver:
+        """See :class:`~deploy.system.System`. :raise ConfigError: it is not on the bus, here and below."""
+        if device not in self._drivers:
+            config = self._devices[device]
+            function, to_cpu = self._function(config)
+            self._drivers[device] = dma_drivers.bind(self.cpu, device, config.model, function, to_cpu)
+        return self._drivers[device]
 
-        :raise ConfigError: when there is none for its model, or it is not on the bus.
-        """
-        function, to_cpu = self._function(device)
-        return dma_drivers.bind(cpu, device.id, device.model, function, to_cpu)
+    def burst(self, device: str) -> DmaBurstDriver:
+        """See :class:`~deploy.system.System`."""
+        config = self._devices[device]
+        if config.model != "dma-burst":
+            raise ConfigError(f"{device}: a {config.model} does not write without pause", hint="use a dma-burst")
+        function, to_cpu = self._function(config)
+        return DmaBurstDriver(self.cpu, to_cpu(function.bars[0].address))
 
-    def burst(self, cpu: Cpu, device: Device) -> DmaBurstDriver:
-        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
-        if device.model != "dma-burst":
-            raise ConfigError(f"{device.id}: a {device.model} does not write without pause", hint="use a dma-burst")
-        function, to_cpu = self._function(device)
-        return DmaBurstDriver(cpu, to_cpu(function.bars[0].address))
-
-    def requester(self, device: Device) -> int:
-        """The requester ID of ``device`` at a PC's IOMMU. :raise ConfigError: it is not on the bus."""
-        self._function(device)
+    def requester(self, device: str) -> int:
+        """See :class:`~deploy.system.System`."""
+        config = self._devices[device]
+        self._function(config)
         if not isinstance(self._firmware, _PcFirmware):
-            raise ConfigError(f"{device.id}: only a PC's requests have an ID")
-        return self._firmware.requester(device.bus, PCIAddress.parse(device.addr).devfn)
+            raise ConfigError(f"{device}: only a PC's requests have an ID")
+        return self._firmware.requester(config.bus, PCIAddress.parse(config.addr).devfn)
 
-    def svm(self, cpu: GuestCpu, device: Device) -> SvmKernel:
+    def svm(self, device: str) -> SvmKernel:
         """The kernel of the guest, which drives ``device``, an svm, and nothing else; booted at first use.
 
         :raise ConfigError: it is none, or not on the root bus of a q35; another one is driven.
         """
         if self._kernel is None:
-            self._kernel = device.id, self._boot(cpu, device)
+            self._kernel = device, self._boot(self._devices[device])
         driven, kernel = self._kernel
-        if driven != device.id:
-            raise ConfigError(f"{device.id}: the guest drives {driven}, and no other svm")
+        if driven != device:
+            raise ConfigError(f"{device}: the guest drives {driven}, and no other svm")
         return kernel
 
-    def _boot(self, cpu: GuestCpu, device: Device) -> SvmKernel:
+    def _boot(self, device: Device) -> SvmKernel:
         if device.model != "svm":
             raise ConfigError(f"{device.id}: a {device.model} shares no address space", hint="use an svm")
         function, to_cpu = self._function(device)
         if not isinstance(self._machine, Q35) or function.bus:
             raise ConfigError(f"{device.id}: its driver looks for it on {ROOT_BUS} of a q35")
         low = min(int(self._machine.ram), q35_regs.LOW_RAM_SPLIT)
-        return SvmKernel.boot(cpu, enable_ecam(cpu), function.devfn, to_cpu(function.bars[0].address), low)
+        return SvmKernel.boot(self.cpu, enable_ecam(self.cpu), function.devfn, to_cpu(function.bars[0].address), low)
 
     def _function(self, device: Device) -> tuple[PciFunction, ToCpu]:
         found = self._firmware.find(device)

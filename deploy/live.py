@@ -16,17 +16,14 @@ import msgspec
 from deploy import assemble, events, explain
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
-from deploy.firmware import Firmware
+from deploy.firmware import DrivenGuest
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.migration import Mover
 from deploy.scenario import At, Migrate, Pseries, Scenario, Wait
-from deploy.system import DmaDriver
 from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError
-from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
-from vfio_model.guest_drivers.svm_kernel import SvmKernel
 
 A = TypeVar("A")
 _LOOK_SECONDS = 0.02
@@ -119,24 +116,21 @@ class ControlCpu:
         return self._ask(control.ClockStep(ns), control.Value).value
 
 
-class LiveSystem:
+class LiveSystem(DrivenGuest):
     """A run's processes. ``trace`` is the operator's own log, which is merged with theirs;
     ``on_wait`` is called now and then while an answer is awaited, and may raise.
     """
 
+    cpu: ControlCpu
+
     def __init__(self, scenario: Scenario, launcher: Launcher, on_wait: Callable[[], None]) -> None:
+        super().__init__(scenario)
         self._scenario, self._launcher, self._on_wait = scenario, launcher, on_wait
         self._events = EventFile(launcher.directory / "operator.events")
         self.trace = self._events.trace
         self._links: dict[str, Link] = {}
         self._mover = Mover(scenario, launcher, self._watch)
         self.cpu = ControlCpu(self._link("guestd"), big_endian=isinstance(scenario.machine, Pseries))
-        self._firmware = Firmware(scenario.machine)
-        self._drivers: dict[str, DmaDriver] = {}
-
-    def bring_up(self) -> None:
-        """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
-        self._firmware.bring_up(self.cpu)
 
     def _link(self, role: str) -> Link:
         if role not in self._links:
@@ -150,30 +144,6 @@ class LiveSystem:
     def devices(self) -> list[DeviceInfo]:
         """The guest's devices."""
         return explain.devices(self._link("guestd"))
-
-    def driver(self, device: str) -> DmaDriver:
-        """The DMA driver of ``device``. :raise ConfigError: when there is none for its model, or it is not on the
-        bus.
-        """
-        if device not in self._drivers:
-            config = next(each for each in self._scenario.devices if each.id == device)
-            self._drivers[device] = self._firmware.driver(self.cpu, config)
-        return self._drivers[device]
-
-    def burst(self, device: str) -> DmaBurstDriver:
-        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.burst(self.cpu, config)
-
-    def requester(self, device: str) -> int:
-        """See :class:`~deploy.system.System`."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.requester(config)
-
-    def svm(self, device: str) -> SvmKernel:
-        """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.svm(self.cpu, config)
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """Whether the guest has moved to another guestd, and how it ended in words."""

@@ -14,12 +14,11 @@ import msgspec
 from deploy import assemble
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation, Stage, choose_device, compare
-from deploy.firmware import Firmware
+from deploy.firmware import DrivenGuest
 from deploy.inline.guest import InlineGuest
 from deploy.inline.host import InlineHost, lossless
 from deploy.inline.log import InlineLog
 from deploy.scenario import At, Migrate, Scenario, Wait
-from deploy.system import DmaDriver
 from guestd.config import GuestConfig
 from guestd.control import MAX_TIME_NS
 from guestd.explain import explain as explain_stage1
@@ -27,8 +26,6 @@ from guestd.machines.board import Paravirtual
 from protocols.interpose import Interposer, Rule, decode_rules
 from protocols.transport.loop import Loop
 from vfio_model.errors import ConfigError, VfioModelError
-from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
-from vfio_model.guest_drivers.svm_kernel import SvmKernel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,22 +148,23 @@ class InlineCpu:
         return self._do(self._guest.step_clock, ns)
 
 
-class InlineSystem:
+class InlineSystem(DrivenGuest):
     """See the module's head. ``before`` is called ahead of each command of the CPU, and may raise.
 
     :raise ConfigError: as :func:`check`. :raise StartRefused: when a part cannot be built.
     """
 
+    cpu: InlineCpu
+
     def __init__(self, scenario: Scenario, before: Callable[[], None] = lambda: None) -> None:
         check(scenario)
+        super().__init__(scenario)
         self._scenario = scenario
         self._log = InlineLog()
         self.trace = self._log.trace("operator")
         self._loop = Loop()
         self._host: InlineHost | None = None
         self._guest: InlineGuest | None = None
-        self._firmware = Firmware(scenario.machine)
-        self._drivers: dict[str, DmaDriver] = {}
         try:
             self.host, self.guest = self._start()
         except VfioModelError:
@@ -192,37 +190,9 @@ class InlineSystem:
             raise StartRefused("guestd", error) from error
         return host, guest
 
-    def bring_up(self) -> None:
-        """What firmware does: find the devices, place their BARs, switch on decoding and bus mastering."""
-        self._firmware.bring_up(self.cpu)
-
     def devices(self) -> list[DeviceInfo]:
         """The guest's devices."""
         return [msgspec.convert(self.guest.device_status(name), DeviceInfo) for name in self.guest.devices]
-
-    def driver(self, device: str) -> DmaDriver:
-        """The DMA driver of ``device``. :raise ConfigError: when there is none for its model, or it is not on the
-        bus.
-        """
-        if device not in self._drivers:
-            config = next(each for each in self._scenario.devices if each.id == device)
-            self._drivers[device] = self._firmware.driver(self.cpu, config)
-        return self._drivers[device]
-
-    def burst(self, device: str) -> DmaBurstDriver:
-        """The driver of ``device``, a dma-burst. :raise ConfigError: it is none, or it is not on the bus."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.burst(self.cpu, config)
-
-    def requester(self, device: str) -> int:
-        """See :class:`~deploy.system.System`."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.requester(config)
-
-    def svm(self, device: str) -> SvmKernel:
-        """The kernel that drives ``device``. :raise ConfigError: when it is no svm."""
-        config = next(each for each in self._scenario.devices if each.id == device)
-        return self._firmware.svm(self.cpu, config)
 
     def migrate(self, wanted: Migrate) -> tuple[bool, str]:
         """:func:`check` has refused it."""
