@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Final
 
 from tests.interop.pc import PcQemu
-from tests.interop.vtd.generator import Generator, Variant
+from tests.interop.vtd.generator import Generator
 from tests.interop.vtd.operations import Operation
 from tests.interop.vtd.topology import BEHIND_BRIDGES, BYPASSED
+from tests.interop.vtd.variants import Variant
 
 OPERATIONS: Final = 24_000
 LENGTH: Final = 400
 """Operations of a program."""
 _SHRINK_RUNS: Final = 300
 _SVM: Final = "scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=8,svm=on"
+_EVERYTHING: Final = f"{_SVM},caching-mode=on,snoop-control=on,stale-tm=on,eim=on"
 _RESET: Final = "system_reset"
 
 VARIANTS: Final = (
@@ -41,6 +43,8 @@ VARIANTS: Final = (
     Variant("bridges", topology=BEHIND_BRIDGES),
     Variant("scalable-bridges", "scalable-mode=on", mode="scalable", topology=BEHIND_BRIDGES),
     Variant("bypass", topology=BYPASSED),
+    Variant("no-translation", "dma-translation=off"),
+    Variant("everything", _EVERYTHING, mode="scalable", first_stage=True, levels=(4,), topology=BEHIND_BRIDGES),
 )
 
 
