@@ -104,9 +104,7 @@ class Board:
 
     def expander(self, devfn: int = SLOT, **props: object) -> PxbPcie:
         """Plug an expander."""
-        made = self.root.plug(PxbPcie, devfn, **props)
-        assert isinstance(made, PxbPcie)
-        return made
+        return self.root.plug(PxbPcie, devfn, **props)
 
     # -- the guest ---------------------------------------------------------------------------------------------------
 

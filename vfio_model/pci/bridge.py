@@ -52,7 +52,50 @@ class OnBus(Protocol):
         """The place."""
 
 
-class PCIBridge(PCIDevice):
+class HasBus(PCIDevice):
+    """A function on a bus, with another bus behind it. A model makes the latter."""
+
+    secondary: PCIBus
+    """The bus behind it."""
+    _place: OnBus
+
+    @property
+    def bus(self) -> PCIBus:
+        """The bus that it is on."""
+        return self._place.bus
+
+    @property
+    def devfn(self) -> int:
+        """The place there."""
+        return self._place.devfn
+
+    def realize(self) -> None:
+        """Hang the secondary bus on the primary one."""
+        self.bus.children.append(self.secondary)
+
+    def unrealize(self) -> None:
+        """Take out what is behind, deepest first, then the bus."""
+        for devfn in list(self.secondary.devices):
+            self.secondary.detach(devfn)
+        self.bus.children.remove(self.secondary)
+
+    def reset_enter(self) -> None:
+        """Also of all that is behind."""
+        super().reset_enter()
+        self.secondary.reset_enter()
+
+    def reset_hold(self) -> None:
+        """Also of all that is behind."""
+        self.secondary.reset_hold()
+        super().reset_hold()
+
+    def reset_exit(self) -> None:
+        """Also of all that is behind."""
+        super().reset_exit()
+        self.secondary.reset_exit()
+
+
+class PCIBridge(HasBus):
     """Base of bridges with a type 1 header. A model states its facts: identity, capabilities and their places.
 
     :raise ConfigError: when it is made anywhere but on a bus.
@@ -80,7 +123,6 @@ class PCIBridge(PCIDevice):
         super().__init__(host, **props)
         self._add_capabilities()
         self.secondary = self._make_bus(self.props["id"] or self._default_name())
-        """The bus behind it."""
         for name in _WINDOWS:
             self.config.on_write(name, self._update_windows)
         self.config.on_write("bridge_control", self._control_written)
@@ -130,28 +172,12 @@ class PCIBridge(PCIDevice):
             upstream=self,
         )
 
-    def realize(self) -> None:
-        """Hang the secondary bus on the primary one."""
-        self.bus.children.append(self.secondary)
-
     def unrealize(self) -> None:
-        """Take out what is behind, deepest first, then the bus."""
-        for devfn in list(self.secondary.devices):
-            self.secondary.detach(devfn)
+        """Close the windows, too."""
+        super().unrealize()
         self._hide_windows()
-        self.bus.children.remove(self.secondary)
 
     # -- as the secondary bus sees it --------------------------------------------------------------------------------
-
-    @property
-    def bus(self) -> PCIBus:
-        """The primary bus."""
-        return self._place.bus
-
-    @property
-    def devfn(self) -> int:
-        """The place there."""
-        return self._place.devfn
 
     @property
     def number(self) -> int:
@@ -284,22 +310,11 @@ class PCIBridge(PCIDevice):
         super()._bind_dma()
         self.secondary.update_forwarding()
 
-    def reset_enter(self) -> None:
-        """Also of all that is behind."""
-        super().reset_enter()
-        self.secondary.reset_enter()
-
     def reset_hold(self) -> None:
-        """Also of all that is behind. The guest has to number buses and open windows anew."""
-        self.secondary.reset_hold()
+        """The guest has to number buses and open windows anew."""
         super().reset_hold()
         self.populated()
         self._settle()
-
-    def reset_exit(self) -> None:
-        """Also of all that is behind."""
-        super().reset_exit()
-        self.secondary.reset_exit()
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """See :class:`PCIDevice`."""

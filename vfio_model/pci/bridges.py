@@ -22,8 +22,8 @@ from vfio_model.errors import ConfigError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci import port_caps
 from vfio_model.pci.bar import BarSpec, BarType
-from vfio_model.pci.bridge import PCIBridge
-from vfio_model.pci.device import MSIX_STATE, PARENT, PCIDevice, Prop
+from vfio_model.pci.bridge import HasBus, PCIBridge
+from vfio_model.pci.device import MSIX_STATE, PARENT, Prop
 from vfio_model.pci.expander import PxbPcie
 from vfio_model.pci.express import ExpressCapability, ExpressSpec, PortType
 from vfio_model.pci.msi import CONTROL_64BIT, CONTROL_MASKS
@@ -247,7 +247,7 @@ class I82801b11Bridge(PCIBridge):
         port_caps.add_subsystem(self.config, 0, 0, (0x50, 0))
 
 
-BRIDGES: Mapping[str, type[PCIDevice]] = {
+BRIDGES: Mapping[str, type[HasBus]] = {
     "pcie-root-port": PcieRootPort,
     "ioh3420": Ioh3420,
     "x3130-upstream": X3130Upstream,
@@ -257,4 +257,4 @@ BRIDGES: Mapping[str, type[PCIDevice]] = {
     "i82801b11-bridge": I82801b11Bridge,
     "pxb-pcie": PxbPcie,
 }
-"""Every model, by QEMU's name. Each has an attribute ``secondary``, the bus behind it."""
+"""Every model, by QEMU's name."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from vfio_model.clock import VirtualClock
 from vfio_model.errors import ConfigError
@@ -27,6 +27,8 @@ from vfio_model.pci.iommu_ops import IommuPort, PCIIOMMUOps
 from vfio_model.pci.iommu_port import BusIommuPort
 from vfio_model.pci.requester import Above, Requester, requester_of
 from vfio_model.trace import NULL_TRACE, Trace
+
+D = TypeVar("D", bound=PCIDevice)
 
 __all__ = ["DEVFNS", "BusOptions", "IdlePluggedHost", "PCIBus", "PluggedHost", "Upstream", "Window"]
 
@@ -213,7 +215,7 @@ class PCIBus:
         """The surroundings for a device that is made for ``devfn`` and then given to :meth:`attach`."""
         return IdlePluggedHost(self, devfn) if self.options.idle is not None else PluggedHost(self, devfn)
 
-    def plug(self, device_class: type[PCIDevice], devfn: int, **props: object) -> PCIDevice:
+    def plug(self, device_class: type[D], devfn: int, **props: object) -> D:
         """Make a device and attach it.
 
         :raise ConfigError: when ``devfn`` is taken or out of range, or a property does not fit.
@@ -221,7 +223,7 @@ class PCIBus:
         self._check_free(devfn)
         return self.attach(device_class(self.host_for(devfn), **props), devfn)
 
-    def attach(self, device: PCIDevice, devfn: int) -> PCIDevice:
+    def attach(self, device: D, devfn: int) -> D:
         """Attach a device made with :meth:`host_for`; binds its DMA and realizes it.
 
         :raise ConfigError: when ``devfn`` is taken or out of range; what realizing raises passes. Nothing is plugged

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from vfio_model.errors import ConfigError
-from vfio_model.pci.bridge import PINS, OnBus, PCIBridge
+from vfio_model.pci.bridge import PINS, HasBus, OnBus, PCIBridge
 from vfio_model.pci.bus import PCIBus
 from vfio_model.pci.device import PARENT, DeviceHost, PCIDevice, Prop
 from vfio_model.pci.type1 import STATUS_66MHZ_FAST_BACK
@@ -19,7 +19,7 @@ from vfio_model.vmstate.fields import VMStateDescription
 LAST_BUS = 255
 
 
-class PxbPcie(PCIDevice):
+class PxbPcie(HasBus):
     """QEMU's PCI Express expander. :attr:`secondary` is the new root bus."""
 
     VENDOR_ID, DEVICE_ID = 0x1B36, 0x000B
@@ -60,29 +60,8 @@ class PxbPcie(PCIDevice):
             upstream=self,
             bypass_iommu=self.props["bypass_iommu"],
         )
-        """The new root bus."""
-
-    def realize(self) -> None:
-        """The bus is there."""
-        self.bus.children.append(self.secondary)
-
-    def unrealize(self) -> None:
-        """Take out what is on the bus, then the bus."""
-        for devfn in list(self.secondary.devices):
-            self.secondary.detach(devfn)
-        self.bus.children.remove(self.secondary)
 
     # -- as the new bus sees it --------------------------------------------------------------------------------------
-
-    @property
-    def bus(self) -> PCIBus:
-        """The host bridge's bus."""
-        return self._place.bus
-
-    @property
-    def devfn(self) -> int:
-        """The place there."""
-        return self._place.devfn
 
     @property
     def number(self) -> int:
@@ -108,20 +87,3 @@ class PxbPcie(PCIDevice):
         taken back."""
         turned = (pin - 1 + (devfn >> 3) - (self.devfn >> 3)) % PINS + 1
         self.bus.options.intx(self.devfn, turned, level)
-
-    # -- reset -------------------------------------------------------------------------------------------------------
-
-    def reset_enter(self) -> None:
-        """Also of all that is behind."""
-        super().reset_enter()
-        self.secondary.reset_enter()
-
-    def reset_hold(self) -> None:
-        """Also of all that is behind."""
-        self.secondary.reset_hold()
-        super().reset_hold()
-
-    def reset_exit(self) -> None:
-        """Also of all that is behind."""
-        super().reset_exit()
-        self.secondary.reset_exit()
