@@ -14,7 +14,9 @@ import msgspec
 
 from deploy.launcher import DaemonSpec, python
 from deploy.quantity import enc_hook
-from deploy.scenario import Device, Migrate, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Device
+from deploy.scenario_steps import Migrate
 
 PORT = "hostd.zmq"
 INTERPOSED_PORT = "interposer.zmq"

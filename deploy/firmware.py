@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deploy import dma_drivers
-from deploy.scenario import Q35, ROOT_BUS, Device, Pseries, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Q35, ROOT_BUS, Device, Pseries
 from deploy.system import DmaDriver, GuestCpu
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver

@@ -20,7 +20,9 @@ from deploy.firmware import DrivenGuest
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.migration import Mover
-from deploy.scenario import At, Migrate, Pseries, Scenario, Wait
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Pseries
+from deploy.scenario_steps import At, Migrate, Wait
 from protocols.control import messages as control
 from protocols.transport.eventfile import LATEST_NS, EventFile
 from vfio_model.errors import ConfigError, RemoteProtocolError, VfioModelError

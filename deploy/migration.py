@@ -16,7 +16,8 @@ import msgspec
 from deploy import assemble
 from deploy.launcher import Launcher
 from deploy.link import CommandFailed, Link
-from deploy.scenario import Migrate, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_steps import Migrate
 from protocols.control import messages as control
 from vfio_model.errors import DeadlineExceeded
 

@@ -17,7 +17,8 @@ from deploy import shipped
 from deploy.probe import Prober
 from deploy.quantity import show_size
 from deploy.report import Totals
-from deploy.scenario import At, Probe, Pseries, Replay
+from deploy.scenario_machine import Pseries
+from deploy.scenario_steps import At, Probe, Replay
 from deploy.system import System
 from deploy.trace_file import recorded_events
 from vfio_model.guest_drivers import trace_events as traced

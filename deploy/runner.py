@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy import scenario as schema
+from deploy import scenario_steps as schema
 from deploy.explain import Explanation
 from deploy.lost import find_lost
 from deploy.probe import LENGTH, Prober
 from deploy.quantity import show_size
 from deploy.replay_step import PendingSignal, ReplayStep
 from deploy.report import StepResult, Totals
-from deploy.scenario import Scenario, Step
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Pseries
+from deploy.scenario_steps import Step
 from deploy.system import System
 from deploy.vtd_steps import VtdSteps
 from vfio_model.devices.dma_burst import regs as dma_burst
@@ -223,7 +225,7 @@ class Runner:
         last page; on a PC in its domain, or where its address is its own.
         """
         cpu, machine = self._system.cpu, self._scenario.machine
-        if not isinstance(machine, schema.Pseries):
+        if not isinstance(machine, Pseries):
             return self._vtd.with_stage(dma.device, int(machine.ram), use)
         phb = machine.phb_on(next(device.bus for device in self._scenario.devices if device.id == dma.device))
         liobn, iova, gpa = regs.pci_liobn(phb.index, 0), machine.end_of_default_window(phb) - 4096, machine.ram - 4096

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from deploy.events import Log
 from deploy.explain import DeviceInfo, Explanation
-from deploy.scenario import At, Migrate, Wait
+from deploy.scenario_steps import At, Migrate, Wait
 from vfio_model.guest_drivers.cpu import PcCpu, PseriesCpu
 from vfio_model.guest_drivers.dma_burst import DmaBurstDriver
 from vfio_model.guest_drivers.svm_kernel import SvmKernel

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deploy.scenario import DOMAINS
+from deploy.scenario_steps import DOMAINS
 from vfio_model.errors import ConfigError
 from vfio_model.guest_drivers.cpu import Cpu
 from vfio_model.guest_drivers.vtd import Domain, VtdDriver

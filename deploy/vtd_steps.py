@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from deploy import scenario as schema
+from deploy import scenario_steps as schema
 from deploy.scenario import Scenario
+from deploy.scenario_machine import Q35
 from deploy.system import System
 from deploy.vtd_kernel import VtdKernel
 from vfio_model.errors import ConfigError
@@ -43,7 +44,7 @@ class VtdSteps:
                 device.id: self._system.requester(device.id) for device in self._scenario.devices
             }
             machine = self._scenario.machine
-            iommu = machine.iommu if isinstance(machine, schema.Q35) else None
+            iommu = machine.iommu if isinstance(machine, Q35) else None
             if iommu is None:
                 raise ConfigError("this machine has no VT-d unit", hint="machine: {type: q35, iommu: {}}")
             scalable = bool(iommu.get("scalable-mode"))

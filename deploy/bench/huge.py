@@ -24,7 +24,8 @@ from deploy.bench.measure import Row, against
 from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.quantity import Size
-from deploy.scenario import Device, Pseries, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Device, Pseries
 from protocols.control import messages as control
 from vfio_model.errors import VfioModelError
 from vfio_model.guest_drivers.pseries_ddw import PseriesDdw, TceWindow

@@ -24,7 +24,8 @@ from deploy.launcher import Launcher
 from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
-from deploy.scenario import Device, Pseries, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Device, Pseries
 from deploy.trace_file import recorded_events
 from protocols.control import messages as control
 from vfio_model.devices.dma_burst import regs as burst

@@ -10,7 +10,7 @@ import msgspec
 from deploy import report, run, shipped
 from deploy.console import StepProgress, output
 from deploy.launcher import Terminated, signals_as_exceptions
-from deploy.scenario import Pseries
+from deploy.scenario_machine import Pseries
 from vfio_model.errors import ConfigError
 from vfio_model.vfio.kinds import CONTAINER_KINDS, ContainerKind
 

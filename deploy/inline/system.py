@@ -18,7 +18,8 @@ from deploy.firmware import DrivenGuest
 from deploy.inline.guest import InlineGuest
 from deploy.inline.host import InlineHost, lossless
 from deploy.inline.log import InlineLog
-from deploy.scenario import At, Migrate, Scenario, Wait
+from deploy.scenario import Scenario
+from deploy.scenario_steps import At, Migrate, Wait
 from guestd.config import GuestConfig
 from guestd.control import MAX_TIME_NS
 from guestd.explain import explain as explain_stage1

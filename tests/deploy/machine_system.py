@@ -8,7 +8,8 @@ import signal
 from deploy import dma_drivers
 from deploy.events import Log, Record
 from deploy.explain import DeviceInfo, ExplainStep, Explanation, Stage
-from deploy.scenario import At, Migrate, Scenario, Wait
+from deploy.scenario import Scenario
+from deploy.scenario_steps import At, Migrate, Wait
 from deploy.system import DmaDriver
 from tests.acceleration import accelerated
 from vfio_model.devices import DEVICES

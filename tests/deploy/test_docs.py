@@ -14,7 +14,10 @@ import yaml
 
 from deploy import run, scenario, yaml_lines
 from deploy.quantity import dec_hook
-from tests.deploy.page import Page, Step
+from deploy.scenario_machine import Q35, Bridge, Device, Phb, Pseries, Vio
+from deploy.scenario_steps import Probe, Step
+from tests.deploy.page import Page
+from tests.deploy.page import Step as PageStep
 from tests.deploy.raw_client import RawClient
 from tests.machine.q35_boards import ram_block
 from vfio_model import device_api
@@ -32,14 +35,13 @@ OWNERS = (PCIDevice, DMASpace, device_api, device_api.Timer, device_api.Atc)
 REFERENCE = (DOCS / "scenarios.md").read_text()
 STEPS = {
     field.encode_name: next(kind for kind in field.type.__args__ if kind is not msgspec.UnsetType)
-    for field in msgspec.structs.fields(scenario.Step)
+    for field in msgspec.structs.fields(Step)
     if field.name != "only"
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The file": scenario.Scenario,
-    **{kind.__name__: kind for kind in (scenario.Pseries, scenario.Phb, scenario.Vio, scenario.Q35, scenario.Bridge)},
-    **{kind.__name__: kind for kind in (scenario.Host, scenario.Device, scenario.Fault)},
-    **{kind.__name__: kind for kind in (scenario.StartFails, scenario.Probe)},
+    **{kind.__name__: kind for kind in (Pseries, Phb, Vio, Q35, Bridge, Device)},
+    **{kind.__name__: kind for kind in (scenario.Host, scenario.Fault, scenario.StartFails, Probe)},
     **STEPS,
 }
 
@@ -131,7 +133,7 @@ def test_it_is_sixty_lines_and_the_pages_programs_are_clean(runtime_dir: Path) -
 def test_the_python_form_serves_the_same(runtime_dir: Path) -> None:
     page = Page("devices.md", runtime_dir)
     said = page.step("vfio-model serve").said.replace("mine.py:Mine", "Mine").replace("mine", "other")
-    with page.running(Step("python serve_mine.py", said)) as heard, RawClient(runtime_dir / "other.sock") as client:
+    with page.running(PageStep("python serve_mine.py", said)) as heard, RawClient(runtime_dir / "other.sock") as client:
         assert heard == said
         assert client.read(0, 0, 4) == 0x4D494E45
         client.write(0, 0x10, 4, 1 << 20)

@@ -17,7 +17,9 @@ from deploy.events import Log, Record
 from deploy.inline.system import InlineSystem, check
 from deploy.report import Verdict
 from deploy.runner import BURST_PATTERN, Runner
-from deploy.scenario import At, Migrate, Pseries, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Pseries
+from deploy.scenario_steps import At, Migrate
 from tests import acceleration
 from vfio_model.devices.edu import regs as edu
 from vfio_model.errors import ConfigError, InternalGuestError

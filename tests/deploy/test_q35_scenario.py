@@ -9,7 +9,8 @@ import pytest
 
 from deploy import run, shipped, yaml_lines
 from deploy.assemble import guest_config
-from deploy.scenario import Q35, Pseries, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_machine import Q35, Pseries
 from guestd.config import GuestConfig
 from guestd.machine_config import Q35Config
 from vfio_model.errors import ConfigError

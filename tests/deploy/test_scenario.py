@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from deploy import shipped, yaml_lines
-from deploy.scenario import Dma, Scenario
+from deploy.scenario import Scenario
+from deploy.scenario_steps import Dma
 from vfio_model.errors import ConfigError
 
 HEAD = """\

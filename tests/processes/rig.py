@@ -29,7 +29,8 @@ from deploy.link import Link
 from deploy.live import ControlCpu
 from deploy.quantity import Size
 from deploy.runtime_dir import state as process_state
-from deploy.scenario import Device, Fault, Pseries, Scenario
+from deploy.scenario import Fault, Scenario
+from deploy.scenario_machine import Device, Pseries
 from protocols.control import messages as control
 from protocols.transport.loop import DEADLINE_SCALE_VARIABLE
 from tests import acceleration

@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 
 from deploy import run, shipped
-from deploy.scenario import Scenario, Step, Svm
+from deploy.scenario import Scenario
+from deploy.scenario_steps import Step, Svm
 from vfio_model.guest_drivers import svm_program
 
 SCENARIO = "svm-demo"
