@@ -103,6 +103,9 @@ class Scenario(Struct, forbid_unknown_fields=True, kw_only=True):
         self._refuse_doubles("id", [device.id for device in self.devices])
         self._refuse_doubles("addr", [self._place(index, device) for index, device in enumerate(self.devices)])
         known = {device.id for device in self.devices}
+        assigned = any(device.attach == "assigned" for device in self.devices)
+        if assigned and isinstance(self.machine, Q35) and DRIVERS[self.kind] != "type1":
+            raise ValueError(f"host: a q35's assigned devices need a type 1 container, not {self.kind}")
         if self.restart != "never" and any(isinstance(step.migrate, Migrate) for step in self.steps):
             raise ValueError("restart: a guest that has moved cannot be started afresh; not with a migrate step")
         for index, step in enumerate(self.steps):

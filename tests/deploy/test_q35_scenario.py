@@ -186,6 +186,11 @@ def test_steps_of_the_other_machine() -> None:
         ("bus: far, addr: 00.0, props", "bus: away, addr: 00.0, props", "there is no bus away before it"),
         ("bus: rp1", "bus: rp3", "pc.yaml:12: devices[1].bus: there is no bus rp3, only pcie.0, rp1, far, rp2"),
         ("bus: rp1, addr: 00.0", "addr: 02.0", "pc.yaml:10: devices: two have the addr 02.0"),
+        (
+            "steps:",
+            "host: {containers: [spapr-v2]}\nsteps:",
+            "pc.yaml:17: host: a q35's assigned devices need a type 1",
+        ),
         ("type: q35", "type: i440fx", "pc.yaml:3: machine.type: Invalid value 'i440fx' (known: pseries, q35)"),
         ("ram: 64MiB", "ram: 64MiB\n  ddw: false", "pc.yaml:5: machine: Object contains unknown field ddw"),
         ("expect: {role: guestd, key: devices_lost, equals: 0}", "linux_ddw: {device: near}", "only a pseries machine"),

@@ -131,10 +131,6 @@ class Binding(NamedTuple):
     second_width: int = 0
 
 
-Resolved = tuple[Reason, bool, Context | None, Binding | None]
-"""A reason (then there is no binding) and whether fault processing is disabled for it."""
-
-
 class Structures:
     """Reads them. ``scalable`` follows RTADDR.TTM, ``root`` is the address of the root table."""
 
