@@ -13,10 +13,9 @@ from typing import Final, Literal
 from vfio_model.errors import ConfigError
 from vfio_model.iommu.vtd import quirks as known
 from vfio_model.iommu.vtd import regs
+from vfio_model.pci.translation_caps import MAX_PASID_WIDTH
 from vfio_model.ranges import U64_MAX
 
-PASID_BITS_MAX: Final = 20
-"""Of a PASID in PCI Express."""
 _SAGAW: Final = {39: 2, 48: 4, 57: 8}
 _DOMAIN_BITS_16: Final = 6
 _LARGE_2M_1G: Final = 3
@@ -69,8 +68,8 @@ class VtdOptions:
             (self.scalable_mode and not self.dma_drain, "Need to set dma_drain for scalable mode"),
             (self.pasid and not self.scalable_mode, "Need to set scalable mode for PASID"),
             (
-                not 0 <= self.pasid_bits <= PASID_BITS_MAX,
-                f"PASID width {self.pasid_bits} exceeds Max PASID Width {PASID_BITS_MAX} allowed in PCI spec",
+                not 0 <= self.pasid_bits <= MAX_PASID_WIDTH,
+                f"PASID width {self.pasid_bits} exceeds Max PASID Width {MAX_PASID_WIDTH} allowed in PCI spec",
             ),
             (self.svm and not self.device_iotlb, "Need to set device IOTLB for svm"),
             (self.svm and not self.first_stage, "Need to set fsts for svm"),
