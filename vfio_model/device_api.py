@@ -28,6 +28,7 @@ from vfio_model.pci.iommu_ops import (
     PageResponse,
 )
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.pci.power import PowerSpec
 from vfio_model.pci.translation_caps import AtsSpec, PasidSpec, PriSpec
 from vfio_model.vmstate.fields import Field, State, Type, VMStateDescription
 
@@ -61,6 +62,7 @@ __all__ = [
     "PageResponse",
     "PasidSpec",
     "PortType",
+    "PowerSpec",
     "PriSpec",
     "Prop",
     "Register",

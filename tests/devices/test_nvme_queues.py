@@ -182,9 +182,17 @@ def test_a_queue_without_interrupts_has_none() -> None:
     assert flushes(host, 3) == cids(host) and host.host.signals == []
 
 
-def test_msi_is_one_message_for_a_batch_and_can_be_masked() -> None:
+def test_there_is_one_vector_until_messages_are_enabled() -> None:
     host = NvmeHost()
-    host.enable_msi()
+    host.start()
+    assert host.create_cq(2, 8, vector=1)[0].status == Status.INVALID_INTERRUPT_VECTOR
+    host.enable_msix()
+    assert host.create_cq(2, 8, vector=1)[0].status == Status.SUCCESS
+
+
+def test_a_message_is_for_a_batch_and_does_not_ask_the_mask_of_the_pin() -> None:
+    host = NvmeHost()
+    host.enable_msix()
     host.start()
     host.host.signals.clear()
     flushes(host, 10)
@@ -192,10 +200,9 @@ def test_msi_is_one_message_for_a_batch_and_can_be_masked() -> None:
     cids(host)
     host.write(regs.INTMS, 1)
     flushes(host, 2)
-    assert host.host.signals == ["msi 0"]
+    assert host.host.signals == ["msi 0", "msi 0"]
     host.write(regs.INTMC, 1)
     assert host.host.signals == ["msi 0", "msi 0"]
-    assert host.create_cq(2, 8, vector=1)[0].status == Status.INVALID_INTERRUPT_VECTOR
 
 
 def test_msix_has_a_vector_for_each_queue() -> None:

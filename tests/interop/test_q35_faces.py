@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.guestd.q35_options import LAST_DEVICE_REFUSED, REFUSED
-from tests.interop.pc import PcQemu
+from tests.interop.bridge_config import ECAM, fill, read
+from tests.interop.pc import CONFIG_ADDRESS, CONFIG_DATA, Function, PcQemu
 from tests.interop.qmp import QmpError
 from tests.interop.qtest import QTestError
 from tests.interop.served import qemu_folder
 from tests.interop.vtd.campaign import guestd_binary
+from vfio_model.pci.config_space import EXTENDED_CONFIG_SIZE
+from vfio_model.pci.express import DEVCTL_FLR
 
 TREE = (
     "-device intel-iommu,id=unit -device pcie-root-port,id=rp1,chassis=1 -device pcie-root-port,id=rp2,chassis=2 "
@@ -25,8 +28,10 @@ BRIDGES = {"rp1": (0x08, 1, 1), "rp2": (0x10, 2, 2), "pb": (0x18, 3, 3), "dmi": 
 """devfn on bus 0, secondary and subordinate number."""
 PATHS = ("/machine/peripheral/rp1", "/machine/peripheral/unit", "/machine/peripheral/px", "/machine/q35", "/machine")
 PROPERTIES = ("type", "addr", "aw-bits", "intremap", "eim", "chassis", "bus_nr", "parent_bus", "pcie.0", "rp1")
+NVME = "-device nvme,serial=1,addr=4 -device pcie-root-port,id=r,addr=5,chassis=1 -device nvme,serial=2,bus=r"
 EDU_BAR, RAM = 0xE000_0000, 0x10_0000
 ONES = 0xFFFF_FFFF
+NVME_POWER_CONTROL, NVME_DEVICE_CONTROL = 0x64, 0x88
 
 Answers = list[tuple[str, str]]
 
@@ -160,6 +165,51 @@ def test_both_answer_alike() -> None:
     assert len(theirs) > 1000
     for (what, one), (also, other) in zip(theirs, ours, strict=True):
         assert (what, one) == (also, other)
+
+
+def nvme_configuration(pc: PcQemu) -> list[list[int]]:
+    """On the root bus and behind a port: after power-on, after zeros were written everywhere, and after ones."""
+    for at, value in ((0x8000_0060, ECAM | 1), (0x8000_2818, 0x0001_0100)):
+        pc.outl(CONFIG_ADDRESS, at)
+        pc.outl(CONFIG_DATA, value)
+    seen = []
+    for bus in 0, 1:
+        seen.append(read(pc, bus, EXTENDED_CONFIG_SIZE))
+        for value in 0, ONES:
+            fill(pc, bus, EXTENDED_CONFIG_SIZE, value, {NVME_DEVICE_CONTROL: DEVCTL_FLR})
+            seen.append(read(pc, bus, EXTENDED_CONFIG_SIZE))
+    return seen
+
+
+def test_nvme_has_the_same_configuration_space() -> None:
+    with PcQemu(NVME.split()) as pc:
+        theirs = nvme_configuration(pc)
+    with PcQemu(NVME.split(), binary=guestd_binary()) as pc:
+        ours = nvme_configuration(pc)
+    assert theirs[0][0] == theirs[3][0] == 0x0010_1B36 and theirs[0] != theirs[2]
+    assert ours == theirs
+
+
+def nvme_power(pc: PcQemu) -> list[int]:
+    """Its version register and its power management state, in each state that is asked for."""
+    function = Function(pc, 4)
+    function.bring_up()
+    seen = []
+    for state in (0, 1, 2, 3, 1, 2, 0, 3):
+        function.write(NVME_POWER_CONTROL, state, 2)
+        seen += [function.read(NVME_POWER_CONTROL), function.load(8)]
+    function.write(NVME_DEVICE_CONTROL, DEVCTL_FLR, 2)
+    seen += [function.read(offset) for offset in (4, 0x10, NVME_POWER_CONTROL, NVME_DEVICE_CONTROL)]
+    function.bring_up()
+    return [*seen, function.load(8)]
+
+
+def test_nvme_is_switched_off_and_reset_alike() -> None:
+    with PcQemu(NVME.split()) as pc:
+        theirs = nvme_power(pc)
+    with PcQemu(NVME.split(), binary=guestd_binary()) as pc:
+        ours = nvme_power(pc)
+    assert ours == theirs and {8, 0xB} < set(theirs)
 
 
 @pytest.mark.parametrize(("text", "message"), LAST_DEVICE_REFUSED + REFUSED)

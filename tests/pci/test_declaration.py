@@ -64,6 +64,7 @@ def ignore(*_: object, **__: object) -> None:
         (lambda: stated(BARS=(BarSpec(1, PAGE), BarSpec(1, 16))), "BAR 1 and BAR 1 both need register 1"),
         (lambda: stated(BARS=(BarSpec(0, PAGE, BarType.MEM64), BarSpec(1, 16))), "both need register 1"),
         (lambda: stated(MSIX=4), "Mine.MSIX: 4 is no MsixSpec"),
+        (lambda: stated(POWER=True), "Mine.POWER: True is no PowerSpec"),
         (lambda: MsixSpec(0, 0, 0, 2048), "0 vectors; MSI-X has 1 to 2048"),
         (lambda: MsixSpec(4, 0, 4, 2048), "a multiple of 8 bytes"),
         (lambda: stated(DOORBELLS=(Doorbell(0, 0x80),)), "lies in no BAR"),

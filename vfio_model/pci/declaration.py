@@ -14,6 +14,7 @@ from vfio_model.pci.bar import BARS, BarSpec, BarType
 from vfio_model.pci.doorbell import Doorbell
 from vfio_model.pci.express import ExpressSpec
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.pci.power import PowerSpec
 from vfio_model.pci.translation_caps import AtsSpec, PasidSpec, PriSpec
 from vfio_model.vmstate.fields import VMStateDescription
 
@@ -52,6 +53,7 @@ def check_class(cls: type, base: type) -> None:
     bars = _check_bars(cls)
     msix: MsixSpec | None = _of_type(cls, "MSIX", MsixSpec | None)
     _check_express(cls)
+    _of_type(cls, "POWER", PowerSpec | None)
     for doorbell in _tuple_of(cls, "DOORBELLS", Doorbell):
         size = next((bar.size for bar in bars if bar.index == doorbell.bar), 0)
         if not 0 <= doorbell.offset < size:

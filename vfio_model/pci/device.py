@@ -45,6 +45,7 @@ from vfio_model.pci.iommu_ops import IommuPort
 from vfio_model.pci.msi import CONTROL_MASKS, MsiCapability
 from vfio_model.pci.msix import MsixCapability, MsixSpec
 from vfio_model.pci.parts import BarPart, BarParts
+from vfio_model.pci.power import PowerCapability, PowerSpec
 from vfio_model.pci.services import IommuServices
 from vfio_model.ranges import Range
 from vfio_model.trace import Trace
@@ -128,6 +129,8 @@ class PCIDevice(IommuServices):
     EXPRESS: ExpressSpec | None = None
     """The function is PCI Express: 4096 bytes of configuration space, and maybe :attr:`ATS`, :attr:`PRI`,
     :attr:`PASID`."""
+    POWER: PowerSpec | None = None
+    """The guest may switch the function off: then it decodes no BAR."""
     DOORBELLS: tuple[Doorbell, ...] = ()
     """Registers that may be rung instead of written."""
     ENDIANNESS: Literal["native", "little"] = "little"
@@ -168,6 +171,7 @@ class PCIDevice(IommuServices):
         self.msi = self._make_msi()
         self.msix = self._make_msix()
         self.express = self._make_express()
+        self.power = None if self.POWER is None else PowerCapability(self.config, self.POWER, self._mapping_changed)
         self._init_services(host, self.config)
         self._parts = self._make_parts()
         self.config.on_write("command", self._command_written)
@@ -271,8 +275,11 @@ class PCIDevice(IommuServices):
         return self.bar_write(bar, offset, size, value)
 
     def bar_range(self, index: int, *, allow_zero: bool = False) -> Range | None:
-        """The bus addresses that BAR ``index`` decodes now; None when it is not set or decoding is off."""
+        """The bus addresses that BAR ``index`` decodes now; None when it is not set, decoding is off,
+        or the function is."""
         bar = self.bar_spec(index)
+        if self.power is not None and not self.power.on:
+            return None
         enabled = self.config.get("command") & (COMMAND_IO if bar.is_io else COMMAND_MEMORY)
         return bar.decoded(self.config.get(f"bar{index}"), allow_zero=allow_zero) if enabled else None
 
@@ -414,6 +421,8 @@ class PCIDevice(IommuServices):
         self.config.reset()
         if self.msix is not None:
             self.msix.reset()
+        if self.power is not None:
+            self.power.follow()
         self._mapping_changed()
 
     def reset_exit(self) -> None:
@@ -457,6 +466,8 @@ class PCIDevice(IommuServices):
         """Take a checked ``state``, after a reset. A subclass loads its own fields first: DMA may begin in here."""
         parent = state["parent_obj"]
         self.config.load(parent["config"])
+        if self.power is not None:
+            self.power.follow()
         self._intx = parent["intx"]
         if self.msix is not None and "msix" in state:
             self.msix.import_state(state["msix"])

@@ -14,9 +14,10 @@ from typing import Any
 from vfio_model.errors import ConfigError
 from vfio_model.pci.config_space import ConfigSpace, Field
 from vfio_model.pci.device import Prop
+from vfio_model.pci.power import CAP_ID_PM, PM_SIZE, VERSION_1_2
 from vfio_model.ranges import U32_MAX, U64_MAX
 
-CAP_ID_PM, CAP_ID_SLOT, CAP_ID_SUBSYSTEM = 0x01, 0x04, 0x0D
+CAP_ID_SLOT, CAP_ID_SUBSYSTEM = 0x04, 0x0D
 CAP_ID_VENDOR = 0x09
 CAP_ID_AER, CAP_ID_ACS = 0x01, 0x0D
 SLOT_FIRST_IN_CHASSIS = 0x20
@@ -73,8 +74,8 @@ def add_reserve(config: ConfigSpace, props: Mapping[str, Any], first: int) -> No
 
 def add_power_management(config: ConfigSpace, place: tuple[int, int]) -> None:
     """D0 alone: no state can be chosen."""
-    fields = Field("capabilities", 2, 2, 3), Field("control", 4, 2), Field("data", 6, 2)
-    config.add_capability(CAP_ID_PM, 8, fields, prefix="pm", place=place)
+    fields = Field("capabilities", 2, 2, VERSION_1_2), Field("control", 4, 2), Field("data", 6, 2)
+    config.add_capability(CAP_ID_PM, PM_SIZE, fields, prefix="pm", place=place)
 
 
 def add_aer(config: ConfigSpace, *, several_headers: bool, root: bool = False) -> None:

@@ -30,7 +30,9 @@ from vfio_model.errors import ConfigError
 from vfio_model.memory.types import MemTxResult
 from vfio_model.pci.bar import BarSpec, BarType
 from vfio_model.pci.device import DeviceHost, PCIDevice, Prop
+from vfio_model.pci.express import ExpressSpec
 from vfio_model.pci.msix import MsixSpec
+from vfio_model.pci.power import PowerSpec
 from vfio_model.ranges import U32_MAX
 from vfio_model.vmstate.fields import State
 
@@ -50,8 +52,9 @@ class NvmeDevice(PCIDevice):
     CLASS_PROG = regs.CLASS_PROG
     INTERRUPT_PIN = 1
     BARS = (BarSpec(0, regs.BAR_SIZE, BarType.MEM64),)
-    MSI_VECTORS = 1
     MSIX = MsixSpec(DEFAULT_VECTORS, 0, regs.MSIX_TABLE, regs.MSIX_PBA)
+    EXPRESS = ExpressSpec(flr=True, at=regs.EXPRESS_CAPABILITY)
+    POWER = PowerSpec(at=regs.POWER_CAPABILITY)
     PROPS = {
         "drive": Prop(str, "", "the namespace: mem:SIZE, file:PATH[,ro]; 64 MiB in memory unless given"),
         "serial": Prop(str, "vfio-model", "serial number, at most 20 characters"),
@@ -117,8 +120,7 @@ class NvmeDevice(PCIDevice):
     @property
     def vectors(self) -> int:
         """How many interrupt vectors a completion queue may choose from now."""
-        one = not self.uses_msi or (self.msi is not None and self.msi.enabled)
-        return 1 if one else self.controller.limits.vectors
+        return self.controller.limits.vectors if self.uses_msi else 1
 
     # -- registers -----------------------------------------------------------------------------------------------
 

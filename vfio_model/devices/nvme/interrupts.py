@@ -1,8 +1,8 @@
 """nvme: when a completion queue interrupts (NVM Express Base Specification 1.4, section 7.5, "Interrupts").
 
-With messages a queue's vector is sent when entries were posted, once for all of them. The pin is up while any queue
-that interrupts has entries that the host has not taken, unless the interrupt mask hides its vector. The mask holds
-back single messages as well; with MSI-X a host leaves it alone.
+With MSI-X a queue's vector is sent when entries were posted, once for all of them. The pin is up while any queue that
+interrupts has entries that the host has not taken, unless the interrupt mask hides its vector. Messages have masks of
+their own, and do not ask this one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Interrupts:
             return
         if not self._outlet.uses_msi:
             self.update_pin()
-        elif not self._masked(cq):
+        else:
             self._outlet.raise_irq(cq.vector)
 
     def consumed(self) -> None:
@@ -61,15 +61,9 @@ class Interrupts:
             self.update_pin()
 
     def set_mask(self, mask: int) -> None:
-        """The mask is ``mask`` now; what it held back goes out."""
-        unmasked, self.mask = self.mask & ~mask, mask
-        if not self._outlet.uses_msi:
-            self.update_pin()
-            return
-        waiting = {cq.vector for cq in self._queues.completion.values() if cq.irq_enabled and cq.unconsumed}
-        for vector in sorted(waiting):
-            if unmasked >> vector & 1:
-                self._outlet.raise_irq(vector)
+        """The mask is ``mask`` now; the pin follows it."""
+        self.mask = mask
+        self.update_pin()
 
     def reset(self) -> None:
         """Nothing is masked, and nothing interrupts."""

@@ -22,6 +22,8 @@ CLASS_ID = 0x0108
 """Mass storage, non-volatile memory."""
 CLASS_PROG = 0x02
 """NVM Express I/O controller."""
+POWER_CAPABILITY, EXPRESS_CAPABILITY = 0x60, 0x80
+"""Where they lie in configuration space, as QEMU has them."""
 BAR_SIZE = 0x4000
 DOORBELLS = 0x1000
 MSIX_TABLE = 0x2000
