@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,7 @@ COMMAND = 0x04
 CAPABILITY_POINTER = 0x34
 CAP_MSI, CAP_MSIX = 0x05, 0x11
 _DEADLINE_S = 30.0
+_END_S = 2.0
 _LETTER = {1: "b", 2: "w", 4: "l", 8: "q"}
 
 
@@ -73,6 +75,13 @@ class PcQemu:
         """What QEMU complained about."""
         self._log.flush()
         return Path(self._log.name).read_text(errors="replace")
+
+    def aborted(self) -> str:
+        """The assertion of its own by which it has ended, or nothing."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_END_S)
+        failed = [line for line in self.said().splitlines() if "Assertion" in line]
+        return failed[-1] if self._child.poll() == -signal.SIGABRT and failed else ""
 
     def __enter__(self) -> Self:
         return self

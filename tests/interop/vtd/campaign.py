@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from tests.interop.pc import PcQemu
+from tests.interop.qmp import QmpError
+from tests.interop.qtest import QTestError
 from tests.interop.vtd.generator import Generator
 from tests.interop.vtd.operations import Operation
 from tests.interop.vtd.topology import BEHIND_BRIDGES, BYPASSED
@@ -21,6 +24,7 @@ from tests.interop.vtd.variants import Variant
 OPERATIONS: Final = 24_000
 LENGTH: Final = 400
 """Operations of a program."""
+MOST_ABORTS: Final = 3
 _SHRINK_RUNS: Final = 300
 _SVM: Final = "scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=8,svm=on"
 _EVERYTHING: Final = f"{_SVM},caching-mode=on,snoop-control=on,stale-tm=on,eim=on"
@@ -64,6 +68,10 @@ def _arguments(variant: Variant, *, ours: bool) -> list[str]:
     return ["-device", unit, *variant.topology.devices]
 
 
+class Aborted(Exception):
+    """QEMU ended by an assertion of its own: a program means nothing to it from there on."""
+
+
 class Machine:
     """One of the two, as programs are run on it."""
 
@@ -71,7 +79,18 @@ class Machine:
         self.name, self._pc = name, pc
 
     def run(self, program: Sequence[Operation]) -> list[tuple[str, ...]]:
-        """What each operation's commands were answered."""
+        """What each operation's commands were answered.
+
+        :raise Aborted: it ended by an assertion.
+        """
+        try:
+            return self._run(program)
+        except (OSError, QTestError, QmpError) as error:
+            if why := self._pc.aborted():
+                raise Aborted(why) from error
+            raise
+
+    def _run(self, program: Sequence[Operation]) -> list[tuple[str, ...]]:
         answers: list[str] = []
         qtest = self._pc.qtest
         pending = 0
@@ -128,6 +147,8 @@ class Campaign:
     """Reasons in fault records, and error bits of the status register, that QEMU showed."""
     left_out: Counter[str] = field(default_factory=Counter)
     """As :attr:`.generator.Generator.left_out`."""
+    aborts: list[str] = field(default_factory=list)
+    """Assertions by which QEMU ended, and in which variant."""
     differences: list[Difference] = field(default_factory=list)
 
     @classmethod
@@ -139,23 +160,34 @@ class Campaign:
     def run(self, variants: Sequence[Variant] = VARIANTS) -> None:
         """All of it; the next variant after a difference."""
         for variant in variants:
-            self._variant(variant, -(-self.operations // len(variants)))
+            rng = random.Random(f"{self.seed} {variant.name}")
+            until = self.done + -(-self.operations // len(variants))
+            self._variant(variant, rng, until, tour=True)
+            while self.done < until and not self._differs(variant):
+                self._variant(variant, rng, until, tour=False)
 
-    def _variant(self, variant: Variant, operations: int) -> None:
-        rng = random.Random(f"{self.seed} {variant.name}")
-        with ExitStack() as stack:
+    def _differs(self, variant: Variant) -> bool:
+        return any(found.variant is variant for found in self.differences)
+
+    def _variant(self, variant: Variant, rng: random.Random, until: int, *, tour: bool) -> None:
+        """Programs until there are enough, they differ, or QEMU ends: then the rest is for another pair."""
+        with contextlib.suppress(Aborted), ExitStack() as stack:
             machines = open_pair(variant, stack)
-            done = 0
-            while done < operations:
+            while self.done < until:
                 generator = Generator(variant, rng)
-                program = generator.program(LENGTH) if done else generator.tour()
+                program = generator.tour() if tour else generator.program(LENGTH)
+                tour = False
                 self.left_out += generator.left_out
-                found = compare(variant, machines, program)
+                try:
+                    found = compare(variant, machines, program)
+                except Aborted as error:
+                    self.aborts.append(f"{variant.name}: {error}")
+                    assert len(self.aborts) <= MOST_ABORTS, f"QEMU ends too often: {self.aborts}"
+                    raise
                 if isinstance(found, Difference):
                     self.differences.append(shrink(machines, found, generator.prologue))
                     return
                 self._count(program, found)
-                done += len(program)
 
     def _count(self, program: Sequence[Operation], answers: Sequence[tuple[str, ...]]) -> None:
         self.done += len(program)
@@ -176,6 +208,7 @@ class Campaign:
             f"VT-d: VFIO_MODEL_INTEROP_SEED={self.seed}, {self.done} operations: {kinds}",
             f"faults that were looked at: {seen}",
             f"left out: {', '.join(f'{name} {count}' for name, count in sorted(self.left_out.items()))}",
+            *(f"QEMU ended in {abort}" for abort in self.aborts),
             f"differences: {len(self.differences)}",
         ]
 
@@ -208,7 +241,10 @@ def shrink(machines: Sequence[Machine], found: Difference, kept: int) -> Differe
         while start <= best.at and budget:
             whole = best.program[: best.at + 1]
             budget -= 1
-            again = compare(found.variant, machines, whole[:start] + whole[start + size :])
+            try:
+                again = compare(found.variant, machines, whole[:start] + whole[start + size :])
+            except Aborted:
+                return best
             if isinstance(again, Difference):
                 best, shorter = again, True
             else:
