@@ -311,14 +311,15 @@ class Hub:
     # ----------------------------------------------------------------------------------------------------- leaving
 
     def _drop(self, number: int, reason: str) -> None:
-        """The peer broke the protocol: its connection ends now, what it may have cached when it is dead."""
+        """The peer broke the protocol: its connection ends now, what it may have cached when it is dead. One that was
+        never told that it is subscribed has cached nothing."""
         peer = self._peers.get(number)
         if peer is None or peer.dropped:
             return
         self._send(peer, Refused(reason[:1000]))
         self._out.append(Disconnect(number))
         sub = peer.subscriber
-        if sub is None or sub.stage in (Stage.WAITING, Stage.TICKET, Stage.ATTACHING):
+        if sub is None or sub.stage in (Stage.WAITING, Stage.OFFERED, Stage.TICKET, Stage.ATTACHING):
             self._gone(number)
             return
         peer.dropped = True

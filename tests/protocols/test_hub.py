@@ -439,3 +439,16 @@ def test_delivery_is_in_order_complete_and_within_the_credit(steps: list[tuple[s
         delivery.ack(acked)
     with pytest.raises(RemoteProtocolError):
         delivery.ack(added + 1)
+
+
+def test_one_that_was_offered_only_goes_when_it_breaks_the_protocol() -> None:
+    """It was never told that it is subscribed: it has cached nothing, and its process may live on."""
+    world = World()
+    world.publisher()
+    assert any(isinstance(message, LaneAdd) for message in messages(world.ring_subscriber()))
+    held = world.held.total()
+    effects = world.event(Broken(RING, "nonsense"))
+    assert any(isinstance(effect, Disconnect) and effect.peer == RING for effect in effects)
+    (number,) = [message.subscriber for message in messages(effects) if isinstance(message, LaneRemove)]
+    assert world.held.total() == held - 2, "its lanes and its process"
+    assert messages(world.say(PUBLISHER, LaneReady(number))) == [], "an answer that comes late is nobody's"
