@@ -70,6 +70,7 @@ def test_pre_copy_that_ends_in_between(start_host: Callable[..., HostProcess], w
         source.ask("migrate", uri=f"unix:{both.path}")
         until("it is under way", lambda: source.ask("query-migrate")["status"] == "active")
         until("devices have spoken", lambda: "vfio" in source.ask("query-migrate"))
+        source.ask("migrate-set-parameters", max_bandwidth=1 << 14)  # a machine that stands still is not there at once
         if what == "stopped":
             source.ask("stop")
             source.ask("cont")
