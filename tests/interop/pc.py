@@ -99,6 +99,10 @@ class PcQemu:
             print(f"{self._child.args[0]} (status {status}) said: {said}")
 
     def _end(self) -> None:
+        """In order, if it does; a program that is killed leaves what it has made."""
+        self._child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_END_S)
         if self._child.poll() is None:
             self._child.kill()
         self._child.wait()
