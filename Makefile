@@ -12,7 +12,7 @@ WORKERS ?= 2
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml setup.py $(wildcard vfio_model/batch/*.[ch]) vfio_model/host/_path.c vfio_model/memory/_atc.c
+$(STAMP): pyproject.toml setup.py $(wildcard vfio_model/batch/*.[ch]) vfio_model/host/_path.c $(wildcard vfio_model/memory/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vfio-model needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: on Debian, apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,check]'

@@ -25,8 +25,8 @@ def compiled(module: str, *more: str) -> Extension:
 setup(
     ext_modules=[
         compiled("vfio_model.batch._compiled", "_compiled_maps.c", "_compiled_walks.c", "_compiled.h"),
-        compiled("vfio_model.host._path"),
-        compiled("vfio_model.memory._atc"),
+        compiled("vfio_model.host._path", "../memory/_lane.h"),
+        compiled("vfio_model.memory._atc", "_lane.h"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

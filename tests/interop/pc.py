@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.interop.qmp import Qmp
-from tests.interop.qtest import QTest
+from tests.interop.qmp import Qmp, QmpError
+from tests.interop.qtest import QTest, QTestError
 from tests.interop.served import qemu_folder
 
 RAM_MIB = 256
@@ -58,7 +58,7 @@ class PcQemu:
         try:
             self.qtest.accept(self._alive)
             self.qmp.accept(self._alive)
-        except BaseException as error:
+        except (OSError, QTestError, QmpError) as error:
             said = self.said()
             self._end()
             raise AssertionError(f"QEMU did not start: {said}") from error

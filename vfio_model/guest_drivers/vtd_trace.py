@@ -94,7 +94,7 @@ class Unit(Protocol):
 
 @dataclass(slots=True)
 class _Context:
-    """A context entry as the log shows it, and the tables that were made below it."""
+    """A context entry as the log shows it."""
 
     low: int
     high: int

@@ -4,14 +4,14 @@
  * is not plainly good goes to the slow half, a Python callable, which finds the fault or moves the bytes, and may call
  * know() anew. The layout of the shared words is that of vfio_model/host/layout.py and vfio_model/memory/lane.py.
  *
- * What must not be broken: between the two stores to the lane's counter there is nothing but loads, tests and one copy
- * of at most 256 KiB; no call into Python, which could also give the interpreter lock away. Shared words are loaded
- * once and whole. Whoever revokes runs a barrier on this processor (membarrier), so that no fence is needed here but
- * the compiler's own. Addresses are u64 and wrap; every test is one that cannot overflow.
+ * What must not be broken: what vfio_model/memory/_lane.h says of a section. Addresses are u64 and wrap; every test is
+ * one that cannot overflow.
  */
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "../memory/_lane.h"
 
 #define STATE 8
 #define BUS_MASTER 9
@@ -22,7 +22,6 @@
 #define DIRTY_SHIFT 12
 #define MAY_READ 1u
 #define MAY_WRITE 2u
-#define SECTION_BYTES (256 * 1024)
 
 typedef struct {
     PyObject_HEAD
@@ -39,11 +38,6 @@ typedef struct {
     uint64_t words, table;
     unsigned levels, level_shift;
 } Path;
-
-static inline uint64_t load(const uint64_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
-}
 
 /* The entry of page `index` in a table of several levels, as it is now; 0 where there is none. Under a leaf of a higher
  * level it is what a page of the window's size would have. */
@@ -84,8 +78,7 @@ static int section(const Path *p, uint64_t iova, void *bytes, uint64_t size, int
 
     if (size > SECTION_BYTES || size > p->low + 1 - within || index >= p->entries)
         return 0;
-    __atomic_store_n(p->counter, count + 1, __ATOMIC_RELAXED);
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    begin_section(p->counter, count);
     if (load(p->pe + p->root_word) == p->record && !load(p->pe + STATE) && load(p->pe + BUS_MASTER)) {
         uint64_t tce = p->levels == 1 ? load(p->tces + index) : walk(p, index);
         uint64_t at = (tce & ~p->low) - p->base + within;
@@ -100,8 +93,7 @@ static int section(const Path *p, uint64_t iova, void *bytes, uint64_t size, int
             moved = 1;
         }
     }
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    __atomic_store_n(p->counter, count + 2, __ATOMIC_RELEASE);
+    end_section(p->counter, count);
     return moved;
 }
 

@@ -5,19 +5,18 @@
  * one entry that a Front holds. Whatever is not plainly a hit goes to the slow half, a Python callable, which catches up
  * with the ring, finds out what is wrong, or asks for a translation.
  *
- * What must not be broken: the head is compared inside the section, before an entry is looked for. Between the two stores
- * to the lane's counter there is nothing but loads, tests and one copy of at most 256 KiB; no call into Python, which
- * could also give the interpreter lock away. Shared words are loaded once and whole. Whoever revokes runs a barrier on
- * this processor (membarrier), so that no fence is needed here but the compiler's own. A Front holds the buffer of each
- * entry as long as it has the entry. Addresses are u64 and wrap; every test is one that cannot overflow.
+ * What must not be broken: what _lane.h says of a section; the head is compared inside it, before an entry is looked
+ * for. A Front holds the buffer of each entry as long as it has the entry. Addresses are u64 and wrap; every test is one
+ * that cannot overflow.
  */
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "_lane.h"
+
 #define PAGE_SHIFT 12
 #define HEAD 8
-#define SECTION_BYTES (256 * 1024)
 #define SMALLEST 64 /* places of a table; a power of two */
 
 typedef struct {
@@ -268,11 +267,6 @@ typedef struct {
     uint64_t *counter;
 } Path;
 
-static inline uint64_t load(const uint64_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
-}
-
 static inline int open_gate(const Path *p)
 {
     if (p->gate_buffer.len >= 8)
@@ -288,8 +282,7 @@ static uint64_t section(const Path *p, uint64_t iova, void *bytes, uint64_t size
 
     if (count & 1)
         return 0;
-    __atomic_store_n(p->counter, count + 1, __ATOMIC_RELAXED);
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    begin_section(p->counter, count);
     if (load(p->head) == *p->seen && open_gate(p)) {
         const Place *place = find(to_ram ? p->writable : p->readable, iova >> PAGE_SHIFT);
         const uint64_t within = place ? iova - place->start : 0;
@@ -306,8 +299,7 @@ static uint64_t section(const Path *p, uint64_t iova, void *bytes, uint64_t size
             }
         }
     }
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    __atomic_store_n(p->counter, count + 2, __ATOMIC_RELEASE);
+    end_section(p->counter, count);
     return moved;
 }
 

@@ -7,12 +7,14 @@ piece is a page of an IOMMU, an access that an I/O region takes, or what of the 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any
 
 from vfio_model.memory import access
 from vfio_model.memory.flatview import FlatView
 from vfio_model.memory.iommu_region import IOMMUMemoryRegion
 from vfio_model.memory.region import IORegion
-from vfio_model.memory.types import MemTxResult, ReadBuffer, WriteBuffer
+from vfio_model.memory.types import MemTxResult
 from vfio_model.ranges import U64_MAX
 
 _PAGE = 1 << 12
@@ -20,40 +22,30 @@ _PAGE = 1 << 12
 
 def build_reader(view: FlatView) -> access.Reader:
     """``read(addr, out)`` over ``view``."""
-    once = access.build_general_reader(view)
-
-    def read(addr: int, out: WriteBuffer) -> MemTxResult:
-        addr &= U64_MAX
-        step = _piece(view, addr, len(out))
-        if step == len(out):
-            return once(addr, out)
-        rest, result = memoryview(out), MemTxResult.OK
-        while len(rest):
-            step = _piece(view, addr, len(rest))
-            result |= once(addr, rest[:step])
-            rest, addr = rest[step:], (addr + step) & U64_MAX
-        return result
-
-    return access.with_fast_reads(view, read)
+    return access.with_fast_reads(view, _each_piece(view, access.build_general_reader(view)))
 
 
 def build_writer(view: FlatView) -> access.Writer:
     """``write(addr, data)`` over ``view``."""
-    once = access.build_general_writer(view)
+    return access.with_fast_writes(view, _each_piece(view, access.build_general_writer(view)))
 
-    def write(addr: int, data: ReadBuffer) -> MemTxResult:
+
+def _each_piece(view: FlatView, once: Callable[[int, Any], MemTxResult]) -> Callable[[int, Any], MemTxResult]:
+    """``once(addr, buffer)``, piece by piece."""
+
+    def act(addr: int, buffer: Any) -> MemTxResult:
         addr &= U64_MAX
-        step = _piece(view, addr, len(data))
-        if step == len(data):
-            return once(addr, data)
-        rest, result = memoryview(data), MemTxResult.OK
+        step = _piece(view, addr, len(buffer))
+        if step == len(buffer):
+            return once(addr, buffer)
+        rest, result = memoryview(buffer), MemTxResult.OK
         while len(rest):
             step = _piece(view, addr, len(rest))
             result |= once(addr, rest[:step])
             rest, addr = rest[step:], (addr + step) & U64_MAX
         return result
 
-    return access.with_fast_writes(view, write)
+    return act
 
 
 def _piece(view: FlatView, addr: int, length: int) -> int:

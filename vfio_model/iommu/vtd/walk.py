@@ -104,10 +104,8 @@ class Walker:
         """
         if binding.type is TableType.SECOND:
             done = self.second(binding, iova, want)
-        elif binding.type is TableType.FIRST:
-            done = self._first(binding, iova, want, soft_write)
         else:
-            done = self._nested(binding, iova, want, soft_write)
+            done = self._first(binding, iova, want, soft_write)
         if done.pte == U64_MAX and done.reason and self._ones:
             return self._unreadable(binding, done.level)
         page = done.page
@@ -156,12 +154,19 @@ class Walker:
     # -- first level ---------------------------------------------------------------------------------------------
 
     def _first(self, binding: Binding, iova: int, want: int, soft_write: bool) -> Walk:
+        """Through the first-level tables. Nested: the second level translates their addresses, and those of pages."""
         level, addr = binding.first_levels, binding.first_root
         if not _canonical(iova, binding.first_width):
             return Walk(Reason.NOT_CANONICAL, 0)
         memory, mask, writable = self._memory, self._address, True
+        nested, table_perm = binding.type is TableType.NESTED, READ | WRITE
         while True:
             at = addr + (iova >> 9 * level & 0xFF8)
+            if nested:
+                table = self.second(binding, at, READ)
+                if table.reason:
+                    return Walk(table.reason, level)
+                at, table_perm = table.page | at & page_mask(table.level), table.perm
             pte = memory.word(at)
             if pte is None:
                 top = level == binding.first_levels
@@ -169,16 +174,22 @@ class Walker:
             writable = writable and bool(pte & WRITABLE)
             reason = self._first_permits(pte, level, want)
             if reason:
-                return Walk(reason, level, pte=pte)
+                return Walk(reason, level, pte=0 if nested else pte)
             leaf = level == 1 or bool(pte & LARGE)
-            marked = self._marked(pte, want, leaf and writable and (soft_write or bool(want & WRITE)))
-            if marked != pte and not memory.store(at, marked):
+            page, reached, perm = pte & mask, level, READ | WRITE if writable else READ
+            if leaf and nested:
+                gpa = page & ~page_mask(level) | iova & page_mask(level)
+                behind = self.second(binding, gpa, want or READ)
+                if behind.reason:
+                    return Walk(behind.reason, behind.level)
+                page, perm = behind.page | gpa & page_mask(behind.level), behind.perm & perm
+                reached = min(level, behind.level)
+            marked = self._marked(pte, want, leaf and perm & WRITE != 0 and (soft_write or bool(want & WRITE)))
+            if marked != pte and not (table_perm & WRITE and memory.store(at, marked)):
                 return Walk(Reason.BIT_UPDATE, level)
-            pte = marked
             if leaf:
-                perm = READ | WRITE if writable else READ
-                return Walk(Reason.NONE, level, pte & mask & ~page_mask(level), perm, pte, bool(pte & DIRTY))
-            addr = pte & mask
+                return Walk(Reason.NONE, reached, page & ~page_mask(reached), perm, marked, bool(marked & DIRTY))
+            addr = page
             level -= 1
 
     def _first_permits(self, pte: int, level: int, want: int) -> Reason:
@@ -196,53 +207,6 @@ class Walker:
         """An entry that is used: accessed, and dirty if it is."""
         flags = (ACCESSED if want else 0) | (DIRTY if dirty else 0)
         return pte if self._flags_once and pte & flags else pte | flags
-
-    # -- nested --------------------------------------------------------------------------------------------------
-
-    def _nested(self, binding: Binding, iova: int, want: int, soft_write: bool) -> Walk:
-        """First level whose tables and pages have addresses that the second level translates."""
-        level, addr = binding.first_levels, binding.first_root
-        if not _canonical(iova, binding.first_width):
-            return Walk(Reason.NOT_CANONICAL, 0)
-        memory, mask, writable = self._memory, self._address, True
-        while True:
-            gpa = addr + (iova >> 9 * level & 0xFF8)
-            table = self.second(binding, gpa, READ)
-            if table.reason:
-                return Walk(table.reason, level)
-            at = table.page | gpa & page_mask(table.level)
-            pte = memory.word(at)
-            if pte is None:
-                top = level == binding.first_levels
-                return Walk(Reason.FIRST_ROOT_INVALID if top else Reason.FIRST_UNREADABLE, level)
-            writable = writable and bool(pte & WRITABLE)
-            reason = self._first_permits(pte, level, want)
-            if reason:
-                return Walk(reason, level)
-            found = Walk(Reason.NONE, level, iova, pte=pte)
-            if level == 1 or pte & LARGE:
-                found = self._behind(binding, found, want, READ | WRITE if writable else READ)
-                if found.reason:
-                    return found
-            marked = self._marked(pte, want, found.perm & WRITE != 0 and (soft_write or bool(want & WRITE)))
-            if marked != pte and not (table.perm & WRITE and memory.store(at, marked)):
-                return Walk(Reason.BIT_UPDATE, level)
-            if found.perm:
-                return found._replace(pte=marked, dirty=bool(marked & DIRTY))
-            addr = pte & mask
-            level -= 1
-
-    def _behind(self, binding: Binding, leaf: Walk, want: int, perm: int) -> Walk:
-        """What the second level makes of first-level ``leaf``, which permits ``perm``; its ``page`` is the address
-        that is wanted."""
-        low = page_mask(leaf.level)
-        gpa = leaf.pte & self._address & ~low | leaf.page & low
-        second = self.second(binding, gpa, want or READ)
-        if second.reason:
-            return Walk(second.reason, second.level)
-        level = min(leaf.level, second.level)
-        page = (second.page | gpa & page_mask(second.level)) & ~page_mask(level)
-        return Walk(Reason.NONE, level, page, second.perm & perm, leaf.pte)
 
 
 def _canonical(iova: int, width: int) -> bool:
